@@ -1,0 +1,14 @@
+"""Llama 2 chat in JAX: one set of weights, one prompt, one seed, one text.
+
+>>> from llama_jax import Llama
+>>> llm = Llama.load()  # the embedded demo model; or a folder that `python -m convert` wrote
+>>> llm.generate(prompt="What is the capital of France?", temperature=0).response
+'The capital of France is Paris.'
+"""
+
+from llama_jax.config import ModelConfig
+from llama_jax.errors import InputError
+from llama_jax.llama import Llama, Result, Stream
+from llama_jax.version import __version__
+
+__all__ = ["InputError", "Llama", "ModelConfig", "Result", "Stream", "__version__"]

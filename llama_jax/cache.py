@@ -1,0 +1,81 @@
+"""KVCache: keys and values of every layer as an explicit pytree with static capacity.
+
+Slot p of a row holds the key and value of the token at absolute position p; nothing is ever
+shifted. Executables donate the cache, so XLA writes it in place.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from llama_jax.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """One layer's keys and values, apart: one array for both would be sliced and copied."""
+
+    k: Float[Array, "B K S H"]
+    v: Float[Array, "B K S H"]
+
+
+KVCache = tuple[LayerCache, ...]
+"""One LayerCache per layer: stacked layers would be copied whole at each update."""
+
+
+def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike) -> KVCache:
+    """Return an empty cache of `capacity` slots for each of `batch` rows."""
+    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+    return tuple(
+        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        for _ in range(config.num_layers)
+    )
+
+
+def write(
+    cache: LayerCache,
+    k: Float[Array, "b T K H"],
+    v: Float[Array, "b T K H"],
+    starts: Int[Array, "b"],
+    row: Int[Array, ""] | None,
+) -> LayerCache:
+    """Store T tokens from slot `starts[i]` on, in every row, or in the one row named.
+
+    Slots `starts` to `starts + T - 1` must exist: XLA would move an update that does not fit.
+    """
+    return LayerCache(
+        k=_write(cache.k, jnp.swapaxes(k, 1, 2).astype(cache.k.dtype), starts, row),
+        v=_write(cache.v, jnp.swapaxes(v, 1, 2).astype(cache.v.dtype), starts, row),
+    )
+
+
+def _write(
+    slots: Float[Array, "B K S H"],
+    new: Float[Array, "b K T H"],
+    starts: Int[Array, "b"],
+    row: Int[Array, ""] | None,
+) -> Float[Array, "B K S H"]:
+    if new.shape[0] == 1:
+        first = jnp.zeros((), starts.dtype) if row is None else row.astype(starts.dtype)
+        return lax.dynamic_update_slice(slots, new, (first, 0, starts[0], 0))
+
+    def write_row(row_slots: Array, row_new: Array, start: Array) -> Array:
+        return lax.dynamic_update_slice(row_slots, row_new, (0, start, 0))
+
+    return jax.vmap(write_row)(slots, new, starts)
+
+
+def read(cache: LayerCache, attend_len: int, row: Int[Array, ""] | None) -> LayerCache:
+    """Return the first `attend_len` slots of every row, or of the one row named."""
+
+    def prefix(slots: Array) -> Array:
+        if row is not None:
+            slots = lax.dynamic_slice_in_dim(slots, row, 1, axis=0)
+        return slots[:, :, :attend_len]
+
+    return jax.tree.map(prefix, cache)

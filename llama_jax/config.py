@@ -1,0 +1,121 @@
+"""ModelConfig: the shape of a Llama, validated, to and from JSON. Standard library only."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+from llama_jax.errors import InputError, one_line
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """All that decides the parameters' shapes and what they compute; dtype is a run's choice.
+
+    Raises:
+        InputError: naming every field that is out of range.
+    """
+
+    vocab_size: int
+    """Rows of the embedding table; at least 3 (unknown, BOS and EOS are ids 0, 1 and 2)."""
+    dim: int
+    """Width of the residual stream; a multiple of `2 * num_heads`."""
+    ffn_dim: int
+    """Width of the SwiGLU feed-forward layer."""
+    num_layers: int
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """Key/value heads; divides `num_heads` (equal: MHA, fewer: GQA)."""
+    norm_eps: float
+    """Added to the mean square in RMSNorm."""
+    rope_theta: float
+    """Base of the rotary embedding's geometric series of frequencies."""
+    max_seq_len: int
+    """Positions the model was trained for: the most tokens of prompt plus output."""
+    tie_embeddings: bool = False
+    """The output projection is the embedding table itself (no `lm_head`)."""
+
+    def __post_init__(self):
+        problems = _type_problems(self)
+        if not problems:
+            problems = _range_problems(self)
+        if problems:
+            raise InputError(f"model config: {one_line(problems)}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head; even, since rotation pairs its elements."""
+        return self.dim // self.num_heads
+
+    def to_json(self) -> str:
+        """Return what `from_json` reads."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = "config.json") -> "ModelConfig":
+        """Parse what `to_json` wrote.
+
+        Args:
+            text: a JSON object whose keys are exactly the field names.
+            source: the file's name, for the error.
+
+        Raises:
+            InputError: not JSON, not an object, unknown or missing keys, or a value out of range.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{source}: not JSON ({error}); restore or convert it again") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{source}: got a {type(values).__name__}, expected a JSON object")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
+        problems = [f"unknown key {k!r}" for k in sorted(values.keys() - fields.keys())]
+        problems += [f"missing key {k!r}" for k in sorted(required - values.keys())]
+        if problems:
+            raise InputError(
+                f"{source}: {one_line(problems)}; expected the keys {', '.join(fields)}"
+            )
+        for name, field in fields.items():  # JSON writers print 10000.0 as 10000
+            if field.type is float and type(values.get(name)) is int:
+                values[name] = float(values[name])
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path) -> "ModelConfig":
+        """Read one of `configs/*.json` or a checkpoint's `config.json`."""
+        path = pathlib.Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{path}: cannot read the model config ({error.strerror})") from None
+        return cls.from_json(text, source=str(path))
+
+
+def _type_problems(config: ModelConfig) -> list[str]:
+    problems = []
+    for field in dataclasses.fields(config):
+        value: Any = getattr(config, field.name)
+        if type(value) is not field.type:
+            expected = getattr(field.type, "__name__", field.type)
+            problems.append(f"{field.name} is {value!r}, expected {expected}")
+    return problems
+
+
+def _range_problems(c: ModelConfig) -> list[str]:
+    problems = []
+    for field in dataclasses.fields(c):
+        value = getattr(c, field.name)
+        if field.type in (int, float) and not (value > 0 and math.isfinite(value)):
+            problems.append(f"{field.name} is {value}, expected a positive number")
+    if problems:
+        return problems
+    if c.vocab_size < 3:
+        problems.append(f"vocab_size is {c.vocab_size}, expected at least 3")
+    if c.dim % (2 * c.num_heads):
+        problems.append(f"dim is {c.dim}, expected a multiple of 2 * num_heads = {2 * c.num_heads}")
+    if c.num_heads % c.num_kv_heads:
+        problems.append(f"num_kv_heads is {c.num_kv_heads}, expected a divisor of {c.num_heads}")
+    return problems

@@ -1,0 +1,180 @@
+"""Llama 2 in Flax Linen, used functionally: (params, tokens, cache) -> (logits, cache).
+
+The only module that imports flax. Weights are stored as published, one row per output, in the
+run's dtype; the residual stream is float32. The layers are a Python loop over separate parameters.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from llama_jax import cache as kv
+from llama_jax import ops
+from llama_jax.config import ModelConfig
+
+Params = dict[str, Any]
+"""A nested dict of arrays: `embed`, `layer_{i}/attention/{q,k,v,o}`, `layer_{i}/attention_norm`,
+`layer_{i}/feed_forward/{gate,up,down}`, `layer_{i}/ffn_norm`, `final_norm`, `lm_head`."""
+
+_projection_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
+
+
+class _Layer(nn.Module):
+    """What every module has: the model's config and the dtype of its parameters."""
+
+    config: ModelConfig
+    dtype: DTypeLike = jnp.float32
+
+    def weight(self, name: str, outputs: int, inputs: int) -> Float[Array, "outputs inputs"]:
+        """Declare a projection."""
+        return self.param(name, _projection_init, (outputs, inputs), self.dtype)
+
+    def norm(self, name: str, x: Float[Array, "b T D"]) -> Float[Array, "b T D"]:
+        """Declare a norm's weight and apply it."""
+        ones = nn.initializers.ones_init()
+        weight = self.param(name, ones, (self.config.dim,), self.dtype)
+        return ops.rms_norm(x, weight, self.config.norm_eps)
+
+
+class Attention(_Layer):
+    """Multi-head or grouped-query attention over the cache, with rotary positions."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b T D"],
+        starts: Int[Array, "b"],
+        cache: kv.LayerCache,
+        *,
+        row: Int[Array, ""] | None,
+        attend_len: int,
+    ) -> tuple[Float[Array, "b T D"], kv.LayerCache]:
+        """Attend from T new tokens to all so far; arguments as in `Llama`."""
+        c = self.config
+        batch, length, _ = x.shape
+        positions = starts[:, None] + jnp.arange(length, dtype=starts.dtype)[None, :]
+        q = ops.linear(x, self.weight("q", c.num_heads * c.head_dim, c.dim))
+        k = ops.linear(x, self.weight("k", c.num_kv_heads * c.head_dim, c.dim))
+        v = ops.linear(x, self.weight("v", c.num_kv_heads * c.head_dim, c.dim))
+
+        angles = ops.rope_angles(positions, c.head_dim, c.rope_theta)
+        q = ops.apply_rope(q.reshape(batch, length, c.num_heads, c.head_dim), angles)
+        k = ops.apply_rope(k.reshape(batch, length, c.num_kv_heads, c.head_dim), angles)
+        v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
+
+        cache = kv.write(cache, k, v, starts, row)
+        seen = kv.read(cache, attend_len, row)
+        out = ops.attention(q, seen.k, seen.v, positions).reshape(batch, length, -1)
+        return ops.linear(out, self.weight("o", c.dim, c.num_heads * c.head_dim)), cache
+
+
+class FeedForward(_Layer):
+    """SwiGLU feed-forward layer."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b T D"]) -> Float[Array, "b T D"]:
+        """Transform each position by itself."""
+        c = self.config
+        gate, up = self.weight("gate", c.ffn_dim, c.dim), self.weight("up", c.ffn_dim, c.dim)
+        return ops.swiglu(x, gate, up, self.weight("down", c.dim, c.ffn_dim))
+
+
+class Block(_Layer):
+    """One decoder layer: normalised attention, then normalised feed-forward, each added to x."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b T D"],
+        starts: Int[Array, "b"],
+        cache: kv.LayerCache,
+        *,
+        row: Int[Array, ""] | None,
+        attend_len: int,
+    ) -> tuple[Float[Array, "b T D"], kv.LayerCache]:
+        """Run one layer; arguments as in `Llama`."""
+        attention = Attention(self.config, self.dtype, name="attention")
+        feed_forward = FeedForward(self.config, self.dtype, name="feed_forward")
+        normed = self.norm("attention_norm", x)
+        attended, cache = attention(normed, starts, cache, row=row, attend_len=attend_len)
+        x = x + attended
+        return x + feed_forward(self.norm("ffn_norm", x)), cache
+
+
+class Llama(_Layer):
+    """A decoder-only transformer: token ids in, float32 logits and the grown cache out."""
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "b T"],
+        starts: Int[Array, "b"],
+        cache: kv.KVCache,
+        *,
+        row: Int[Array, ""] | None = None,
+        attend_len: int,
+        last: Int[Array, "b"] | None = None,
+    ) -> tuple[Float[Array, "b t V"], kv.KVCache]:
+        """Run T tokens of each row and store their keys and values.
+
+        Args:
+            tokens: ids in [0, vocab_size). Padding goes to the right, holds any valid id, and is
+                overwritten by the tokens that come later; nothing attends to it before.
+            starts: absolute position of `tokens[:, 0]`, per row.
+            cache: as from `init_cache`; donate it to have it written in place.
+            row: the cache row that `tokens` (then of batch 1) belongs to; None: all rows.
+            attend_len: static; slots of the cache that attention reads, at least starts + T.
+            last: index in [0, T) of the one position to return logits for, per row; None: all T.
+
+        Returns:
+            Logits over the vocabulary (t is 1 with `last`, else T), and the cache.
+        """
+        c = self.config
+        embed_init = nn.initializers.normal(1.0)
+        embed = self.param("embed", embed_init, (c.vocab_size, c.dim), self.dtype)
+        x = embed[tokens].astype(jnp.float32)
+        layers = []
+        for i, layer_cache in enumerate(cache):
+            block = Block(c, self.dtype, name=f"layer_{i}")
+            x, layer_cache = block(x, starts, layer_cache, row=row, attend_len=attend_len)
+            layers.append(layer_cache)
+        if last is not None:
+            x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+        x = self.norm("final_norm", x)
+        head = embed if c.tie_embeddings else self.weight("lm_head", c.vocab_size, c.dim)
+        return ops.linear(x, head), tuple(layers)
+
+
+def forward(
+    model: Llama,
+    params: Params,
+    tokens: Int[Array, "b T"],
+    starts: Int[Array, "b"],
+    cache: kv.KVCache,
+    *,
+    row: Int[Array, ""] | None = None,
+    attend_len: int,
+    last: Int[Array, "b"] | None = None,
+) -> tuple[Float[Array, "b t V"], kv.KVCache]:
+    """Apply the model as a pure function of its parameters; see `Llama.__call__`."""
+    outputs: Any = model.apply(
+        {"params": params}, tokens, starts, cache, row=row, attend_len=attend_len, last=last
+    )
+    return outputs
+
+
+def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> Params:
+    """Draw random parameters: for training, tests and speed measurements at a real shape."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    cache = kv.init_cache(config, batch=1, capacity=1, dtype=dtype)
+    variables: Any = Llama(config, dtype).init(key, tokens, tokens[0], cache, attend_len=1)
+    return variables["params"]
+
+
+def param_shapes(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:
+    """Return the parameters' shapes and dtype as a tree of ShapeDtypeStruct; allocates nothing."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))

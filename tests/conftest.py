@@ -1,0 +1,79 @@
+"""Strict settings for every test, and the fixtures that several modules share."""
+
+import importlib.util
+import io
+import os
+import pathlib
+
+import jax
+import pytest
+import sentencepiece
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes are checked at every call, under trace and outside it, in the modules that
+# compute. The others face the user and answer for wrong types themselves.
+_COMPUTING = ("ops", "cache", "model", "sampling", "decode", "executor")
+install_import_hook([f"llama_jax.{name}" for name in _COMPUTING], "beartype.beartype")
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_debug_key_reuse", True)
+
+REQUIRE_ALL = "LLAMA_JAX_REQUIRE_ALL_TESTS"
+"""Set in CI: a test that would be skipped for want of a package or of the assets fails instead."""
+
+
+def _skip_or_fail(reason: str) -> None:
+    if os.environ.get(REQUIRE_ALL):
+        pytest.fail(f"{reason}, and {REQUIRE_ALL} is set")
+    pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _need_parity_packages(request):
+    if request.node.get_closest_marker("parity"):
+        missing = [p for p in ("torch", "transformers") if importlib.util.find_spec(p) is None]
+        if missing:
+            _skip_or_fail(f"needs {' and '.join(missing)}: pip install -e '.[parity]'")
+
+
+@pytest.fixture(scope="session")
+def assets() -> pathlib.Path:
+    """The folder of published files to test against; see CONTRIBUTING.md."""
+    if "LLAMA_JAX_ASSETS" not in os.environ:
+        _skip_or_fail("needs LLAMA_JAX_ASSETS")
+    return pathlib.Path(os.environ["LLAMA_JAX_ASSETS"]).resolve()
+
+
+@pytest.fixture
+def weights():
+    """Arrays of a small GQA model by path; see sources.py."""
+    import sources  # after the hook: it imports the package
+
+    return sources.random_weights(sources.GQA)
+
+
+@pytest.fixture
+def hf(tmp_path, weights) -> pathlib.Path:
+    """Those weights in Hugging Face's layout."""
+    import sources
+
+    return sources.write_hf(tmp_path / "hf", weights)
+
+
+@pytest.fixture
+def tokenizer(tmp_path) -> pathlib.Path:
+    """Train a tokenizer of 300 pieces: four special ones, 256 bytes and a few letters."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 9),
+        model_writer=model,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=3,
+    )
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return path
