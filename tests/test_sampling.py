@@ -1,0 +1,311 @@
+"""The sampling law: exact rules, exact distributions, published vectors."""
+
+import itertools
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from llama_jax import sampling
+
+DOC = pathlib.Path(__file__).parent.parent / "docs" / "sampler.md"
+V = 12
+LOGITS = np.array([2.0, 1.5, 1.5, 0.0, -0.5, 1.0, 0.3, -2.0, 0.3, 0.3, -1.0, 0.8], np.float32)
+IN_PROMPT = np.isin(np.arange(V), [0, 3, 4])
+COUNTS = np.bincount([1, 1, 1, 5, 4], minlength=V).astype(np.int32)
+
+
+def rows(n, **params):
+    """The same parameters for n rows."""
+    one = sampling.make_params(**params)
+    return jax.tree.map(lambda a: jnp.repeat(jnp.asarray(a), n, axis=0), one)
+
+
+def exact_distribution(
+    logits, in_prompt, counts, *, temperature, top_k, top_p, repetition, frequency, presence
+):
+    """The law in float64, token by token, sharing nothing with the package."""
+    x = [float(v) for v in logits]
+    for i in range(len(x)):
+        if repetition not in (0, 1) and (in_prompt[i] or counts[i]):
+            x[i] = x[i] / repetition if x[i] > 0 else x[i] * repetition
+        x[i] -= frequency * counts[i]
+        if counts[i]:
+            x[i] -= presence
+    order = sorted(range(len(x)), key=lambda i: (-x[i], i))
+    if temperature < 1e-5:
+        return np.eye(len(x))[order[0]]
+    weights = np.exp((np.array(x) - max(x)) / temperature)
+    kept = order[: top_k or len(x)]
+    total, before, nucleus = sum(weights[i] for i in kept), 0.0, []
+    for i in kept:
+        if nucleus and top_p is not None and top_p < 1 and before > top_p:
+            break
+        nucleus.append(i)
+        before += weights[i] / total
+    p = np.zeros(len(x))
+    p[nucleus] = weights[nucleus] / weights[nucleus].sum()
+    return p
+
+
+def threefry2x32(key, counter):
+    """Threefry-2x32, 20 rounds, in plain integers (Salmon et al., SC 2011)."""
+    mask = 0xFFFFFFFF
+    keys = (key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA)
+    a, b = (counter[0] + keys[0]) & mask, (counter[1] + keys[1]) & mask
+    for group in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            a = (a + b) & mask
+            b = ((b << turn | b >> (32 - turn)) & mask) ^ a
+        a = (a + keys[(group + 1) % 3]) & mask
+        b = (b + keys[(group + 2) % 3] + group + 1) & mask
+    return a, b
+
+
+def exact_gumbel(seed, step, token):
+    """The law's noise in float64, from the document alone."""
+    key = threefry2x32((seed >> 32, seed & 0xFFFFFFFF), (0, step))
+    a, b = threefry2x32(key, (0, token))
+    return -np.log(-np.log1p(-((a ^ b) + 0.5) / 2**32))
+
+
+def exact_draws(n, seed, parameters):
+    """The law from end to end in float64: the argmax of log probability plus noise."""
+    settings = {"temperature": 0.0, "top_k": None, "top_p": None} | {
+        name.removesuffix("_penalty"): value for name, value in parameters.items()
+    }
+    settings = {"repetition": 1.0, "frequency": 0.0, "presence": 0.0} | settings
+    p = exact_distribution(LOGITS, IN_PROMPT, COUNTS, **settings)
+    return [
+        max((t for t in range(V) if p[t]), key=lambda t: np.log(p[t]) + exact_gumbel(seed, step, t))
+        for step in range(n)
+    ]
+
+
+def draw(n, first_step=0, seed=1, **params):
+    """n draws of one request: steps first_step to first_step + n - 1."""
+    tile = lambda a: jnp.broadcast_to(jnp.asarray(a)[None], (n, V))  # noqa: E731
+    return np.asarray(
+        jax.jit(sampling.sample)(
+            tile(LOGITS),
+            rows(n, seed=seed, **params),
+            jnp.arange(first_step, first_step + n, dtype=jnp.int32),
+            tile(IN_PROMPT),
+            tile(COUNTS),
+        )
+    )
+
+
+GRID = list(
+    itertools.product(
+        [0.3, 0.6, 1.0, 2.5, 5.0],  # temperature
+        [None, 1, 3, 7, 50],  # top_k
+        [None, 0.0, 0.35, 0.9, 1.0, 2.0],  # top_p
+        [(1.0, 0.0, 0.0), (0.0, 0.0, 0.0), (1.3, 0.0, 0.0), (0.7, 0.5, 1.1), (2.0, 2.0, 2.0)],
+    )
+)
+
+
+def test_chi_square_over_the_grid():
+    """20,000 draws of each of 750 combinations against the exact distribution.
+
+    Each p-value is uniform if the law holds: the smallest of 750 falls below 1e-6 once in 1,300
+    runs of other seeds, and with this seed it does not. The p-values' own distribution is tested
+    too (Kolmogorov-Smirnov), so a small bias everywhere shows as well.
+    """
+    n, p_values = 20_000, []
+    for i, (temperature, top_k, top_p, (repetition, frequency, presence)) in enumerate(GRID):
+        got = draw(
+            n,
+            seed=i,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition,
+            frequency_penalty=frequency,
+            presence_penalty=presence,
+        )
+        p = exact_distribution(
+            LOGITS,
+            IN_PROMPT,
+            COUNTS,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition=repetition,
+            frequency=frequency,
+            presence=presence,
+        )
+        counts = np.bincount(got, minlength=V)
+        assert not counts[p == 0].any(), GRID[i]
+        common = p * n >= 5  # the chi-square approximation's condition; the rest is pooled
+        observed, expected = counts[common], p[common] * n
+        if (rest := 1 - p[common].sum()) * n >= 5:
+            observed, expected = (
+                np.append(observed, n - observed.sum()),
+                np.append(expected, rest * n),
+            )
+        if len(observed) > 1:
+            expected = expected * observed.sum() / expected.sum()
+            p_values.append(stats.chisquare(observed, expected).pvalue)
+    assert len(p_values) > 400
+    assert min(p_values) > 1e-6
+    assert stats.kstest(p_values, "uniform").pvalue > 1e-4
+
+
+def test_noise_is_gumbel():
+    """The noise's own distribution, tails included: 1.6 million values against the exact one."""
+    noise = np.concatenate(
+        [
+            np.asarray(sampling.gumbel(sampling.seed_words(3), jnp.int32(t), 32_000))
+            for t in range(50)
+        ]
+    )
+    assert np.isfinite(noise).all()
+    assert stats.kstest(noise, "gumbel_r").pvalue > 1e-3
+    tail = noise[noise > 8]
+    assert (
+        stats.kstest(
+            tail - 8,
+            lambda x: (stats.gumbel_r.cdf(x + 8) - stats.gumbel_r.cdf(8)) / stats.gumbel_r.sf(8),
+        ).pvalue
+        > 1e-3
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32, 2**32 + 7, 9_999_999_999, 2**64 - 1])
+def test_noise_equals_the_document(seed):
+    for step in (0, 1, 300):
+        noise = sampling.gumbel(sampling.seed_words(seed), jnp.int32(step), 50)
+        exact = [exact_gumbel(seed, step, token) for token in range(50)]
+        np.testing.assert_allclose(noise, exact, rtol=2e-6, atol=1e-6)
+
+
+def test_uniforms_are_never_0_or_1():
+    bits = jnp.asarray([0, 1, 2**31, 2**32 - 257, 2**32 - 129, 2**32 - 1], jnp.uint32)
+    uniform = np.asarray(sampling._open_unit(bits))
+    assert (uniform > 0).all()
+    assert (uniform < 1).all()
+    assert np.isfinite(np.asarray(-jnp.log(-jnp.log1p(-uniform)))).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-8, 9e-6])
+def test_greedy_is_exact_and_ties_go_to_the_lower_id(temperature):
+    logits = np.full((3, V), -1.0, np.float32)
+    logits[0, [5, 7]] = 4.0
+    logits[1, [11]] = 4.0
+    none = jnp.zeros((3, V), bool), jnp.zeros((3, V), jnp.int32)
+    for seed in range(20):
+        params = rows(3, seed=seed, temperature=temperature, top_p=0.5, top_k=40)
+        drawn = sampling.sample(jnp.asarray(logits), params, jnp.zeros(3, jnp.int32), *none)
+        assert drawn.tolist() == [5, 11, 0]
+
+
+def test_top_k_1_and_top_p_0_are_greedy_at_any_temperature():
+    for params in ({"top_k": 1}, {"top_p": 0.0}):
+        assert set(draw(500, temperature=5.0, **params).tolist()) == {0}
+
+
+def test_ties_at_the_cut_keep_the_lower_ids():
+    """Tokens 1 and 2 have one logit, 6, 8 and 9 another: the filters cut the higher ids."""
+    none = jnp.zeros((1, V), bool), jnp.zeros((1, V), jnp.int32)
+    for top_k, kept in ((2, {0, 1}), (3, {0, 1, 2}), (6, {0, 1, 2, 5, 11, 6})):
+        params = rows(1, temperature=1.0, top_k=top_k)
+        filtered = sampling.apply_filters(jnp.asarray(LOGITS)[None], params)
+        assert set(np.flatnonzero(np.isfinite(filtered[0]))) == kept
+    assert none[0].shape == (1, V)
+
+
+def test_top_p_keeps_the_token_that_crosses():
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]], jnp.float32))
+    for top_p, kept in ((0.0, 1), (0.49, 1), (0.51, 2), (0.9, 3), (0.96, 4), (1.0, 4), (2.0, 4)):
+        filtered = sampling.apply_filters(logits, rows(1, temperature=1.0, top_p=top_p))
+        assert np.isfinite(filtered).sum() == kept, top_p
+
+
+def test_filters_that_are_off_change_no_bit():
+    logits = jnp.asarray(LOGITS)[None]
+    np.testing.assert_array_equal(sampling.apply_filters(logits, rows(1, temperature=1.0)), logits)
+    both = jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b]),
+        rows(1, temperature=1.0),
+        rows(1, temperature=1.0, top_k=2, top_p=0.3),
+    )
+    mixed = sampling.apply_filters(jnp.concatenate([logits, logits]), both)
+    np.testing.assert_array_equal(mixed[0], logits[0])
+
+
+def test_penalties_by_hand():
+    logits = jnp.asarray([[2.0, -2.0, 2.0, -2.0, 3.0]], jnp.float32)
+    in_prompt = jnp.asarray([[True, True, False, False, False]])
+    counts = jnp.asarray([[0, 0, 3, 1, 0]], jnp.int32)
+    params = rows(1, repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25)
+    penalised = sampling.apply_penalties(logits, params, in_prompt, counts)
+    assert penalised.tolist() == [[1.0, -4.0, 1.0 - 1.75, -4.0 - 0.75, 3.0]]
+
+
+@pytest.mark.parametrize("repetition", [0.0, 1.0])
+def test_repetition_penalty_0_and_1_are_off(repetition):
+    params = rows(1, repetition_penalty=repetition)
+    args = jnp.asarray(LOGITS)[None], params, jnp.ones((1, V), bool), jnp.ones((1, V), jnp.int32)
+    np.testing.assert_array_equal(sampling.apply_penalties(*args), args[0])
+
+
+def test_seeds_differ_beyond_32_bits():
+    """jax.random.key(s) and key(s + 2**32) are one key; ours are not."""
+    largest = 9_999_999_999
+    assert jax.random.key(largest) == jax.random.key(largest % 2**32)
+    for seed in (0, 1, 7, largest - 2**32, 2**63):
+        a, b = (draw(64, seed=s, temperature=5.0) for s in (seed, seed + 2**32))
+        assert (a != b).any()
+
+
+def test_a_draw_depends_on_seed_and_step_alone():
+    """Not on the row, the batch, the neighbours, or where the output was resumed."""
+    alone = draw(40, temperature=2.0, seed=9)
+    np.testing.assert_array_equal(draw(17, first_step=23, temperature=2.0, seed=9), alone[23:])
+    shuffled = np.random.default_rng(0).permutation(40)
+    steps = jnp.asarray(shuffled, jnp.int32)
+    tile = lambda a: jnp.broadcast_to(jnp.asarray(a)[None], (40, V))  # noqa: E731
+    others = rows(40, seed=9, temperature=2.0)
+    drawn = sampling.sample(tile(LOGITS), others, steps, tile(IN_PROMPT), tile(COUNTS))
+    np.testing.assert_array_equal(drawn, alone[shuffled])
+
+
+def test_noise_does_not_depend_on_the_vocabulary_or_a_global_flag():
+    words = sampling.seed_words(5)
+    whole = np.asarray(sampling.gumbel(words, jnp.int32(3), 1000))
+    np.testing.assert_array_equal(sampling.gumbel(words, jnp.int32(3), 10), whole[:10])
+    with jax.threefry_partitionable(False):
+        np.testing.assert_array_equal(sampling.gumbel(words, jnp.int32(3), 1000), whole)
+
+
+def published_vectors():
+    """The fenced JSON blocks of docs/sampler.md."""
+    return [json.loads(b) for b in re.findall(r"```json\n(.*?)```", DOC.read_text("utf-8"), re.S)]
+
+
+def test_published_vectors():
+    vectors = published_vectors()
+    version, noise, tokens = vectors
+    assert version["sampler_version"] == sampling.SAMPLER_VERSION
+    assert len(noise) >= 4
+    assert len(tokens) >= 8
+    for vector in noise:
+        words = sampling.seed_words(vector["seed"])
+        got = sampling.gumbel(words, jnp.int32(vector["step"]), 4)
+        np.testing.assert_allclose(got, vector["gumbel"], rtol=2e-6)
+    for vector in tokens:
+        got = draw(16, seed=vector["seed"], **vector["parameters"])
+        assert got.tolist() == vector["tokens"], vector
+        assert exact_draws(16, vector["seed"], vector["parameters"]) == vector["tokens"], vector
+
+
+def test_vector_logits_are_those_of_the_document():
+    text = DOC.read_text("utf-8")
+    assert str([round(float(x), 1) for x in LOGITS]) in text
