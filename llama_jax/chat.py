@@ -1,0 +1,88 @@
+"""Messages to token ids, exactly as Meta's dialog format does it (meta-llama/llama, generation.py).
+
+Each finished pair of turns is `BOS [INST] user [/INST] assistant EOS`, encoded on its own; the
+system prompt stands inside the first user turn. Llama-2-chat was trained on these very ids.
+"""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+from llama_jax.errors import InputError, one_line
+from llama_jax.tokenizer import BOS_ID, EOS_ID, Tokenizer
+
+_CONTROL_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+_ROLES = ("system", "user", "assistant")
+
+
+class Message(TypedDict):
+    """One turn."""
+
+    role: str
+    """`system` (first only), `user` or `assistant`."""
+    content: str
+
+
+def encode_dialog(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    """Return the ids to continue with the assistant's next answer.
+
+    Args:
+        messages: an optional system message, then user and assistant in turn, a user last.
+        tokenizer: Llama 2's, or one with the same BOS and EOS.
+
+    Raises:
+        InputError: naming every message whose role, order or content is not as above, or that
+            spells one of the format's control tags.
+    """
+    check_dialog(messages)
+    turns = [message["content"] for message in messages]
+    if messages[0]["role"] == "system":
+        system, first, *rest = turns
+        turns = [f"<<SYS>>\n{system}\n<</SYS>>\n\n{first}", *rest]
+    ids = []
+    for user, assistant in zip(turns[:-1:2], turns[1::2], strict=True):
+        text = f"[INST] {user.strip()} [/INST] {assistant.strip()} "
+        ids += [BOS_ID, *tokenizer.encode(text), EOS_ID]
+    return [*ids, BOS_ID, *tokenizer.encode(f"[INST] {turns[-1].strip()} [/INST]")]
+
+
+def check_dialog(messages: Sequence[Message]) -> None:
+    """Refuse what Meta's format has no ids for; see `encode_dialog`."""
+    if not messages:
+        raise InputError("messages is empty, expected at least one user message; add one")
+    problems = []
+    for i, message in enumerate(messages):
+        problem = _message_problem(message)
+        if problem:
+            problems.append(f"messages[{i}] {problem}")
+    if not problems:
+        problems = _order_problems([message["role"] for message in messages])
+    if problems:
+        raise InputError(one_line(problems))
+
+
+def _message_problem(message: Message) -> str | None:
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        return f"is {message!r:.60}, expected an object with role and content"
+    role, content = message["role"], message["content"]
+    if role not in _ROLES:
+        return f"has the role {role!r:.40}, expected system, user or assistant"
+    if not isinstance(content, str):
+        return f"has the content {content!r:.40}, expected a string"
+    tags = [tag for tag in _CONTROL_TAGS if tag in content]
+    if tags:
+        return f"contains the control tag {tags[0]}, which would forge a turn; remove it"
+    return None
+
+
+def _order_problems(roles: list[str]) -> list[str]:
+    offset = int(roles[0] == "system")
+    for i, role in enumerate(roles[offset:]):
+        expected = ("user", "assistant")[i % 2]
+        if role != expected:
+            return [
+                f"messages[{i + offset}] has the role {role}, expected {expected}; the order is "
+                "an optional system, then user and assistant in turn"
+            ]
+    if roles[-1] != "user":
+        return [f"the last message has the role {roles[-1]}, expected user; add the user's turn"]
+    return []

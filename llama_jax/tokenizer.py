@@ -1,0 +1,119 @@
+"""SentencePiece, and decoding one token at a time: byte-safe and space-exact."""
+
+import codecs
+import pathlib
+
+import sentencepiece
+
+from llama_jax.errors import InputError
+
+BOS_ID = 1
+EOS_ID = 2
+
+
+class Tokenizer:
+    """Llama 2's tokenizer: SentencePiece BPE with byte fallback, BOS 1 and EOS 2.
+
+    Args:
+        path: a `tokenizer.model` file.
+
+    Raises:
+        InputError: the file is missing, is no SentencePiece model, or has other special ids.
+    """
+
+    def __init__(self, path: str | pathlib.Path):
+        path = pathlib.Path(path)
+        try:
+            model = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{path}: cannot read the tokenizer ({error.strerror})") from None
+        self._sp = sentencepiece.SentencePieceProcessor()
+        try:
+            loaded = bool(model) and self._sp.LoadFromSerializedProto(model)
+        except RuntimeError:
+            loaded = False
+        if not loaded:
+            raise InputError(
+                f"{path}: not a SentencePiece model ({len(model):,} bytes, starts with "
+                f"{model[:16]!r}); copy tokenizer.model again"
+            )
+        if (self._sp.bos_id(), self._sp.eos_id()) != (BOS_ID, EOS_ID):
+            raise InputError(
+                f"{path}: BOS and EOS are {self._sp.bos_id()} and {self._sp.eos_id()}, expected "
+                f"{BOS_ID} and {EOS_ID}; this is not a Llama 2 tokenizer"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces, special ones included."""
+        return self._sp.GetPieceSize()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, no BOS or EOS; special tokens spelt out in it are plain text.
+
+        Raises:
+            InputError: the text holds a lone surrogate, which UTF-8 cannot encode.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"text is not valid Unicode: lone surrogate at character {error.start}; "
+                "send whole characters"
+            ) from None
+        return self._sp.EncodeAsIds(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids; BOS and EOS are silent, invalid UTF-8 becomes U+FFFD."""
+        return self._sp.DecodeIds(ids)
+
+    def piece(self, token: int) -> str:
+        """Return the piece of one id as the vocabulary spells it, such as `▁the` or `<0x0A>`."""
+        return self._sp.IdToPiece(token)
+
+    def byte(self, token: int) -> int | None:
+        """Return the value of a byte-fallback token, None for any other."""
+        return int(self.piece(token)[3:5], 16) if self._sp.IsByte(token) else None
+
+    def is_control(self, token: int) -> bool:
+        """Tell whether an id decodes to nothing (BOS, EOS)."""
+        return self._sp.IsControl(token)
+
+
+class StreamDecoder:
+    """Decode tokens as they come: the pieces concatenate to `decode` of all of them at once.
+
+    A character whose UTF-8 bytes are spread over tokens is held back until it is whole, and the
+    space before a word is kept except at the very start, where SentencePiece drops it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._context: list[int] = []  # what was emitted, from its last visible token on
+        self._pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        """Take the next token; return the text it completes, possibly none."""
+        self._pending.append(token)
+        return "" if self._ends_inside_character() else self.finish()
+
+    def finish(self) -> str:
+        """Return what is held back; bytes that never became a character are U+FFFD."""
+        # Decoded behind a visible token, a word's own leading space is not taken for the text's.
+        before = self._tokenizer.decode(self._context)
+        text = self._tokenizer.decode(self._context + self._pending)[len(before) :]
+        tokens = self._context + self._pending
+        visible = [i for i, token in enumerate(tokens) if not self._tokenizer.is_control(token)]
+        self._context, self._pending = tokens[visible[-1] if visible else 0 :], []
+        return text
+
+    def _ends_inside_character(self) -> bool:
+        values = [self._tokenizer.byte(token) for token in self._pending]
+        tail: list[int] = []
+        for value in reversed(values):
+            if value is None:
+                break
+            tail.insert(0, value)
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        decoder.decode(bytes(tail))
+        return bool(decoder.getstate()[0])
