@@ -1,0 +1,244 @@
+"""Read a Llama 2 in Meta's layout: params.json and model-parallel shards of PyTorch's .pth.
+
+The only module that needs PyTorch, and it imports it when called. Nothing in a .pth is executed.
+"""
+
+import pathlib
+import pickle
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert import source
+from convert.names import Name, names
+from llama_jax.config import ModelConfig
+from llama_jax.errors import InputError, one_line
+
+_PARAMS = "params.json"
+_SHARDS = "consolidated.*.pth"
+_FREQUENCIES = "rope.freqs"  # a table that Meta's own code recomputes
+
+# Meta's ModelArgs: what a key that params.json leaves out stands for; None: it must be there.
+_DEFAULTS = {
+    "dim": None,
+    "n_layers": None,
+    "n_heads": None,
+    "n_kv_heads": None,  # n_heads
+    "vocab_size": -1,  # that of the tokenizer
+    "multiple_of": 256,
+    "ffn_dim_multiplier": None,  # 1
+    "norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "use_scaled_rope": False,
+}
+
+Shards = dict[str, dict[str, Any]]
+"""From each file's name to its tensors by name, mapped from disk and not yet read."""
+
+
+def open_source(folder: pathlib.Path, max_seq_len: int) -> source.Source:
+    """Open a folder of params.json and consolidated.*.pth.
+
+    Args:
+        folder: one of Meta's model folders.
+        max_seq_len: the context the model was trained for, which Meta's files do not say.
+
+    Raises:
+        InputError: a file is missing or damaged, the shards disagree, or the model is no Llama 2.
+    """
+    source.check_folder(folder, (_PARAMS,), (_SHARDS,))
+    values = _read_params(folder / _PARAMS)
+    shards = _open_shards(folder)
+    rows = {row.ours: row for row in names(values["n_layers"])}
+    headers = _merged_headers(folder, shards, rows)
+    gate = rows["layer_0/feed_forward/gate"]
+    _check_ffn_dim(folder, values, gate.meta, _rows(folder, headers, gate))
+    if values["vocab_size"] == -1:
+        values["vocab_size"] = _rows(folder, headers, rows["embed"])
+    config = _config(folder / _PARAMS, values, max_seq_len)
+    paths = {path: row.meta for path, row in rows.items()}
+
+    def read(path: str) -> np.ndarray:
+        return _read(rows[path], shards, config.head_dim)
+
+    return source.Source(folder, config, paths, headers, read)
+
+
+def _read_params(path: pathlib.Path) -> dict[str, Any]:
+    """Return every key of `_DEFAULTS`, those that sizes are computed from checked."""
+    found = source.read_json(path)
+    values = _DEFAULTS | found
+    problems = [f"unknown key {key!r}" for key in sorted(found.keys() - _DEFAULTS.keys())]
+    for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"):
+        value = values[key]
+        if key == "n_kv_heads" and value is None:
+            values[key] = values["n_heads"]
+        elif type(value) is not int or value < 1:
+            got = repr(value) if key in found else "missing"
+            problems.append(f"{key} is {got}, expected a positive whole number")
+    factor = values["ffn_dim_multiplier"]
+    if factor is not None and (type(factor) not in (int, float) or factor <= 0):
+        problems.append(f"ffn_dim_multiplier is {factor!r}, expected a positive number")
+    if values["use_scaled_rope"] is not False:
+        problems.append(f"use_scaled_rope is {values['use_scaled_rope']!r}, expected false")
+    if problems:
+        raise InputError(f"{path}: {one_line(problems)}; only a plain Llama 2 can be converted")
+    return values
+
+
+def _config(path: pathlib.Path, values: dict[str, Any], max_seq_len: int) -> ModelConfig:
+    try:
+        return ModelConfig(
+            vocab_size=values["vocab_size"],
+            dim=values["dim"],
+            ffn_dim=_ffn_dim(values),
+            num_layers=values["n_layers"],
+            num_heads=values["n_heads"],
+            num_kv_heads=values["n_kv_heads"],
+            norm_eps=source.as_float(values["norm_eps"]),
+            rope_theta=source.as_float(values["rope_theta"]),
+            max_seq_len=max_seq_len,
+        )
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _ffn_dim(values: dict[str, Any]) -> int:
+    """Return the feed-forward width by the formula of Meta's FeedForward."""
+    width = 2 * (4 * values["dim"]) // 3
+    if values["ffn_dim_multiplier"] is not None:
+        width = int(values["ffn_dim_multiplier"] * width)
+    return -(-width // values["multiple_of"]) * values["multiple_of"]
+
+
+def _check_ffn_dim(folder: pathlib.Path, values: dict[str, Any], name: str, rows: int) -> None:
+    """Compare the shards' width with the formula's: the one sign that the last shard is missing."""
+    if rows != _ffn_dim(values):
+        raise InputError(
+            f"{folder}: {name} has {rows} rows in all shards, but dim, multiple_of and "
+            f"ffn_dim_multiplier of {_PARAMS} make {_ffn_dim(values)}; a shard is missing, or the "
+            "file is another model's"
+        )
+
+
+def _rows(folder: pathlib.Path, headers: dict[str, source.Header], row: Name) -> int:
+    header = headers.get(row.meta)
+    if header is None or len(header.shape) != 2:
+        got = "missing" if header is None else f"of shape {list(header.shape)}"
+        raise InputError(
+            f"{folder}: {row.meta} is {got}, expected a matrix; download the whole folder again"
+        )
+    return header.shape[0]
+
+
+def _open_shards(folder: pathlib.Path) -> Shards:
+    paths = sorted(folder.glob(_SHARDS))
+    expected = [f"consolidated.{i:02d}.pth" for i in range(len(paths))]
+    problems = [f"unexpected {p.name}" for p in paths if not re.search(r"\.\d\d\.pth$", p.name)]
+    problems += [f"missing {name}" for name in expected if not (folder / name).exists()]
+    if problems:
+        raise InputError(
+            f"{folder}: shards are not numbered from 00 without a gap: {one_line(problems)}; "
+            "download what is missing"
+        )
+    shards = {path.name: _open_shard(path) for path in paths}
+    first, *others = shards
+    problems = [
+        f"{other} has {source.abbreviate(sorted(shards[other].keys() - shards[first].keys()))} "
+        f"more and {source.abbreviate(sorted(shards[first].keys() - shards[other].keys()))} less"
+        for other in others
+        if shards[other].keys() != shards[first].keys()
+    ]
+    if problems:
+        raise InputError(
+            f"{folder}: shards hold different tensors than {first}: {one_line(problems)}"
+        )
+    return shards
+
+
+def _open_shard(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError:
+        raise InputError(
+            "reading Meta's .pth needs PyTorch; install the convert extra: "
+            "pip install -e '.[convert]'"
+        ) from None
+    try:
+        loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path} holds Python objects other than tensors, or a damaged pickle; nothing in it "
+            "was run; download it again from Meta"
+        ) from None
+    except Exception:  # damaged bytes fail in any way: RuntimeError, KeyError, EOFError, ...
+        raise source.damaged(path, "PyTorch zip file") from None
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors")
+    strange = [
+        repr(name)
+        for name, tensor in loaded.items()
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor))
+        or tensor.layout != torch.strided
+    ]
+    if strange:
+        raise InputError(
+            f"{path}: {source.abbreviate(strange)} is no dense tensor with a name; download it "
+            "again from Meta"
+        )
+    return {name: tensor.detach() for name, tensor in loaded.items() if name != _FREQUENCIES}
+
+
+def _merged_headers(
+    folder: pathlib.Path, shards: Shards, rows: dict[str, Name]
+) -> dict[str, source.Header]:
+    """Return each tensor's shape and dtype once its shards are put together."""
+    axes = {row.meta: row.shard_axis for row in rows.values()}
+    headers, problems = {}, []
+    for name in next(iter(shards.values())):
+        parts = [shard[name] for shard in shards.values()]
+        axis = axes.get(name)
+        shape = list(parts[0].shape)
+        if axis is not None and axis < len(shape):
+            shape[axis] *= len(parts)
+        if len({(part.shape, part.dtype) for part in parts}) > 1:
+            seen = ", ".join(f"{list(part.shape)} {part.dtype}" for part in parts)
+            problems.append(f"{name} is {seen}")
+        headers[name] = source.Header(tuple(shape), str(parts[0].dtype).removeprefix("torch."))
+    if problems:
+        raise InputError(
+            f"{folder}: shards have different shapes or dtypes: {source.abbreviate(problems)}; "
+            "download the whole folder again"
+        )
+    return headers
+
+
+def _read(row: Name, shards: Shards, head_dim: int) -> np.ndarray:
+    parts = {file: _as_numpy(shard[row.meta]) for file, shard in shards.items()}
+    first, *others = parts.items()
+    if row.shard_axis is None:
+        for file, part in others:
+            if not source.same_bits(part, first[1]):
+                raise InputError(
+                    f"{row.meta} of {file} differs from that of {first[0]}, expected a copy: the "
+                    "shards belong to different models; download the whole folder again"
+                )
+        return first[1]
+    array = np.concatenate(list(parts.values()), row.shard_axis) if others else first[1]
+    return _halves(array, head_dim) if row.rotary else array
+
+
+def _as_numpy(tensor: Any) -> np.ndarray:
+    """View a tensor as NumPy, which PyTorch refuses to do for bfloat16."""
+    import torch
+
+    name = str(tensor.dtype).removeprefix("torch.")
+    return tensor.contiguous().view(torch.uint8).numpy().view(jnp.dtype(name))
+
+
+def _halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
+    """Move the rows of each head from rotary pairs to halves."""
+    pairs = weight.reshape(-1, head_dim // 2, 2, weight.shape[1])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)

@@ -1,0 +1,308 @@
+"""Conversion from Meta's layout, which needs PyTorch."""
+
+import dataclasses
+import json
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from sources import (
+    DAMAGE,
+    GQA,
+    MHA,
+    PARAMS_JSON,
+    ROOT,
+    Weights,
+    assert_damage_is_named,
+    assert_same,
+    flat,
+    meta_name,
+    random_weights,
+    read_all,
+)
+
+from convert import huggingface, meta, source
+from convert.__main__ import main
+from llama_jax.checkpoint import load_checkpoint
+from llama_jax.config import ModelConfig
+from llama_jax.errors import InputError
+
+torch = pytest.importorskip("torch")
+
+
+def meta_shards(weights: Weights, config: ModelConfig, count: int) -> list[dict]:
+    """Return the state dict of each rank, as Meta's column- and row-parallel layers hold it."""
+    ranks: list[dict] = [{} for _ in range(count)]
+    for path, array in weights.items():
+        if path.endswith(("/q", "/k")):
+            rows = []  # of each head: first of the first half, first of the second half, ...
+            for head in array.reshape(-1, config.head_dim, config.dim):
+                for i in range(config.head_dim // 2):
+                    rows += [head[i], head[i + config.head_dim // 2]]
+            array = np.stack(rows)
+        for rank in range(count):
+            if array.ndim == 1:
+                part = array
+            elif path == "embed" or path.endswith(("/o", "/down")):
+                width = array.shape[1] // count
+                part = array[:, rank * width : (rank + 1) * width]
+            else:
+                height = array.shape[0] // count
+                part = array[rank * height : (rank + 1) * height]
+            ranks[rank][meta_name(path)] = as_torch(part)
+    for rank in ranks:
+        rank["rope.freqs"] = torch.ones(config.head_dim // 2)
+    return ranks
+
+
+def as_torch(array: np.ndarray) -> torch.Tensor:
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def write_meta(folder: pathlib.Path, ranks: list[dict], **params) -> pathlib.Path:
+    """Write a source; a setting of None in `params` leaves the key out."""
+    folder.mkdir()
+    values = {k: v for k, v in (PARAMS_JSON | params).items() if v is not None}
+    (folder / "params.json").write_text(json.dumps(values))
+    for i, rank in enumerate(ranks):
+        torch.save(rank, folder / f"consolidated.{i:02}.pth")
+    return folder
+
+
+def read_meta(folder):
+    return read_all(meta.open_source(folder, 64))
+
+
+@pytest.mark.parametrize("config", [MHA, GQA], ids=["mha", "gqa"])
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_meta_shards_give_the_same_tree(tmp_path, config, shards, dtype):
+    weights = random_weights(config, dtype)
+    ranks = meta_shards(weights, config, shards)
+    folder = write_meta(tmp_path / "meta", ranks, n_kv_heads=config.num_kv_heads)
+    got_config, got = read_meta(folder)
+    assert got_config == config
+    assert_same(got, weights)
+
+
+def test_both_layouts_give_the_same_checkpoint(tmp_path, weights, hf):
+    folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, 2))
+    assert main(["meta", str(folder), str(tmp_path / "a"), "--max_seq_len=64"]) == 0
+    assert main(["hf", str(hf), str(tmp_path / "b")]) == 0
+    a, b = load_checkpoint(tmp_path / "a"), load_checkpoint(tmp_path / "b")
+    assert a.config == b.config == GQA
+    assert a.dtype == b.dtype == "float32"
+    for checkpoint in (a, b):
+        assert_same(jax.tree.map(np.asarray, flat(checkpoint.params)), weights)
+
+
+def test_non_contiguous_tensors_are_read_right(tmp_path, weights):
+    (rank,) = meta_shards(weights, GQA, 1)
+    rank["output.weight"] = rank["output.weight"].T.contiguous().T
+    assert_same(read_meta(write_meta(tmp_path / "meta", [rank]))[1], weights)
+
+
+@DAMAGE
+def test_damaged_weights_are_named(tmp_path, weights, content, message):
+    folder = write_meta(tmp_path / "src", meta_shards(weights, GQA, 1))
+    assert_damage_is_named(folder / "consolidated.00.pth", read_meta, content, message)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, zipped):
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return pathlib.Path.touch, (marker,)
+
+    folder = write_meta(tmp_path / "meta", [])
+    file = folder / "consolidated.00.pth"
+    if zipped:
+        torch.save({"tok_embeddings.weight": Evil()}, file)
+    else:
+        file.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(InputError, match=r"consolidated\.00\.pth .*download it again"):
+        read_meta(folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.ones(3)], "holds a list"),
+        ({"model": {"norm.weight": torch.ones(3)}}, "'model' is no dense tensor"),
+        ({3: torch.ones(3)}, "3 is no dense tensor"),
+    ],
+)
+def test_a_pth_of_something_else_is_refused(tmp_path, content, message):
+    with pytest.raises(InputError, match=rf"consolidated\.00\.pth.*{message}"):
+        read_meta(write_meta(tmp_path / "meta", [content]))
+
+
+def test_ffn_multiplier_and_explicit_vocabulary(tmp_path):
+    config = dataclasses.replace(GQA, ffn_dim=224)  # int(1.3 * 170) = 221, rounded up
+    ranks = meta_shards(random_weights(config), config, 1)
+    folder = write_meta(tmp_path / "meta", ranks, ffn_dim_multiplier=1.3, vocab_size=300)
+    assert read_meta(folder)[0] == config
+
+
+def test_absent_kv_heads_mean_as_many_as_heads(tmp_path):
+    ranks = meta_shards(random_weights(MHA), MHA, 1)
+    assert read_meta(write_meta(tmp_path / "meta", ranks, n_kv_heads=None))[0] == MHA
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"use_scaled_rope": True}, "use_scaled_rope is True, expected false"),
+        ({"moe": {"num_experts": 8}, "lora": 1}, "unknown key 'lora'; unknown key 'moe'"),
+        ({"dim": None, "n_layers": "2"}, "dim is missing, .*n_layers is '2'"),
+        ({"ffn_dim_multiplier": -1}, "ffn_dim_multiplier is -1"),
+        ({"multiple_of": 256}, r"w1\.weight has 176 rows .* make 256"),
+        ({"vocab_size": 400}, r"tok_embeddings\.weight is \[300, 64\], expected \[400, 64\]"),
+        ({"n_heads": 3}, r"params\.json: model config: dim is 64"),
+        ({"norm_eps": "tiny"}, "norm_eps is 'tiny', expected float"),
+    ],
+)
+def test_params_the_model_cannot_honour_are_refused(tmp_path, weights, setting, message):
+    folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, 1), **setting)
+    with pytest.raises(InputError, match=message):
+        read_meta(folder)
+
+
+@pytest.mark.parametrize(("shards", "gone"), [(4, 0), (4, 2), (2, 0)])
+def test_gap_in_the_shards_is_named(tmp_path, weights, shards, gone):
+    folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, shards))
+    (folder / f"consolidated.{gone:02}.pth").unlink()
+    with pytest.raises(InputError, match=rf"missing consolidated\.{gone:02}\.pth"):
+        read_meta(folder)
+
+
+def test_missing_last_shard_is_noticed(tmp_path, weights):
+    folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, 4))
+    (folder / "consolidated.03.pth").unlink()
+    with pytest.raises(
+        InputError, match=r"has 132 rows in all shards.*make 176; a shard is missing"
+    ):
+        read_meta(folder)
+
+
+def test_strange_shard_name_is_refused(tmp_path, weights):
+    folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, 1))
+    (folder / "consolidated.final.pth").write_bytes(b"")
+    with pytest.raises(InputError, match=r"unexpected consolidated\.final\.pth"):
+        read_meta(folder)
+
+
+def test_shards_must_hold_the_same_names(tmp_path, weights):
+    ranks = meta_shards(weights, GQA, 2)
+    ranks[1]["surplus"] = ranks[1].pop("norm.weight")
+    with pytest.raises(InputError, match=r"consolidated\.01\.pth .*surplus.*norm\.weight"):
+        read_meta(write_meta(tmp_path / "meta", ranks))
+
+
+def test_replicated_norms_must_be_equal(tmp_path, weights):
+    ranks = meta_shards(weights, GQA, 2)
+    ranks[1]["layers.1.ffn_norm.weight"][0] += 1
+    with pytest.raises(InputError, match=r"layers\.1\.ffn_norm\.weight of consolidated\.01\.pth"):
+        read_meta(write_meta(tmp_path / "meta", ranks))
+
+
+def test_shards_must_have_the_same_shapes(tmp_path, weights):
+    ranks = meta_shards(weights, GQA, 2)
+    ranks[1]["output.weight"] = ranks[1]["output.weight"][:100]
+    with pytest.raises(InputError, match=r"output\.weight is \[150, 64\] .*\[100, 64\]"):
+        read_meta(write_meta(tmp_path / "meta", ranks))
+
+
+@pytest.mark.parametrize("name", ["tok_embeddings.weight", "layers.0.feed_forward.w1.weight"])
+def test_a_tensor_that_sizes_come_from_must_be_there(tmp_path, weights, name):
+    (rank,) = meta_shards(weights, GQA, 1)
+    del rank[name]
+    with pytest.raises(InputError, match=f"{name} is missing"):
+        read_meta(write_meta(tmp_path / "meta", [rank]))
+
+
+def test_without_pytorch_the_extra_is_named(tmp_path, weights, monkeypatch):
+    folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, 1))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InputError, match=r"needs PyTorch.*\[convert\]"):
+        read_meta(folder)
+
+
+def test_cli_error_is_one_line_and_exit_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "convert", "meta", tmp_path / "none", tmp_path / "out"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'none'} does not exist; expected a folder with ")
+
+
+@pytest.mark.parametrize(
+    ("layout", "looked_for"),
+    [
+        ("hf", "no config.json and no model.safetensors or model.safetensors.index.json;"),
+        ("meta", "no params.json and no consolidated.*.pth;"),
+    ],
+)
+def test_source_folder_is_checked(tmp_path, capsys, layout, looked_for):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for name, expected in (
+        ("none", "does not exist"),
+        ("file", "is a file"),
+        ("empty", f"has {looked_for}"),
+    ):
+        assert main([layout, str(tmp_path / name), str(tmp_path / "out")]) == 2
+        assert f"{tmp_path / name} {expected}" in capsys.readouterr().err
+
+
+def test_assumed_context_and_missing_tokenizer_are_told(tmp_path, weights, capsys):
+    folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, 1))
+    assert main(["meta", str(folder), str(tmp_path / "a")]) == 0
+    said = capsys.readouterr()
+    assert "assuming --max_seq_len=4096" in said.err
+    assert "warning: no tokenizer.model in" in said.err
+    assert "token ids only" in said.err
+    assert "run.py" not in said.out
+    assert load_checkpoint(tmp_path / "a").config.max_seq_len == 4096
+    assert load_checkpoint(tmp_path / "a").tokenizer is None
+
+    assert main(["meta", str(folder), str(tmp_path / "b"), "--max_seq_len=64"]) == 0
+    assert "assuming" not in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "b").config.max_seq_len == 64
+    with pytest.raises(SystemExit, match="2"):
+        main(["meta", str(folder), str(tmp_path / "c"), "--max_seq_len=0"])
+
+
+def test_stories260k_is_the_same_from_both_layouts(assets):
+    folder = assets / "stories260k"
+    opened = huggingface.open_source(folder / "hf")
+    assert source.find_tokenizer(opened, folder / "hf") == folder / "hf" / "tokenizer.model"
+    config, expected = read_all(opened)
+    got_config, got = read_all(meta.open_source(folder / "meta", config.max_seq_len))
+    assert got_config == config
+    assert_same(got, expected)
+
+
+def test_tokenizer_beside_the_folder_is_found(tmp_path, weights, tokenizer, capsys):
+    """Meta's download script keeps one tokenizer.model above the models' folders."""
+    folder = write_meta(tmp_path / "llama-2-7b", meta_shards(weights, GQA, 1))
+    assert main(["meta", str(folder), str(tmp_path / "out"), "--max_seq_len=64"]) == 0
+    assert f"tokenizer.model is taken from {tmp_path}" in capsys.readouterr().err
+    stored = load_checkpoint(tmp_path / "out").tokenizer
+    assert stored is not None
+    assert stored.read_bytes() == tokenizer.read_bytes()
