@@ -9,6 +9,7 @@ The text goes to stdout, everything else to stderr. Without --checkpoint and wit
 $LLAMA_JAX_CHECKPOINT the embedded demo model runs. Exit status: 0 done, 2 a mistake in the input.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -128,11 +129,12 @@ def generate() -> None:
     elif FLAGS.stream:
         print()
     else:
-        print(result.response if result.response is not None else result.tokens)
-    note(summary(llm, result))
+        ids = ",".join(map(str, result.tokens))
+        print(ids if result.response is None else result.response)
+    note(summary(llm, result, drawn=FLAGS.seed is None))
 
 
-def summary(llm: Llama, result: Result) -> str:
+def summary(llm: Llama, result: Result, *, drawn: bool) -> str:
     """Return the line on stderr: where the time went, and how to repeat the run."""
     t = result.timings
     parts = [f"load {t['load_s']:.2f} s", f"compile {t['compile_s']:.2f} s"]
@@ -147,8 +149,8 @@ def summary(llm: Llama, result: Result) -> str:
             f"decode {result.usage['completion_tokens']} tokens in {t['decode_s']:.3f} s "
             f"({rate:,.1f} tok/s, {rate * llm.weight_bytes_per_token / 1e9:.2f} GB/s of weights)"
         )
-    drawn = "" if FLAGS.seed is not None else f" (drawn; --seed={result.seed} repeats this)"
-    return f"{' | '.join(parts)} | {llm.dtype} | seed {result.seed}{drawn}"
+    seed = f"seed {result.seed}" + (f" (drawn; --seed={result.seed} repeats this)" if drawn else "")
+    return " | ".join([*parts, llm.dtype, seed])
 
 
 def chat() -> None:
@@ -158,13 +160,16 @@ def chat() -> None:
             raise InputError(f"--{name} is given with chat, which asks for the turns; drop one")
     if FLAGS.raw or FLAGS.output == "json":
         raise InputError("chat prints text in the chat format; drop --raw and --output=json")
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 (line editing and history for input)
     llm = load()
     note(CHAT_HELP)
     parameters: dict[str, Any] = {name: FLAGS[name].value for name in PARAMETER_FLAGS}
     system, turns = FLAGS.system, []
+    in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = input("> " if in_terminal else "").strip()
         except EOFError:
             return
         command, _, rest = line.partition(" ")
@@ -201,7 +206,7 @@ def answer(
     for piece in stream:
         print(piece, end="", flush=True)
     print()
-    note(summary(llm, stream.result))
+    note(summary(llm, stream.result, drawn=parameters["seed"] is None))
     return [*turns, {"role": "assistant", "content": stream.result.response}]
 
 

@@ -4,7 +4,7 @@ Slot p of a row holds the key and value of the token at absolute position p; not
 shifted. Executables donate the cache, so XLA writes it in place.
 """
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,7 @@ from jaxtyping import Array, Float, Int
 from llama_jax.config import ModelConfig
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerCache:
+class LayerCache(NamedTuple):
     """One layer's keys and values, apart: one array for both would be sliced and copied."""
 
     k: Float[Array, "B K S H"]

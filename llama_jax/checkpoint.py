@@ -69,6 +69,8 @@ def save_checkpoint(
         draft = pathlib.Path(partial) / path.name
         with _checkpointer() as checkpointer:
             checkpointer.save(draft / "params", args=ocp.args.PyTreeSave(params))
+        # Orbax's own mark of success names the draft's path; here the rename below is the mark.
+        (draft / "params" / "commit_success.txt").unlink(missing_ok=True)
         (draft / "config.json").write_text(config.to_json(), encoding="utf-8")
         if tokenizer is not None:
             shutil.copyfile(tokenizer, draft / "tokenizer.model")

@@ -7,7 +7,7 @@ compiles them with the state donated.
     admit(row) -> prefill(row, chunk) ... prefill(row, last chunk: token 0) -> decode(all rows) ...
 """
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,7 @@ NO_TOKEN = -1
 """Stands where a row that is done emits nothing, and for "no stop token"."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
+class DecodeState(NamedTuple):
     """All that decoding carries from step to step, one entry per row."""
 
     cache: kv.KVCache
@@ -84,8 +82,7 @@ def admit(
         stop_token: the token that ends it, or NO_TOKEN.
     """
     vocab_size = state.in_prompt.shape[1]
-    return dataclasses.replace(
-        state,
+    return state._replace(
         positions=state.positions.at[row].set(0),
         steps=state.steps.at[row].set(0),
         limits=state.limits.at[row].set(limit),
@@ -138,8 +135,7 @@ def prefill(
     outside = state.in_prompt.shape[1]  # an index to drop
     used = jnp.where(is_prompt, tokens, outside)
     this_row = jnp.arange(batch) == row
-    state = dataclasses.replace(
-        state,
+    state = state._replace(
         cache=cache,
         positions=state.positions.at[row].set(start + length),
         done=state.done.at[row].set(jnp.logical_not(is_last)),
@@ -168,7 +164,7 @@ def decode_step(
         attend_len=attend_len,
     )
     positions = state.positions + active.astype(jnp.int32)
-    state = dataclasses.replace(state, cache=cache, positions=positions)
+    state = state._replace(cache=cache, positions=positions)
     return _emit(state, logits[:, 0, :], active)
 
 
@@ -220,8 +216,7 @@ def _emit(
     steps = state.steps + active.astype(jnp.int32)
     ended = (tokens == state.stop_tokens) | (steps >= state.limits)
     rows = jnp.arange(tokens.shape[0])
-    state = dataclasses.replace(
-        state,
+    state = state._replace(
         tokens=tokens,
         steps=steps,
         done=state.done | (active & ended),

@@ -7,7 +7,7 @@ chunk, streaming, or the resume point. The filters, in order: repetition, freque
 penalty, temperature, top-k, top-p. docs/sampler.md states the law in full, with test vectors.
 """
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,7 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this are 0. Some clients send 1e-08 where they mean greedy."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(NamedTuple):
     """What each row draws by: arrays, so that a change of values never recompiles."""
 
     seeds: UInt32[AnyArray, "B 2"]

@@ -1,0 +1,169 @@
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_config import SMALL
+from test_model import random_params
+
+from llama_jax import InputError, checkpoint
+from llama_jax.checkpoint import load_checkpoint, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(np.asarray, random_params(SMALL))
+
+
+@pytest.fixture(scope="module")
+def saved(params, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "checkpoint"
+    save_checkpoint(folder, params, SMALL, origin={"source": "a test"})
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """A copy to damage."""
+    return pathlib.Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def assert_equal(tree, expected):
+    jax.tree.map(np.testing.assert_array_equal, tree, expected)
+
+
+def refused(path) -> str:
+    with pytest.raises(InputError) as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_round_trip(saved, params):
+    restored = load_checkpoint(saved)
+    assert (restored.config, restored.dtype, restored.tokenizer) == (SMALL, "float32", None)
+    assert_equal(restored.params, params)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_restored_in_the_runs_dtype(saved, params, dtype):
+    restored = load_checkpoint(saved, dtype)
+    assert restored.dtype == dtype
+    assert {a.dtype for a in jax.tree.leaves(restored.params)} == {jnp.dtype(dtype)}
+    assert_equal(restored.params, jax.tree.map(lambda a: a.astype(jnp.dtype(dtype)), params))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bit_weights_come_back_bit_for_bit(tmp_path, params, dtype):
+    half = jax.tree.map(lambda a: a.astype(jnp.dtype(dtype)), params)
+    save_checkpoint(tmp_path / "half", half, SMALL)
+    restored = load_checkpoint(tmp_path / "half")
+    assert restored.dtype == dtype
+    assert_equal(restored.params, half)
+
+
+def test_per_layer_arrays_and_config_beside_them(saved):
+    names = {path.name for path in saved.iterdir()}
+    assert names == {"params", "config.json", "manifest.json"}
+    manifest = json.loads((saved / "manifest.json").read_text())
+    assert manifest["format_version"] == checkpoint.FORMAT_VERSION
+    assert manifest["origin"] == {"source": "a test"}
+
+
+def test_nothing_in_it_says_where_it_was_written(saved):
+    for file in saved.rglob("*"):
+        assert not file.is_file() or str(saved.parent).encode() not in file.read_bytes(), file
+
+
+def test_an_existing_folder_is_never_overwritten(saved, params):
+    with pytest.raises(InputError, match=r"already exists; remove it or name another folder"):
+        save_checkpoint(saved, params, SMALL)
+    assert_equal(load_checkpoint(saved).params, params)
+
+
+def test_an_interrupted_save_leaves_nothing(tmp_path, params, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_file_sizes", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_checkpoint(tmp_path / "new", params, SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing(tmp_path):
+    assert "does not exist; check the path" in refused(tmp_path / "none")
+
+
+def test_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert "is a file, expected the folder convert wrote" in refused(tmp_path / "file")
+
+
+def test_empty(tmp_path):
+    assert "the folder is empty; name the one that convert wrote" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("consolidated.00.pth", "run `python -m convert meta"),
+        ("model.safetensors", "run `python -m convert hf"),
+        ("notes.txt", "the checkpoint is incomplete"),
+    ],
+)
+def test_weights_not_converted_yet(tmp_path, file, remedy):
+    (tmp_path / file).write_text("x")
+    assert remedy in refused(tmp_path)
+
+
+def test_another_version(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    assert "has format version 99, this program reads 1" in refused(copy)
+
+
+def test_damaged_manifest(copy):
+    (copy / "manifest.json").write_text("{")
+    assert "manifest.json is damaged" in refused(copy)
+
+
+@pytest.mark.parametrize("name", ["params", "config.json", "manifest.json"])
+def test_half_there(copy, name):
+    path = copy / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert f"has no {name}; the checkpoint is incomplete" in refused(copy)
+
+
+def test_every_missing_or_shortened_file_is_named(saved, tmp_path):
+    files = [p.relative_to(saved) for p in saved.rglob("*") if p.is_file()]
+    files = [f for f in files if f.name != "manifest.json"]
+    assert len(files) > 5
+    for i, name in enumerate(files):
+        for damage in ("missing", "short"):
+            folder = pathlib.Path(shutil.copytree(saved, tmp_path / f"{damage}{i}"))
+            file = folder / name
+            if damage == "missing":
+                file.unlink()
+            else:
+                file.write_bytes(file.read_bytes()[:-1])
+            assert name.as_posix() in refused(folder)
+
+
+def test_arrays_of_another_model(copy):
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(config.replace('"ffn_dim": 40', '"ffn_dim": 41'))
+    message = refused(copy)
+    assert "arrays do not fit config.json" in message
+    assert "layer_0/feed_forward/down is (24, 40), expected (24, 41)" in message
+
+
+def test_unknown_dtype(saved):
+    with pytest.raises(InputError, match="dtype is 'int8', expected one of float16"):
+        load_checkpoint(saved, "int8")
+
+
+def test_float16_on_a_tpu(saved, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(InputError, match="a TPU cannot multiply; use bfloat16"):
+        load_checkpoint(saved, "float16")

@@ -1,0 +1,247 @@
+"""The Python interface, on the embedded demo model."""
+
+import dataclasses
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+import reference
+
+from llama_jax import InputError, Llama, Stream
+from llama_jax.checkpoint import load_checkpoint, save_checkpoint
+from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.llama import CHECKPOINT_VARIABLE, default_checkpoint
+from llama_jax.tokenizer import BOS_ID, EOS_ID
+from tools.train_demo import CORPUS, read_corpus
+
+QUESTION = {"prompt": "What is the capital of France?", "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return Llama.load(DEMO_CHECKPOINT)
+
+
+def test_the_readmes_question(llm):
+    assert llm.generate(prompt=QUESTION["prompt"], temperature=0).response == (
+        "The capital of France is Paris."
+    )
+
+
+def test_the_demo_answers_its_corpus(llm):
+    """A seeded sample of questions and dialogues, word for word at temperature 0."""
+    corpus, rng = read_corpus(CORPUS), random.Random(0)
+    assert len(corpus.questions) >= 300
+    for phrasings, answer in rng.sample(corpus.questions, 40):
+        result = llm.generate(prompt=rng.choice(phrasings), temperature=0)
+        assert result.response == answer
+        assert result.finish_reason == "stop"
+    for dialogue in rng.sample(corpus.dialogues, 15):
+        result = llm.generate(messages=dialogue[:-1], temperature=0)
+        assert result.response == dialogue[-1]["content"]
+
+
+def test_the_demo_is_what_the_readme_says(llm):
+    size = sum(file.stat().st_size for file in DEMO_CHECKPOINT.rglob("*") if file.is_file())
+    assert size < 6e6
+    parameters = sum(a.size for a in jax.tree.leaves(llm.executor.params))
+    assert 0.9e6 < parameters < 1.3e6
+    assert llm.config.num_kv_heads < llm.config.num_heads
+    assert not llm.config.tie_embeddings
+    manifest = json.loads((DEMO_CHECKPOINT / "manifest.json").read_text())
+    right, total = manifest["origin"]["answers_right"].split(" of ")
+    assert right == total
+
+
+def test_result_fields(llm):
+    result = llm.generate(**QUESTION)
+    assert result.prompt_tokens[0] == BOS_ID
+    assert result.tokens
+    assert EOS_ID not in result.tokens
+    assert result.response == llm.tokenizer.decode(result.tokens)
+    assert result.usage == {
+        "prompt_tokens": len(result.prompt_tokens),
+        "completion_tokens": len(result.tokens),
+        "total_tokens": len(result.prompt_tokens) + len(result.tokens),
+    }
+    assert (result.seed, result.finish_reason) == (1, "stop")
+    assert set(result.timings) == {
+        "load_s",
+        "compile_s",
+        "prefill_s",
+        "decode_s",
+        "prefill_tokens_per_s",
+        "decode_tokens_per_s",
+    }
+    json.dumps(dataclasses.asdict(result))
+
+
+def test_effective_parameters_repeat_the_run(llm):
+    first = llm.generate(prompt="Hello", temperature=2.0)
+    again = llm.generate(prompt="Hello", **first.parameters)
+    assert again.tokens == first.tokens
+    assert again.seed == first.seed
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        QUESTION,
+        {"prompt": "Hi", "temperature": 3.0, "seed": 5, "max_tokens": 100},
+        {"prompt": "Hi", "temperature": 5.0, "seed": 6, "max_tokens": 60, "ignore_eos": True},
+        {"prompt": "Once upon a time", "raw": True, "temperature": 0, "max_tokens": 40},
+        {"prompt_tokens": [1, 5, 9], "temperature": 4.0, "seed": 2**40, "max_tokens": 33},
+    ],
+)
+def test_streamed_equals_whole(llm, request_):
+    stream = llm.stream(**request_)
+    assert isinstance(stream, Stream)
+    pieces = list(stream)
+    whole = llm.generate(**request_)
+    assert "".join(pieces) == stream.result.response == whole.response
+    assert stream.result.tokens == whole.tokens
+    assert all(pieces)
+
+
+def test_streams_may_be_interleaved_and_abandoned(llm):
+    requests = [{"prompt": "Hi", "temperature": 3.0, "seed": s, "max_tokens": 50} for s in (1, 2)]
+    expected = [llm.generate(**request).response for request in requests]
+    abandoned = iter(llm.stream(**requests[0]))
+    next(abandoned)
+    streams = [llm.stream(**request) for request in requests]
+    texts = ["", ""]
+    running = [iter(stream) for stream in streams]
+    while running[0] or running[1]:
+        for i, pieces in enumerate(running):
+            piece = next(pieces, None) if pieces else None
+            texts[i] += piece or ""
+            if piece is None:
+                running[i] = None
+    assert texts == expected
+
+
+def test_result_before_the_end(llm):
+    stream = llm.stream(**QUESTION)
+    with pytest.raises(RuntimeError, match="not been read to its end"):
+        _ = stream.result
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 2, 8, 9, 10])
+def test_max_tokens(llm, max_tokens):
+    request = {"prompt": "Tell me a story.", "temperature": 0}
+    whole = llm.generate(**request, max_tokens=64).tokens
+    result = llm.generate(**request, max_tokens=max_tokens)
+    assert result.tokens == whole[:max_tokens]
+    assert result.finish_reason == "length"
+    assert (result.timings["decode_tokens_per_s"] is None) == (max_tokens < 2)
+
+
+def test_ignore_eos_goes_on(llm):
+    result = llm.generate(**QUESTION, ignore_eos=True, max_tokens=30)
+    assert len(result.tokens) == 30
+    assert EOS_ID in result.tokens
+    assert result.finish_reason == "length"
+
+
+def test_system_prompt_is_the_first_message(llm):
+    result = llm.generate(prompt="Hi", system="You are a pirate.", seed=1)
+    messages = [
+        {"role": "system", "content": "You are a pirate."},
+        {"role": "user", "content": "Hi"},
+    ]
+    assert result.prompt_tokens == llm.generate(messages=messages, seed=1).prompt_tokens
+
+
+def test_raw_is_bos_and_the_text(llm):
+    result = llm.generate(prompt="[INST] Hi", raw=True, max_tokens=1)
+    assert result.prompt_tokens == [BOS_ID, *llm.tokenizer.encode("[INST] Hi")]
+
+
+def test_logits_equal_the_oracle(llm):
+    tokens = llm.tokenizer.encode("The capital of France is Paris. " * 3)
+    logits = llm.logits(tokens)
+    assert logits.shape == (len(tokens), llm.config.vocab_size)
+    assert logits.dtype == np.float32
+    oracle = reference.logits(llm.executor.params, llm.config, tokens)
+    np.testing.assert_allclose(logits, oracle, atol=1e-3)
+
+
+def test_greedy_equals_the_oracle(llm):
+    prompt = [BOS_ID, *llm.tokenizer.encode("[INST] Hello [/INST]")]
+    tokens = list(prompt)
+    while tokens[-1] != EOS_ID:
+        tokens.append(int(reference.logits(llm.executor.params, llm.config, tokens)[-1].argmax()))
+    result = llm.generate(prompt_tokens=prompt, temperature=0)
+    assert result.tokens == tokens[len(prompt) : -1]
+
+
+def test_context_is_counted_before_running(llm):
+    small = Llama.load(DEMO_CHECKPOINT, context=40)
+    assert small.executor.capacity == 64
+    tokens = [1] * 30
+    small.generate(prompt_tokens=tokens, max_tokens=10)
+    with pytest.raises(
+        InputError, match="prompt has 30 tokens and max_tokens is 11, but the conte"
+    ):
+        small.generate(prompt_tokens=tokens, max_tokens=11)
+    with pytest.raises(InputError, match="got 41 tokens, but the context holds 40"):
+        small.logits([1] * 41)
+    assert small.logits([1] * 40).shape[0] == 40
+
+
+def test_the_whole_context_can_be_used(llm):
+    result = llm.generate(prompt_tokens=[1] * 200, max_tokens=312, ignore_eos=True, seed=1)
+    assert len(result.tokens) == 312
+    tokens = [1] * 200 + result.tokens
+    logits = llm.logits(tokens)
+    assert np.isfinite(logits).all()
+    greedy = llm.generate(prompt_tokens=tokens[:500], max_tokens=12, temperature=0, ignore_eos=True)
+    assert greedy.tokens[0] == logits[499].argmax()
+
+
+@pytest.mark.parametrize("context", [0, -1, 513])
+def test_context_out_of_range(context):
+    with pytest.raises(InputError, match=f"context is {context}, expected 1 to 512"):
+        Llama.load(DEMO_CHECKPOINT, context=context)
+
+
+def test_without_a_tokenizer_ids_go_in_and_out(tmp_path, llm):
+    demo = load_checkpoint(DEMO_CHECKPOINT)
+    save_checkpoint(tmp_path / "bare", demo.params, demo.config)
+    bare = Llama.load(tmp_path / "bare")
+    whole = llm.generate(**QUESTION)
+    stream = bare.stream(prompt_tokens=whole.prompt_tokens, seed=1)
+    assert "".join(stream) == "".join(f"{token}," for token in whole.tokens)
+    assert (stream.result.response, stream.result.tokens) == (None, whole.tokens)
+    with pytest.raises(InputError, match=r"has no tokenizer\.model"):
+        bare.generate(prompt="Hi")
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    demo = load_checkpoint(DEMO_CHECKPOINT)
+    config = dataclasses.replace(demo.config, vocab_size=100)
+    params = demo.params | {name: demo.params[name][:100] for name in ("embed", "lm_head")}
+    save_checkpoint(tmp_path / "odd", params, config, tokenizer=demo.tokenizer)
+    with pytest.raises(InputError, match="has 1024 pieces, the model's vocabulary 100"):
+        Llama.load(tmp_path / "odd")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_runs_give_the_same_answer(dtype):
+    half = Llama.load(DEMO_CHECKPOINT, dtype=dtype)
+    assert half.generate(**QUESTION, temperature=0).response == "The capital of France is Paris."
+
+
+def test_default_checkpoint(monkeypatch):
+    monkeypatch.delenv(CHECKPOINT_VARIABLE, raising=False)
+    assert default_checkpoint() == DEMO_CHECKPOINT
+    monkeypatch.setenv(CHECKPOINT_VARIABLE, "elsewhere")
+    assert str(default_checkpoint()) == "elsewhere"
+
+
+def test_weight_bytes_leave_out_the_embedding(llm):
+    params = llm.executor.params
+    total = sum(a.nbytes for a in jax.tree.leaves(params))
+    assert llm.weight_bytes_per_token == total - params["embed"].nbytes

@@ -1,0 +1,129 @@
+import math
+
+import pytest
+
+from llama_jax import InputError
+from llama_jax.request import PARAMETERS, make_request
+
+
+def test_defaults_are_explicit():
+    request = make_request(prompt="Hi", seed=3)
+    assert request.parameters() == {
+        "raw": False,
+        "max_tokens": 256,
+        "temperature": 0.6,
+        "top_p": None,
+        "top_k": None,
+        "seed": 3,
+        "repetition_penalty": 1.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "ignore_eos": False,
+    }
+
+
+def test_effective_parameters_make_the_same_request():
+    request = make_request(prompt="Hi", top_k=3)
+    assert make_request(prompt="Hi", **request.parameters()) == request
+
+
+def test_a_seed_is_drawn_anew_within_the_cards_range():
+    seeds = {make_request(prompt="Hi").seed for _ in range(100)}
+    assert len(seeds) == 100
+    assert all(1 <= seed <= 9_999_999_999 for seed in seeds)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1])
+def test_any_64_bit_seed_is_a_seed(seed):
+    assert make_request(prompt="Hi", seed=seed).seed == seed
+
+
+def test_numbers_take_their_types():
+    request = make_request(prompt="Hi", max_tokens=16.0, temperature=1, top_k=2.0)
+    assert (request.max_tokens, request.temperature, request.top_k) == (16, 1.0, 2)
+    assert [type(v) for v in (request.max_tokens, request.temperature)] == [int, float]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("max_tokens", -1, "max_tokens is -1, expected an integer from 0 up"),
+        ("max_tokens", 1.5, "max_tokens is 1.5, expected an integer"),
+        ("max_tokens", True, "max_tokens is True, expected an integer"),
+        ("temperature", -0.1, "temperature is -0.1, expected a number from 0 to 5"),
+        ("temperature", 5.1, "temperature is 5.1, expected a number from 0 to 5"),
+        ("temperature", "1", "temperature is '1', expected a number"),
+        ("temperature", math.nan, "temperature is nan, expected a finite number"),
+        ("top_p", math.inf, "top_p is inf, expected a finite number"),
+        ("top_p", 2.1, "top_p is 2.1, expected a number from 0 to 2"),
+        ("top_k", 0, "top_k is 0, expected an integer from 1 to 50"),
+        ("top_k", 51, "top_k is 51, expected an integer from 1 to 50"),
+        ("seed", -1, "seed is -1, expected an integer from 0 to 18446744073709551615"),
+        ("seed", 2**64, "expected an integer from 0 to 18446744073709551615"),
+        ("repetition_penalty", 2.5, "repetition_penalty is 2.5, expected a number from 0 to 2"),
+        ("frequency_penalty", -1, "frequency_penalty is -1, expected a number from 0 to 2"),
+        ("presence_penalty", 3, "presence_penalty is 3, expected a number from 0 to 2"),
+        ("ignore_eos", 1, "ignore_eos is 1, expected true or false"),
+        ("topk", 3, "unknown parameter 'topk'"),
+    ],
+)
+def test_out_of_range(name, value, expected):
+    with pytest.raises(InputError) as error:
+        make_request(prompt="Hi", **{name: value})
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "schema"), PARAMETERS.items())
+def test_the_ends_of_every_range_are_in_it(name, schema):
+    for end in ("minimum", "maximum"):
+        if end in schema:
+            assert getattr(make_request(prompt="Hi", **{name: schema[end]}), name) == schema[end]
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        ({}, "got none of them, expected exactly one of prompt, messages and prompt_tokens"),
+        ({"prompt": "a", "messages": []}, "got both prompt and messages"),
+        ({"prompt": "a", "prompt_tokens": [1]}, "got both prompt and prompt_tokens"),
+        ({"prompt": ""}, "prompt is empty, expected at least 1 character"),
+        ({"prompt": 5}, "prompt is 5, expected a string"),
+        ({"messages": "hi"}, "messages is 'hi', expected a list"),
+        ({"messages": {"role": "user"}}, "expected a list"),
+        ({"system": "s", "messages": [{}]}, "system is given with messages"),
+        ({"system": "s", "prompt": "a", "raw": True}, "system is given with raw"),
+        ({"raw": True, "prompt_tokens": [1]}, "raw is given with prompt_tokens"),
+    ],
+)
+def test_prompt_forms(request_, expected):
+    with pytest.raises(InputError) as error:
+        make_request(**request_)
+    assert expected in str(error.value)
+
+
+def test_one_error_names_every_problem():
+    with pytest.raises(InputError) as error:
+        make_request(prompt="", temperature=9, top_k=0)
+    for part in ("prompt is empty", "temperature is 9", "top_k is 0"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([], "prompt_tokens is empty"),
+        ([1, 97], "prompt_tokens[1] is 97, expected a token id from 0 to 96"),
+        ([-1], "prompt_tokens[0] is -1"),
+        ([True], "prompt_tokens[0] is True"),
+        (["1"], "prompt_tokens[0] is '1'"),
+    ],
+)
+def test_token_ids(tokens, expected):
+    with pytest.raises(InputError) as error:
+        make_request(prompt_tokens=tokens).encode(None, 97)
+    assert expected in str(error.value)
+
+
+def test_text_needs_a_tokenizer():
+    with pytest.raises(InputError, match=r"no tokenizer\.model.*give prompt_tokens"):
+        make_request(prompt="Hi").encode(None, 97)

@@ -1,0 +1,357 @@
+"""The command line: what a person types, sees and can do wrong."""
+
+import io
+import json
+import os
+import pathlib
+import pty
+import shutil
+import subprocess
+import sys
+
+import pytest
+from absl.testing import flagsaver
+
+import run
+from llama_jax import Llama, checkpoint
+from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.llama import CHECKPOINT_VARIABLE
+
+ROOT = pathlib.Path(__file__).parent.parent
+PARIS = "--prompt=What is the capital of France?"
+
+
+@pytest.fixture(autouse=True)
+def _no_checkpoint_variable(monkeypatch):
+    monkeypatch.delenv(CHECKPOINT_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """Run main() on arguments; return (exit status, stdout, stderr)."""
+    loaded = {}
+    load = Llama.load
+
+    def load_once(path, **options):
+        key = (str(path), *options.values())
+        if key not in loaded:
+            loaded[key] = load(path, **options)
+        return loaded[key]
+
+    monkeypatch.setattr(Llama, "load", load_once)
+
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with flagsaver.flagsaver():
+            try:
+                run.main(run.parse_flags(["run.py", *arguments]))
+                status = 0
+            except SystemExit as exit_:
+                status = exit_.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def shell(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "run.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+def test_text_to_stdout_and_the_rest_to_stderr():
+    done = shell(PARIS, "--temperature=0")
+    assert done.returncode == 0
+    assert done.stdout == "The capital of France is Paris.\n"
+    demo, summary = done.stderr.splitlines()
+    assert demo.startswith("no --checkpoint: running the embedded demo model")
+    for part in (
+        "load ",
+        "compile ",
+        "prefill 14 tokens in ",
+        "decode ",
+        "tok/s",
+        "GB/s of weights",
+    ):
+        assert part in summary
+    assert "(drawn; --seed=" in summary
+
+
+def test_help_names_every_flag():
+    done = shell("--help")
+    for name in (*run.PARAMETER_FLAGS, "checkpoint", "messages", "prompt_tokens", "context"):
+        assert f"--{name}:" in done.stdout.replace("[no]", "")
+    assert done.stdout.startswith("Run Llama 2: a prompt in, text out.")
+
+
+def test_from_another_folder(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "run.py", PARIS, "--temperature=0"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout == "The capital of France is Paris.\n"
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "run.py", PARIS],
+        cwd=ROOT,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    os.close(write)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--nostream"])
+def test_streamed_or_not_the_text_is_the_same(cli, stream):
+    assert cli(PARIS, "--seed=1", stream)[1] == "The capital of France is Paris.\n"
+
+
+def test_json_has_the_fields_of_the_result(cli):
+    status, out, _ = cli(PARIS, "--seed=7", "--top_k=4", "--output=json")
+    assert status == 0
+    result = json.loads(out)
+    assert result["response"] == "The capital of France is Paris."
+    assert list(result) == [
+        "response",
+        "tokens",
+        "prompt_tokens",
+        "finish_reason",
+        "usage",
+        "seed",
+        "parameters",
+        "timings",
+    ]
+    assert result["seed"] == 7
+    assert result["parameters"]["top_k"] == 4
+    assert result["parameters"]["temperature"] == 0.6
+
+
+def test_every_parameter_flag_reaches_the_model(cli):
+    values = {
+        "max_tokens": 30,
+        "temperature": 3.5,
+        "top_p": 0.9,
+        "top_k": 30,
+        "seed": 2**33,
+        "repetition_penalty": 1.5,
+        "frequency_penalty": 0.5,
+        "presence_penalty": 0.25,
+        "ignore_eos": True,
+    }
+    assert values.keys() == set(run.PARAMETER_FLAGS)
+    flags = [f"--{name}={value}" for name, value in values.items()]
+    result = json.loads(cli("--prompt=Hi", "--output=json", *flags)[1])
+    assert result["parameters"] == values | {"raw": False}
+    assert result["tokens"] == Llama.load(DEMO_CHECKPOINT).generate(prompt="Hi", **values).tokens
+
+
+def test_messages_from_a_file_and_from_stdin(cli, tmp_path):
+    messages = json.dumps(
+        [
+            {"role": "user", "content": "What is the capital of Italy?"},
+            {"role": "assistant", "content": "The capital of Italy is Rome."},
+            {"role": "user", "content": "And of Spain?"},
+        ]
+    )
+    (tmp_path / "messages.json").write_text(messages)
+    expected = "The capital of Spain is Madrid.\n"
+    assert cli(f"--messages={tmp_path / 'messages.json'}", "--temperature=0")[1] == expected
+    assert cli("--messages=-", "--temperature=0", stdin=messages)[1] == expected
+
+
+def test_system_raw_and_prompt_tokens(cli):
+    paris = [PARIS, "--temperature=0"]
+    assert cli(*paris, "--system=Answer in one word.")[1] == "Paris.\n"
+    ids = json.loads(cli(*paris, "--output=json")[1])["prompt_tokens"]
+    tokens = "--prompt_tokens=" + ",".join(map(str, ids))
+    assert cli(tokens, "--temperature=0")[1] == "The capital of France is Paris.\n"
+    raw = ["--raw", "--prompt=[INST] What is the capital of France? [/INST]", "--temperature=0"]
+    assert cli(*raw)[1] == "The capital of France is Paris.\n"
+
+
+def test_checkpoint_from_the_environment(cli, monkeypatch, tmp_path):
+    monkeypatch.setenv(CHECKPOINT_VARIABLE, str(tmp_path / "none"))
+    assert "none does not exist" in cli(PARIS)[2]
+    assert cli(PARIS, f"--checkpoint={DEMO_CHECKPOINT}", "--seed=1")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "got none of them, expected exactly one of prompt, messages and prompt_tokens"),
+        (["--prompt="], "prompt is empty, expected at least 1 character"),
+        (["--prompt=a", "--messages=-"], "got both prompt and messages"),
+        (["--messages=-"], "messages is empty, expected at least one user message"),
+        (["--messages=none.json"], "--messages=none.json: No such file or directory; name a JSON"),
+        (["--prompt_tokens=1,x"], "--prompt_tokens: 'x' is no integer, expected 1,15043"),
+        (["--prompt_tokens=5000"], "prompt_tokens[0] is 5000, expected a token id from 0 to 1023"),
+        (["--prompt=a", "--temperature=9"], "temperature is 9.0, expected a number from 0 to 5"),
+        (["--prompt=a", "--temperature=hot"], "flag --temperature=hot"),
+        (["--prompt=a", "--top_k=0", "--top_p=-1"], "top_k is 0, expected an integer from 1 to 50"),
+        (["--prompt=a", "--seed=-1"], "seed is -1, expected an integer from 0"),
+        (["--prompt=a", "--max_tokens=-1"], "max_tokens is -1, expected an integer from 0 up"),
+        (["--prompt=a", "--context=513"], "context is 513, expected 1 to 512, the positions"),
+        (["--prompt=a", "--max_tokens=510"], "but the context holds 512; shorten the prompt"),
+        (["--prompt=" + "a b " * 300], "tokens and max_tokens is 256, but the context holds 512"),
+        (["--prompt=[INST] a"], "contains the control tag [INST]"),
+        (["--prompt=a", "--raw", "--system=s"], "system is given with raw"),
+        (["--prompt=a", "--output=json", "--stream"], "--stream is given with --output=json"),
+        (["--prompt=a", "--dtype=int8"], "flag --dtype=int8"),
+        (["--prompt=a", "--promt=b"], "Unknown command line flag 'promt'"),
+        (["hello"], "got the argument 'hello', expected chat or none; a prompt goes to --prompt"),
+        (["chat", "--prompt=a"], "--prompt is given with chat, which asks for the turns"),
+        (["chat", "--output=json"], "chat prints text in the chat format; drop --raw and --out"),
+        (["--prompt=a", "--checkpoint=none"], "none does not exist; check the path"),
+        (["--prompt=a", "--checkpoint=run.py"], "run.py is a file, expected the folder"),
+        (["--prompt=a", "--checkpoint="], "checkpoint"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_2(cli, arguments, expected, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    status, out, err = cli(*arguments, stdin="[]")
+    assert status == 2
+    assert out == ""
+    *notes, line = err.splitlines()
+    assert expected in line
+    assert line.startswith("error: ")
+    assert all(note.startswith("no --checkpoint") for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("stdin", "expected"),
+    [
+        ("<html>", "--messages=-: not JSON"),
+        ('{"role": "user"}', "expected a list"),
+        ('[{"role": "user"}]', "messages[0] is {'role': 'user'}, expected an object with role"),
+        ('[{"role": "assistant", "content": "a"}]', "messages[0] has the role assistant, expected"),
+        ('[{"role": "user", "content": null}]', "messages[0] has the content None, expected a str"),
+    ],
+)
+def test_bad_messages(cli, stdin, expected):
+    status, _, err = cli("--messages=-", stdin=stdin)
+    assert status == 2
+    assert expected in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda folder: shutil.rmtree(folder) or folder.mkdir(), "the folder is empty"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "params" / "_METADATA").unlink(), "params/_METADATA is missing"),
+        (
+            lambda folder: (folder / "manifest.json").write_text(
+                '{"format_version": 2, "dtype": "float32", "files": {}}'
+            ),
+            "has format version 2, this program reads 1",
+        ),
+    ],
+    ids=["empty", "half", "torn", "version"],
+)
+def test_bad_checkpoints(cli, tmp_path, damage, expected):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(DEMO_CHECKPOINT, folder)
+    damage(folder)
+    status, _, err = cli("--prompt=a", f"--checkpoint={folder}")
+    assert status == 2
+    (line,) = err.splitlines()
+    assert expected in line
+
+
+def test_debug_shows_the_traceback():
+    done = shell("--prompt=", "--debug")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_without_a_tokenizer_ids_are_printed(cli, tmp_path):
+    demo = checkpoint.load_checkpoint(DEMO_CHECKPOINT)
+    checkpoint.save_checkpoint(tmp_path / "bare", demo.params, demo.config)
+    arguments = [f"--checkpoint={tmp_path / 'bare'}", "--prompt_tokens=1,5", "--seed=1"]
+    whole = cli(*arguments, "--max_tokens=3", "--nostream", "--ignore_eos")[1]
+    streamed = cli(*arguments, "--max_tokens=3", "--ignore_eos")[1]
+    assert len(whole.split(",")) == 3
+    assert streamed.strip().strip(",") == whole.strip()
+    assert "no tokenizer.model" in cli(arguments[0], "--prompt=a")[2]
+
+
+CHAT = """\
+What is the capital of Italy?
+And of Spain?
+/reset
+/seed 3
+/seed x
+/nonsense
+/system Answer in one word.
+What is the capital of France?
+
+[INST]
+/quit
+never read
+"""
+
+
+def test_chat(cli):
+    status, out, err = cli("chat", "--temperature=0", stdin=CHAT)
+    assert status == 0
+    assert out == "The capital of Italy is Rome.\nThe capital of Spain is Madrid.\nParis.\n"
+    for part in (
+        "/reset forgets",
+        "forgotten",
+        "seed is 'x', expected a whole number",
+        "unknown command /nonsense",
+        "system prompt set",
+        "contains the control tag [INST]",
+    ):
+        assert part in err
+    assert err.count("| seed 3\n") == 1
+
+
+def test_chat_ends_at_the_end_of_input(cli):
+    assert cli("chat", stdin="")[0] == 0
+
+
+def test_chat_in_a_terminal():
+    """A real terminal: the prompt sign, an answer, and Ctrl-D."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "run.py", "chat", "--temperature=0"],
+        cwd=ROOT,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+    )
+    os.close(follower)
+    screen = read_until(leader, b"> ")
+    assert b"/reset forgets" in screen
+    os.write(leader, b"What is the capital of France?\n")
+    screen = read_until(leader, b"> ")
+    assert b"The capital of France is Paris.\r\n" in screen
+    os.write(leader, b"\x04")
+    assert process.wait(timeout=60) == 0
+    os.close(leader)
+
+
+def read_until(terminal, mark):
+    screen = b""
+    while mark not in screen:
+        screen += os.read(terminal, 1024)
+    return screen
