@@ -66,14 +66,3 @@ def _write(
         return lax.dynamic_update_slice(row_slots, row_new, (0, start, 0))
 
     return jax.vmap(write_row)(slots, new, starts)
-
-
-def read(cache: LayerCache, attend_len: int, row: Int[Array, ""] | None) -> LayerCache:
-    """Return the first `attend_len` slots of every row, or of the one row named."""
-
-    def prefix(slots: Array) -> Array:
-        if row is not None:
-            slots = lax.dynamic_slice_in_dim(slots, row, 1, axis=0)
-        return slots[:, :, :attend_len]
-
-    return jax.tree.map(prefix, cache)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from llama_jax.errors import InputError, one_line
-from llama_jax.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from llama_jax.tokenizer import BOS_ID, EOS_ID, Tokenizer, is_text
 
 _CONTROL_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 _ROLES = ("system", "user", "assistant")
@@ -68,6 +68,8 @@ def _message_problem(message: Message) -> str | None:
         return f"has the role {role!r:.40}, expected system, user or assistant"
     if not isinstance(content, str):
         return f"has the content {content!r:.40}, expected a string"
+    if not is_text(content):
+        return "is not valid Unicode: its content has a lone surrogate; send whole characters"
     tags = [tag for tag in _CONTROL_TAGS if tag in content]
     if tags:
         return f"contains the control tag {tags[0]}, which would forge a turn; remove it"

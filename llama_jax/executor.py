@@ -161,7 +161,8 @@ class Executor:
 
     def _bucket(self, length: int) -> int:
         """Return the slots to attend to: a power of two of blocks, or all there are."""
-        bucket = ATTENTION_BLOCK
+        # At least two blocks: a loop of one turn is compiled as no loop, to other bits.
+        bucket = 2 * ATTENTION_BLOCK
         while bucket < length:
             bucket *= 2
         return min(bucket, self.capacity)

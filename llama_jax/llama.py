@@ -78,7 +78,7 @@ class Llama:
                 "the positions this model was trained for"
             )
         tokenizer = checkpoint.tokenizer and Tokenizer(checkpoint.tokenizer)
-        if tokenizer and tokenizer.vocab_size > config.vocab_size:
+        if tokenizer and tokenizer.vocab_size != config.vocab_size:
             raise InputError(
                 f"{checkpoint.tokenizer} has {tokenizer.vocab_size} pieces, the model's "
                 f"vocabulary {config.vocab_size}; copy the tokenizer.model of these weights"

@@ -67,8 +67,8 @@ class Attention(_Layer):
         v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
 
         cache = kv.write(cache, k, v, starts, row)
-        seen = kv.read(cache, attend_len, row)
-        out = ops.attention(q, seen.k, seen.v, positions).reshape(batch, length, -1)
+        out = ops.attention(q, cache.k, cache.v, positions, row=row, attend_len=attend_len)
+        out = out.reshape(batch, length, -1)
         return ops.linear(out, self.weight("o", c.dim, c.num_heads * c.head_dim)), cache
 
 

@@ -6,7 +6,6 @@ which have the weights' dtype; the products accumulate in float32.
 """
 
 import functools
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-ATTENTION_BLOCK = 256
-"""Cache slots whose weighted values are summed in one matrix product.
-
-Partial sums are added block by block in order of position, so a longer bucket of the cache adds
-exact zeros at the end and a token's bits do not depend on the bucket it was computed in.
-"""
+ATTENTION_BLOCK = 128
+"""Cache slots that attention takes at a time."""
 
 _MASKED = -1e30  # finite: a row of nothing but masked slots stays free of NaN
 
@@ -69,41 +64,66 @@ def apply_rope(
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "rows K S H"],
+    v: Float[Array, "rows K S H"],
     positions: Int[Array, "B T"],
+    *,
+    row: Int[Array, ""] | None = None,
+    attend_len: int,
 ) -> Float[Array, "B T N H"]:
     """Attend causally over a cache: the query at position p sees slots 0 to p, and no other.
 
-    Slots above p may hold anything finite. S is at most `ATTENTION_BLOCK` or a multiple of it.
-    Softmax and sums are float32; returns float32.
+    A loop over blocks of slots with a running softmax (arXiv:1805.02867). Each turn has the same
+    shapes whatever `attend_len` is, and a block that is wholly masked adds exact zeros: so reading
+    more of the cache changes no bit, where one product and one softmax over all of it do. Blocks
+    are cut out of the whole cache inside the loop: a slice of it would be copied first.
+
+    Args:
+        q, k, v: queries, and the cache's slots; those above a query's position may hold anything
+            finite.
+        positions: absolute, of each query.
+        row: the one row of k and v that q (then of batch 1) attends to; None: each to its own.
+        attend_len: static; slots to read, more than any position, at most S. It is at most
+            `ATTENTION_BLOCK`, or a multiple of it.
+
+    Returns:
+        Weighted values in float32.
     """
     batch, length, heads, head_dim = q.shape
-    kv_heads, slots = k.shape[1], k.shape[2]
-    block = min(slots, ATTENTION_BLOCK)
-    assert slots % block == 0, (slots, block)
+    kv_heads = k.shape[1]
+    group, block = heads // kv_heads, min(attend_len, ATTENTION_BLOCK)
+    assert attend_len % block == 0, attend_len
+    assert attend_len <= k.shape[2], (attend_len, k.shape)
     dot = functools.partial(
         jnp.einsum,
         precision=lax.Precision.HIGHEST if k.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
+    q = q.reshape(batch, length, kv_heads, group, head_dim) * head_dim**-0.5
+    q = jnp.einsum("btkgh->bkgth", q.astype(k.dtype))
+    block_shape = (batch, kv_heads, block, head_dim)
 
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
-    scores = dot("btkgh,bksh->bkgts", q.astype(k.dtype), k)
-    visible = jnp.arange(slots)[None, None, :] <= positions[:, :, None]
-    scores = jnp.where(visible[:, None, None, :, :], scores, _MASKED)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    def attend(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        best, total, values = carry
+        corner = (0 if row is None else row, 0, i * block, 0)
+        k_block, v_block = (lax.dynamic_slice(a, corner, block_shape) for a in (k, v))
+        scores = dot("bkgth,bksh->bkgts", q, k_block)
+        visible = (i * block + jnp.arange(block))[None, None, :] <= positions[:, :, None]
+        scores = jnp.where(visible[:, None, None, :, :], scores, _MASKED)
+        new_best = jnp.maximum(best, jnp.max(scores, axis=-1))
+        weights = jnp.exp(scores - new_best[..., None])
+        fade = jnp.exp(best - new_best)
+        total = total * fade + jnp.sum(weights, axis=-1)
+        values = values * fade[..., None] + dot(
+            "bkgts,bksh->bkgth", weights.astype(v.dtype), v_block
+        )
+        return new_best, total, values
 
-    weights = weights.reshape(*weights.shape[:-1], slots // block, block)
-    blocks = v.reshape(batch, kv_heads, slots // block, block, head_dim)
-    values = _sum_in_order(dot("bkgtcs,bkcsh->cbtkgh", weights.astype(v.dtype), blocks))
-    totals = _sum_in_order(jnp.einsum("bkgtcs->cbtkg", weights))
-    return (values / totals[..., None]).reshape(batch, length, heads, head_dim)
-
-
-def _sum_in_order(blocks: Float[Array, "c *rest"]) -> Float[Array, "*rest"]:
-    """Add blocks one after the other: unlike a reduction, zeros at the end change no bit."""
-    return functools.reduce(operator.add, blocks)
+    shape = (batch, kv_heads, group, length)
+    start = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+    _, total, values = lax.fori_loop(0, attend_len // block, attend, start)
+    out = jnp.einsum("bkgth->btkgh", values / total[..., None])
+    return out.reshape(batch, length, heads, head_dim)
 
 
 def swiglu(

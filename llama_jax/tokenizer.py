@@ -25,8 +25,9 @@ class Tokenizer:
         path = pathlib.Path(path)
         try:
             model = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"{path}: cannot read the tokenizer ({error.strerror})") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{path}: cannot read the tokenizer ({reason})") from None
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
             loaded = bool(model) and self._sp.LoadFromSerializedProto(model)
@@ -54,13 +55,8 @@ class Tokenizer:
         Raises:
             InputError: the text holds a lone surrogate, which UTF-8 cannot encode.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"text is not valid Unicode: lone surrogate at character {error.start}; "
-                "send whole characters"
-            ) from None
+        if not is_text(text):
+            raise InputError("text is not valid Unicode: lone surrogate; send whole characters")
         return self._sp.EncodeAsIds(text)
 
     def decode(self, ids: list[int]) -> str:
@@ -78,6 +74,15 @@ class Tokenizer:
     def is_control(self, token: int) -> bool:
         """Tell whether an id decodes to nothing (BOS, EOS)."""
         return self._sp.IsControl(token)
+
+
+def is_text(text: str) -> bool:
+    """Tell whether a string is Unicode text; one with a lone surrogate has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class StreamDecoder:

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import os
 import pathlib
+import tempfile
 
 import jax
 import pytest
@@ -18,6 +19,12 @@ install_import_hook([f"llama_jax.{name}" for name in _COMPUTING], "beartype.bear
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
+
+# Many tests build their own executor of one and the same program: compile it once a session.
+_CACHE = tempfile.TemporaryDirectory(prefix="llama_jax_tests_")
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 REQUIRE_ALL = "LLAMA_JAX_REQUIRE_ALL_TESTS"
 """Set in CI: a test that would be skipped for want of a package or of the assets fails instead."""

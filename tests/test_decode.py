@@ -242,6 +242,21 @@ def test_the_cache_is_donated(dtype):
         assert aliased == state_bytes, name
 
 
+def test_the_cache_is_not_copied():
+    """float32, prefill and decode: the temporaries are a small part of what the cache holds."""
+    ex = make(batch=2)
+    run(ex, PROMPT * 10, 9, row=1)
+    cache_bytes = sum(a.nbytes for a in jax.tree.leaves(ex.init_state().cache))
+    for name in ("prefill(256, 512)", "decode(8, 512)"):
+        program = ex._programs[name]
+        slots = f"f32[2,2,{ex.capacity},6]"
+        copies = [line for line in program.as_text().splitlines() if f"= {slots}" in line]
+        assert copies, name  # the shape is spelt as expected
+        assert not any(" copy(" in line for line in copies), name
+        if name.startswith("decode"):
+            assert program.memory_analysis().temp_size_in_bytes < cache_bytes / 4
+
+
 def test_no_weight_is_captured_as_a_constant(ex):
     run(ex, PROMPT, 9)
     for name, program in ex._programs.items():

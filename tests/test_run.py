@@ -26,17 +26,19 @@ def _no_checkpoint_variable(monkeypatch):
     monkeypatch.delenv(CHECKPOINT_VARIABLE, raising=False)
 
 
+@pytest.fixture(scope="module")
+def demo():
+    return Llama.load(DEMO_CHECKPOINT)
+
+
 @pytest.fixture
-def cli(capsys, monkeypatch):
+def cli(capsys, monkeypatch, demo):
     """Run main() on arguments; return (exit status, stdout, stderr)."""
-    loaded = {}
     load = Llama.load
 
-    def load_once(path, **options):
-        key = (str(path), *options.values())
-        if key not in loaded:
-            loaded[key] = load(path, **options)
-        return loaded[key]
+    def load_once(path, *, dtype=None, context=None):
+        plain = pathlib.Path(path) == DEMO_CHECKPOINT and (dtype, context) == (None, None)
+        return demo if plain else load(path, dtype=dtype, context=context)
 
     monkeypatch.setattr(Llama, "load", load_once)
 
@@ -143,7 +145,7 @@ def test_json_has_the_fields_of_the_result(cli):
     assert result["parameters"]["temperature"] == 0.6
 
 
-def test_every_parameter_flag_reaches_the_model(cli):
+def test_every_parameter_flag_reaches_the_model(cli, demo):
     values = {
         "max_tokens": 30,
         "temperature": 3.5,
@@ -159,7 +161,7 @@ def test_every_parameter_flag_reaches_the_model(cli):
     flags = [f"--{name}={value}" for name, value in values.items()]
     result = json.loads(cli("--prompt=Hi", "--output=json", *flags)[1])
     assert result["parameters"] == values | {"raw": False}
-    assert result["tokens"] == Llama.load(DEMO_CHECKPOINT).generate(prompt="Hi", **values).tokens
+    assert result["tokens"] == demo.generate(prompt="Hi", **values).tokens
 
 
 def test_messages_from_a_file_and_from_stdin(cli, tmp_path):
@@ -283,8 +285,8 @@ def test_debug_shows_the_traceback():
 
 
 def test_without_a_tokenizer_ids_are_printed(cli, tmp_path):
-    demo = checkpoint.load_checkpoint(DEMO_CHECKPOINT)
-    checkpoint.save_checkpoint(tmp_path / "bare", demo.params, demo.config)
+    whole = checkpoint.load_checkpoint(DEMO_CHECKPOINT)
+    checkpoint.save_checkpoint(tmp_path / "bare", whole.params, whole.config)
     arguments = [f"--checkpoint={tmp_path / 'bare'}", "--prompt_tokens=1,5", "--seed=1"]
     whole = cli(*arguments, "--max_tokens=3", "--nostream", "--ignore_eos")[1]
     streamed = cli(*arguments, "--max_tokens=3", "--ignore_eos")[1]
