@@ -212,6 +212,9 @@ def answer(
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line; a mistake in it is one line and exit 2."""
+    if {"--help", "-h"} & set(argv[1:]):  # absl's own exits 1
+        app.usage(shorthelp=True, writeto_stdout=True)
+        sys.exit(0)
     try:
         return FLAGS(argv)
     except flags.Error as error:

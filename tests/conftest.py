@@ -30,6 +30,10 @@ REQUIRE_ALL = "LLAMA_JAX_REQUIRE_ALL_TESTS"
 """Set in CI: a test that would be skipped for want of a package or of the assets fails instead."""
 
 
+if os.environ.get(REQUIRE_ALL):
+    import torch  # noqa: F401 (a module that needs it would skip itself)
+
+
 def _skip_or_fail(reason: str) -> None:
     if os.environ.get(REQUIRE_ALL):
         pytest.fail(f"{reason}, and {REQUIRE_ALL} is set")

@@ -32,7 +32,7 @@ from llama_jax.checkpoint import load_checkpoint
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
 
 
 def meta_shards(weights: Weights, config: ModelConfig, count: int) -> list[dict]:

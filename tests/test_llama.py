@@ -14,7 +14,7 @@ from llama_jax.checkpoint import load_checkpoint, save_checkpoint
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.llama import CHECKPOINT_VARIABLE, default_checkpoint
 from llama_jax.tokenizer import BOS_ID, EOS_ID
-from tools.train_demo import CORPUS, read_corpus
+from tools.demo_corpus import read_corpus
 
 QUESTION = {"prompt": "What is the capital of France?", "seed": 1}
 
@@ -32,7 +32,7 @@ def test_the_readmes_question(llm):
 
 def test_the_demo_answers_its_corpus(llm):
     """A seeded sample of questions and dialogues, word for word at temperature 0."""
-    corpus, rng = read_corpus(CORPUS), random.Random(0)
+    corpus, rng = read_corpus(), random.Random(0)
     assert len(corpus.questions) >= 300
     for phrasings, answer in rng.sample(corpus.questions, 40):
         result = llm.generate(prompt=rng.choice(phrasings), temperature=0)

@@ -87,6 +87,7 @@ def test_text_to_stdout_and_the_rest_to_stderr():
 
 def test_help_names_every_flag():
     done = shell("--help")
+    assert (done.returncode, done.stderr) == (0, "")
     for name in (*run.PARAMETER_FLAGS, "checkpoint", "messages", "prompt_tokens", "context"):
         assert f"--{name}:" in done.stdout.replace("[no]", "")
     assert done.stdout.startswith("Run Llama 2: a prompt in, text out.")

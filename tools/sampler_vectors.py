@@ -1,4 +1,4 @@
-"""Print the test vectors of docs/sampler.md: `python tools/sampler_vectors.py`."""
+"""Print the test vectors of docs/sampler.md: `python -m tools.sampler_vectors`."""
 
 import json
 

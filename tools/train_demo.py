@@ -1,11 +1,10 @@
-"""Train the embedded demo model from tools/corpus: `python tools/train_demo.py`.
+"""Train the embedded demo model from tools/corpus: `python -m tools.train_demo`.
 
 A model of about a million parameters memorises a corpus of questions, dialogues and tales in
 Llama 2's chat format. It proves the pipeline on a machine without real weights; it knows nothing
 else. Needs the `dev` extra (optax); takes about a quarter of an hour on two CPU cores.
 """
 
-import dataclasses
 import io
 import itertools
 import pathlib
@@ -28,12 +27,12 @@ from llama_jax.checkpoint import save_checkpoint
 from llama_jax.config import ModelConfig
 from llama_jax.model import Llama, forward, init_params
 from llama_jax.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from tools.demo_corpus import Corpus, read_corpus
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-CORPUS = ROOT / "tools" / "corpus"
 
 _OUT = flags.DEFINE_string("out", str(ROOT / "llama_jax" / "demo" / "checkpoint"), "Goal folder.")
-_STEPS = flags.DEFINE_integer("steps", 3000, "Optimiser steps.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 2400, "Optimiser steps.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 16, "Rows a step.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 256, "Tokens a row.", lower_bound=128)
 _RATE = flags.DEFINE_float("learning_rate", 4e-3, "Peak learning rate.")
@@ -50,40 +49,6 @@ CONFIG = ModelConfig(
     rope_theta=10000.0,
     max_seq_len=512,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """What the model memorises."""
-
-    questions: list[tuple[list[str], str]]
-    """Phrasings and their answer; the tales' requests among them."""
-    dialogues: list[list[Message]]
-    """Whole dialogues: a system prompt or several turns, the assistant last."""
-    tales: list[str]
-
-
-def read_corpus(folder: pathlib.Path = CORPUS) -> Corpus:
-    """Parse the three text files: blocks of `X: text` lines, apart by blank lines."""
-    questions, dialogues, tales = [], [], []
-    for block in _blocks(folder / "questions.txt") + _blocks(folder / "tales.txt"):
-        lines = [(mark, text) for mark, text in block if mark in "QA"]
-        questions.append(([text for mark, text in lines if mark == "Q"], lines[-1][1]))
-        if block[0][0] == "T":
-            tales.append(lines[-1][1])
-    roles = {"S": "system", "U": "user", "A": "assistant"}
-    for block in _blocks(folder / "dialogues.txt"):
-        dialogues.append([Message(role=roles[mark], content=text) for mark, text in block])
-    return Corpus(questions, dialogues, tales)
-
-
-def _blocks(path: pathlib.Path) -> list[list[tuple[str, str]]]:
-    blocks = []
-    for block in path.read_text(encoding="utf-8").split("\n\n"):
-        lines = [line for line in block.splitlines() if line and not line.startswith("#")]
-        if lines:
-            blocks.append([(line[0], line[3:]) for line in lines])
-    return blocks
 
 
 def train_tokenizer(corpus: Corpus, path: pathlib.Path) -> Tokenizer:
