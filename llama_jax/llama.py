@@ -53,7 +53,14 @@ class Stream:
         self._result: Result | None = None
 
     def __iter__(self) -> Iterator[str]:
-        self._result = yield from self._pieces
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as stop:
+            self._result = self._result or stop.value
+            raise
 
     @property
     def result(self) -> Result:
@@ -88,7 +95,7 @@ class Llama:
         self.tokenizer = tokenizer
         self.load_s = load_s
         self.executor = Executor(config, checkpoint.params, checkpoint.dtype, context=context)
-        self._idle: list[DecodeState] = []
+        self._idle: DecodeState | None = None  # one state is kept for the next request
 
     @classmethod
     def load(
@@ -181,7 +188,7 @@ class Llama:
         for token in watch.time(self._draw(request, prompt, stop_token)):
             if token == stop_token:
                 finish_reason = "stop"
-                break
+                continue
             tokens.append(token)
             pieces.append(decoder.push(token) if decoder else f"{token},")
             if pieces[-1]:
@@ -208,7 +215,7 @@ class Llama:
         if request.max_tokens == 0:
             return
         run = self.executor
-        state = self._idle.pop() if self._idle else run.init_state()
+        state, self._idle = self._idle or run.init_state(), None
         params = sampling.make_params(
             seed=request.seed,
             temperature=request.temperature,
@@ -238,7 +245,7 @@ class Llama:
                     pending.clear()
                     limit = 0
                     break
-        self._idle.append(state)
+        self._idle = state
 
 
 class _Stopwatch:

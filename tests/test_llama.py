@@ -122,10 +122,22 @@ def test_streams_may_be_interleaved_and_abandoned(llm):
     assert texts == expected
 
 
-def test_result_before_the_end(llm):
+def test_a_stream_can_be_left_and_taken_up_again(llm):
     stream = llm.stream(**QUESTION)
     with pytest.raises(RuntimeError, match="not been read to its end"):
         _ = stream.result
+    first = next(stream)
+    assert first + "".join(stream) == llm.generate(**QUESTION).response
+    assert list(stream) == []
+    assert stream.result.response == llm.generate(**QUESTION).response
+
+
+@pytest.mark.parametrize("max_tokens", [8, 256])
+def test_the_cache_is_allocated_once(llm, max_tokens, monkeypatch):
+    """Whether a request ends by its limit or by EOS, the next one takes over its state."""
+    llm.generate(**QUESTION, max_tokens=max_tokens)
+    monkeypatch.setattr(llm.executor, "init_state", None)
+    llm.generate(**QUESTION)
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 2, 8, 9, 10])
