@@ -11,12 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 ATTENTION_BLOCK = 128
 """Cache slots that attention takes at a time."""
 
 _MASKED = -1e30  # finite: a row of nothing but masked slots stays free of NaN
+
+_Softmax = tuple[
+    Float[Array, "B K G T"],  # the highest score so far
+    Float[Array, "B K G T"],  # the sum of exp(score - highest)
+    Float[Array, "B K G T H"],  # the sum of values weighted by it
+]
 
 
 def linear(x: Float[Array, "*batch i"], weight: Float[Array, "o i"]) -> Float[Array, "*batch o"]:
@@ -94,36 +100,45 @@ def attention(
     group, block = heads // kv_heads, min(attend_len, ATTENTION_BLOCK)
     assert attend_len % block == 0, attend_len
     assert attend_len <= k.shape[2], (attend_len, k.shape)
-    dot = functools.partial(
-        jnp.einsum,
-        precision=lax.Precision.HIGHEST if k.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
     q = q.reshape(batch, length, kv_heads, group, head_dim) * head_dim**-0.5
     q = jnp.einsum("btkgh->bkgth", q.astype(k.dtype))
-    block_shape = (batch, kv_heads, block, head_dim)
 
-    def attend(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        best, total, values = carry
+    def attend(i: Array, carry: _Softmax) -> _Softmax:
         corner = (0 if row is None else row, 0, i * block, 0)
-        k_block, v_block = (lax.dynamic_slice(a, corner, block_shape) for a in (k, v))
-        scores = dot("bkgth,bksh->bkgts", q, k_block)
+        shape = (batch, kv_heads, block, head_dim)
+        k_block, v_block = (lax.dynamic_slice(a, corner, shape) for a in (k, v))
         visible = (i * block + jnp.arange(block))[None, None, :] <= positions[:, :, None]
-        scores = jnp.where(visible[:, None, None, :, :], scores, _MASKED)
-        new_best = jnp.maximum(best, jnp.max(scores, axis=-1))
-        weights = jnp.exp(scores - new_best[..., None])
-        fade = jnp.exp(best - new_best)
-        total = total * fade + jnp.sum(weights, axis=-1)
-        values = values * fade[..., None] + dot(
-            "bkgts,bksh->bkgth", weights.astype(v.dtype), v_block
-        )
-        return new_best, total, values
+        return _attend_block(carry, q, k_block, v_block, visible)
 
     shape = (batch, kv_heads, group, length)
     start = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
     _, total, values = lax.fori_loop(0, attend_len // block, attend, start)
     out = jnp.einsum("bkgth->btkgh", values / total[..., None])
     return out.reshape(batch, length, heads, head_dim)
+
+
+def _attend_block(
+    carry: _Softmax,
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K block H"],
+    v: Float[Array, "B K block H"],
+    visible: Bool[Array, "B T block"],
+) -> _Softmax:
+    """Take one block of slots into a running softmax."""
+    dot = functools.partial(
+        jnp.einsum,
+        precision=lax.Precision.HIGHEST if k.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    highest, total, values = carry
+    scores = dot("bkgth,bksh->bkgts", q, k)
+    scores = jnp.where(visible[:, None, None, :, :], scores, _MASKED)
+    new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
+    weights = jnp.exp(scores - new_highest[..., None])
+    fade = jnp.exp(highest - new_highest)
+    total = total * fade + jnp.sum(weights, axis=-1)
+    block_values = dot("bkgts,bksh->bkgth", weights.astype(v.dtype), v)
+    return new_highest, total, values * fade[..., None] + block_values
 
 
 def swiglu(

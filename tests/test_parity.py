@@ -220,10 +220,6 @@ def test_half_precision_is_no_worse_than_theirs(pairs, dtype):
     half = copy.deepcopy(pair.theirs).to(getattr(torch, dtype))
     with torch.no_grad():
         theirs = half(torch.tensor([tokens])).logits[0].float().numpy()
-    print(
-        "MEASURE ratio",
-        half_precision_error(pair, dtype) / rms(theirs - exact) * rms(exact - exact.mean()),
-    )
     assert half_precision_error(pair, dtype) < rms(theirs - exact) / rms(exact - exact.mean())
 
 

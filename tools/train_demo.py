@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import sentencepiece
 import tqdm
-from absl import app, flags
+from absl import app, flags, logging
 
 from llama_jax import cache as kv
 from llama_jax.chat import Message, encode_dialog
@@ -135,7 +135,9 @@ def loss_fn(params, tokens, said):
 
 def train(examples: Examples, steps: int):
     """Return trained parameters."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, _RATE.value, min(100, steps // 10), steps)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, _RATE.value, min(100, steps // 10), steps + 1
+    )
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
     )
@@ -186,6 +188,7 @@ def count_right(params, examples: Examples) -> tuple[int, int]:
 
 def main(_: list[str]) -> None:
     """Train, count the right answers, save."""
+    logging.set_verbosity(logging.WARNING)
     corpus = read_corpus()
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "tokenizer.model"
