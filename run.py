@@ -11,6 +11,7 @@ $LLAMA_JAX_CHECKPOINT the embedded demo model runs. Exit status: 0 done, 2 a mis
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ from absl import app, flags, logging
 from llama_jax import InputError, Llama, Result
 from llama_jax.checkpoint import DTYPES
 from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.files import parse_json
 from llama_jax.llama import default_checkpoint
 from llama_jax.request import GenerationRequest, make_request
 
@@ -66,7 +68,10 @@ PARAMETER_FLAGS = (
     "ignore_eos",
 )
 
-CHAT_HELP = "/reset forgets, /seed N sets the seed, /system TEXT sets the system prompt, /quit ends"
+CHAT_HELP = (
+    "/reset forgets, /seed N sets the seed, /system TEXT sets the system prompt, /quit ends, "
+    "Ctrl-C stops an answer"
+)
 
 
 def note(text: str) -> None:
@@ -95,15 +100,17 @@ def read_request() -> GenerationRequest:
     return make_request(**request)
 
 
-def read_messages(source: str) -> Any:
-    """Parse the JSON of a file, or of stdin for "-"."""
+def read_messages(source: str) -> list:
+    """Parse the JSON list of a file, or of stdin for "-"."""
+    name = f"--messages={source}"
     try:
-        text = sys.stdin.read() if source == "-" else pathlib.Path(source).read_text("utf-8")
-        return json.loads(text)
+        text = sys.stdin.read() if source == "-" else pathlib.Path(source).read_bytes()
     except OSError as error:
-        raise InputError(f"--messages={source}: {error.strerror}; name a JSON file or -") from None
-    except ValueError as error:  # JSON and UTF-8 errors
-        raise InputError(f"--messages={source}: not JSON ({error}); expected a list") from None
+        raise InputError(f"{name}: {error.strerror}; name a JSON file or -") from None
+    messages = parse_json(text, name)
+    if not isinstance(messages, list):
+        raise InputError(f"{name} holds {messages!r:.40}, expected a list of messages")
+    return messages
 
 
 def parse_token(text: str) -> int:
@@ -111,7 +118,9 @@ def parse_token(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise InputError(f"--prompt_tokens: {text!r} is no integer, expected 1,15043") from None
+        raise InputError(
+            f"--prompt_tokens: {text!r} is no whole number, expected ids such as 1,15043"
+        ) from None
 
 
 def generate() -> None:
@@ -146,9 +155,10 @@ def summary(llm: Llama, result: Result, *, drawn: bool) -> str:
     if t["decode_tokens_per_s"] is not None:
         rate = t["decode_tokens_per_s"]
         parts.append(
-            f"decode {result.usage['completion_tokens']} tokens in {t['decode_s']:.3f} s "
-            f"({rate:,.1f} tok/s, {rate * llm.weight_bytes_per_token / 1e9:.2f} GB/s of weights)"
+            f"decode {t['decode_s']:.3f} s "
+            f"({rate:,.0f} tok/s, {rate * llm.weight_bytes_per_token / 1e9:.2f} GB/s of weights)"
         )
+    parts.append(f"{result.usage['completion_tokens']} tokens, {result.finish_reason}")
     seed = f"seed {result.seed}" + (f" (drawn; --seed={result.seed} repeats this)" if drawn else "")
     return " | ".join([*parts, llm.dtype, seed])
 
@@ -158,13 +168,14 @@ def chat() -> None:
     for name in ("prompt", "messages", "prompt_tokens"):
         if FLAGS[name].value is not None:
             raise InputError(f"--{name} is given with chat, which asks for the turns; drop one")
-    if FLAGS.raw or FLAGS.output == "json":
-        raise InputError("chat prints text in the chat format; drop --raw and --output=json")
+    if FLAGS.raw or FLAGS.output == "json" or not FLAGS.stream:
+        raise InputError("chat streams text in the chat format; drop --raw, --output, --nostream")
+    parameters: dict[str, Any] = {name: FLAGS[name].value for name in PARAMETER_FLAGS}
+    make_request(prompt="x", system=FLAGS.system, **parameters)  # before the weights, as above
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 (line editing and history for input)
     llm = load()
     note(CHAT_HELP)
-    parameters: dict[str, Any] = {name: FLAGS[name].value for name in PARAMETER_FLAGS}
     system, turns = FLAGS.system, []
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     while True:
@@ -173,41 +184,57 @@ def chat() -> None:
         except EOFError:
             return
         command, _, rest = line.partition(" ")
-        if command == "/quit":
-            return
-        if command == "/reset":
-            turns = []
-            note("forgotten")
-        elif command == "/system":
-            system, turns = rest or None, []
-            note("system prompt set, conversation forgotten")
-        elif command == "/seed":
-            if rest.isdigit():
-                parameters["seed"] = int(rest)
-            else:
-                note(f"error: seed is {rest!r}, expected a whole number")
-        elif command.startswith("/"):
-            note(f"error: unknown command {command}; {CHAT_HELP}")
-        elif line:
-            turns = answer(llm, system, turns, line, parameters)
+        try:
+            if command == "/quit":
+                return
+            if command == "/reset":
+                turns = []
+                note("forgotten")
+            elif command == "/system":
+                make_request(prompt="x", system=rest or None)
+                system, turns = rest or None, []
+                note("system prompt set, conversation forgotten")
+            elif command == "/seed":
+                parameters["seed"] = parse_seed(rest)
+            elif command.startswith("/"):
+                raise InputError(f"unknown command {command}; {CHAT_HELP}")
+            elif line:
+                turns = answer(llm, system, turns, line, parameters)
+        except InputError as error:
+            note(f"error: {error}")
+        except KeyboardInterrupt:
+            note("\nstopped: the question and what was said of the answer are left out")
+
+
+def parse_seed(text: str) -> int:
+    """Return the seed that /seed names."""
+    try:
+        return make_request(prompt="x", seed=int(text)).seed
+    except ValueError:  # InputError is one
+        raise InputError(f"seed is {text!r}, expected a whole number from 0 to 2^64 - 1") from None
 
 
 def answer(
     llm: Llama, system: str | None, turns: list, line: str, parameters: dict[str, Any]
 ) -> list:
-    """Print the answer to one more turn; return the turns, unchanged if it was refused."""
+    """Print the answer to one more turn; return the turns with both."""
     turns = [*turns, {"role": "user", "content": line}]
     head = [] if system is None else [{"role": "system", "content": system}]
     try:
         stream = llm.stream(messages=head + turns, **parameters)
     except InputError as error:
-        note(f"error: {error}")
-        return turns[:-1]
+        raise InputError(f"{error} (/reset forgets the turns so far)") from None
     for piece in stream:
         print(piece, end="", flush=True)
     print()
     note(summary(llm, stream.result, drawn=parameters["seed"] is None))
-    return [*turns, {"role": "assistant", "content": stream.result.response}]
+    turns.append({"role": "assistant", "content": stream.result.response})
+    try:
+        make_request(messages=[*turns, {"role": "user", "content": "x"}])
+    except InputError:
+        note("the answer spells a control tag, so it cannot be part of the conversation: left out")
+        return turns[:-2]
+    return turns
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -218,7 +245,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         return FLAGS(argv)
     except flags.Error as error:
-        note(f"error: {error}; see --help")
+        note(f"error: {str(error).removeprefix('ERROR:: ')}; see --help")
         sys.exit(2)
 
 
@@ -226,6 +253,9 @@ def main(argv: list[str]) -> None:
     """Dispatch, and turn a user's mistake into one line and exit 2."""
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.DEBUG if FLAGS.debug else logging.WARNING)
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):  # whatever bytes come: no traceback
+            stream.reconfigure(errors=errors)
     try:
         if argv[1:] not in ([], ["chat"]):
             raise InputError(
@@ -239,7 +269,8 @@ def main(argv: list[str]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         note("")
-        sys.exit(130)
+        # XLA's threads may be compiling: the interpreter's own way out would free what they use.
+        os._exit(130)
     except BrokenPipeError:  # the reader of our stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -30,11 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         _convert(args)
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a full disk, a folder without permission
         if args.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {' '.join(str(error).split())}")
         return 2
+    except KeyboardInterrupt:
+        _tell("interrupted: nothing is left behind")
+        return 130
     return 0
 
 
@@ -74,10 +77,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive whole number")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 def _convert(args: argparse.Namespace) -> None:

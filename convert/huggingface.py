@@ -9,8 +9,9 @@ from safetensors import SafetensorError, safe_open
 
 from convert import source
 from convert.names import names
-from llama_jax.config import ModelConfig
+from llama_jax.config import ModelConfig, as_float
 from llama_jax.errors import InputError, one_line
+from llama_jax.files import read_json
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -77,7 +78,7 @@ def read_config(path: pathlib.Path) -> ModelConfig:
     Raises:
         InputError: listing every setting that the model cannot honour.
     """
-    values = _DEFAULTS | source.read_json(path)
+    values = _DEFAULTS | read_json(path)
     if values.get("eos_token_id") == [2]:
         values["eos_token_id"] = 2
     problems = [
@@ -95,8 +96,8 @@ def read_config(path: pathlib.Path) -> ModelConfig:
         "num_layers": values["num_hidden_layers"],
         "num_heads": heads,
         "num_kv_heads": heads if kv_heads is None else kv_heads,
-        "norm_eps": source.as_float(values["rms_norm_eps"]),
-        "rope_theta": source.as_float(theta),
+        "norm_eps": as_float(values["rms_norm_eps"]),
+        "rope_theta": as_float(theta),
         "max_seq_len": values["max_position_embeddings"],
         "tie_embeddings": values["tie_word_embeddings"],
     }
@@ -165,7 +166,7 @@ def _open_tensors(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
-    placed = source.read_json(index).get("weight_map")
+    placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise InputError(f"{index} has no weight_map; download it again")
     strange = [

@@ -13,8 +13,9 @@ import numpy as np
 
 from convert import source
 from convert.names import Name, names
-from llama_jax.config import ModelConfig
+from llama_jax.config import ModelConfig, as_float
 from llama_jax.errors import InputError, one_line
+from llama_jax.files import read_json
 
 _PARAMS = "params.json"
 _SHARDS = "consolidated.*.pth"
@@ -68,7 +69,7 @@ def open_source(folder: pathlib.Path, max_seq_len: int) -> source.Source:
 
 def _read_params(path: pathlib.Path) -> dict[str, Any]:
     """Return every key of `_DEFAULTS`, those that sizes are computed from checked."""
-    found = source.read_json(path)
+    found = read_json(path)
     values = _DEFAULTS | found
     problems = [f"unknown key {key!r}" for key in sorted(found.keys() - _DEFAULTS.keys())]
     for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"):
@@ -79,7 +80,7 @@ def _read_params(path: pathlib.Path) -> dict[str, Any]:
             got = repr(value) if key in found else "missing"
             problems.append(f"{key} is {got}, expected a positive whole number")
     factor = values["ffn_dim_multiplier"]
-    if factor is not None and (type(factor) not in (int, float) or factor <= 0):
+    if factor is not None and (type(factor) not in (int, float) or not 0 < factor < 100):
         problems.append(f"ffn_dim_multiplier is {factor!r}, expected a positive number")
     if values["use_scaled_rope"] is not False:
         problems.append(f"use_scaled_rope is {values['use_scaled_rope']!r}, expected false")
@@ -97,8 +98,8 @@ def _config(path: pathlib.Path, values: dict[str, Any], max_seq_len: int) -> Mod
             num_layers=values["n_layers"],
             num_heads=values["n_heads"],
             num_kv_heads=values["n_kv_heads"],
-            norm_eps=source.as_float(values["norm_eps"]),
-            rope_theta=source.as_float(values["rope_theta"]),
+            norm_eps=as_float(values["norm_eps"]),
+            rope_theta=as_float(values["rope_theta"]),
             max_seq_len=max_seq_len,
         )
     except InputError as error:

@@ -2,10 +2,8 @@
 
 import collections
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,24 +63,6 @@ def check_folder(folder: pathlib.Path, *needed: tuple[str, ...]) -> None:
     ]
     if missing:
         raise InputError(f"{folder} has {' and '.join(missing)}; {expected}")
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Read a JSON object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot read it ({error.strerror})") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise InputError(f"{path}: not JSON ({error}); download it again") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: got a {type(values).__name__}, expected a JSON object")
-    return values
-
-
-def as_float(value: Any) -> Any:
-    """Make a whole number a float: JSON writers print 10000.0 as 10000."""
-    return float(value) if type(value) is int else value
 
 
 def damaged(path: pathlib.Path, kind: str) -> InputError:

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
+from llama_jax.files import read_json
 from llama_jax.model import Params, param_shapes
 
 FORMAT_VERSION = 1
@@ -108,7 +109,7 @@ def load_checkpoint(path: str | pathlib.Path, dtype: str | None = None) -> Check
         InputError: the folder is missing, a file, empty, half there, of another version, or its
             arrays are not those that its config asks for.
     """
-    path = pathlib.Path(path).absolute()
+    path = pathlib.Path(path).expanduser().absolute()
     stored_dtype = _check_layout(path)
     config = ModelConfig.load(path / "config.json")
     dtype = _run_dtype(dtype or stored_dtype, asked=dtype is not None)
@@ -119,30 +120,36 @@ def load_checkpoint(path: str | pathlib.Path, dtype: str | None = None) -> Check
 
 def _check_layout(path: pathlib.Path) -> str:
     """Return the stored dtype of a folder that looks whole."""
-    if not path.exists():
-        raise InputError(f"checkpoint {path} does not exist; check the path")
-    if not path.is_dir():
-        raise InputError(f"checkpoint {path} is a file, expected the folder convert wrote")
-    missing = [n for n in ("manifest.json", "config.json", "params") if not (path / n).exists()]
-    if missing:
-        raise InputError(f"checkpoint {path} has no {', '.join(missing)}; {_missing_remedy(path)}")
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        version, dtype, files = (manifest[key] for key in ("format_version", "dtype", "files"))
-    except (ValueError, KeyError, TypeError) as error:
+        if not path.exists():
+            raise InputError(f"checkpoint {path} does not exist; check the path")
+        if not path.is_dir():
+            raise InputError(f"checkpoint {path} is a file, expected the folder convert wrote")
+        missing = [n for n in ("manifest.json", "config.json", "params") if not (path / n).exists()]
+        remedy = _missing_remedy(path) if missing else ""
+        sizes = _file_sizes(path)
+    except OSError as error:
         raise InputError(
-            f"{path / 'manifest.json'} is damaged ({error!r}); convert the weights again"
+            f"checkpoint {str(path)[:200]} cannot be read ({error.strerror}); "
+            "check the path and its permissions"
         ) from None
+    if missing:
+        raise InputError(f"checkpoint {path} has no {', '.join(missing)}; {remedy}")
+    manifest = read_json(path / "manifest.json")
+    version, dtype, files = (manifest.get(key) for key in ("format_version", "dtype", "files"))
     if version != FORMAT_VERSION:
         raise InputError(
             f"checkpoint {path} has format version {version!r}, this program reads "
             f"{FORMAT_VERSION}; convert the weights again"
         )
-    if dtype not in DTYPES:
-        raise InputError(f"{path / 'manifest.json'}: dtype is {dtype!r}, expected one of {DTYPES}")
-    sizes = _file_sizes(path)
+    if dtype not in DTYPES or not isinstance(files, dict):
+        raise InputError(
+            f"{path / 'manifest.json'} is damaged: dtype is {dtype!r}, expected one of "
+            f"{', '.join(DTYPES)}, and files is {files!r:.40}, expected an object; "
+            "convert the weights again"
+        )
     problems = [
-        f"{name} {'is missing' if name not in sizes else f'has {sizes[name]:,} of {size:,} bytes'}"
+        f"{name} {f'has {sizes[name]} of {size} bytes' if name in sizes else 'is missing'}"
         for name, size in files.items()
         if sizes.get(name) != size
     ]
@@ -197,9 +204,9 @@ def _restore(path: pathlib.Path, config: ModelConfig, dtype: str) -> Params:
         except InputError:
             raise
         except Exception as error:  # Orbax has no type of its own for damage, not even one base
-            reason = str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
             raise InputError(
-                f"checkpoint {path}: params are damaged ({reason}); copy or convert them again"
+                f"checkpoint {path}: params are damaged (Orbax: {type(error).__name__}); "
+                "copy or convert them again"
             ) from error
 
 

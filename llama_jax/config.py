@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from llama_jax.errors import InputError, one_line
+from llama_jax.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,26 +51,20 @@ class ModelConfig:
         return self.dim // self.num_heads
 
     def to_json(self) -> str:
-        """Return what `from_json` reads."""
+        """Return the text that `load` reads."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, *, source: str = "config.json") -> "ModelConfig":
-        """Parse what `to_json` wrote.
+    def from_dict(cls, values: dict[str, Any], *, source: str) -> "ModelConfig":
+        """Build a config from a JSON object whose keys are exactly the field names.
 
         Args:
-            text: a JSON object whose keys are exactly the field names.
+            values: the object.
             source: the file's name, for the error.
 
         Raises:
-            InputError: not JSON, not an object, unknown or missing keys, or a value out of range.
+            InputError: unknown or missing keys, or a value out of range.
         """
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{source}: not JSON ({error}); restore or convert it again") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{source}: got a {type(values).__name__}, expected a JSON object")
         fields = {f.name: f for f in dataclasses.fields(cls)}
         required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
         problems = [f"unknown key {k!r}" for k in sorted(values.keys() - fields.keys())]
@@ -78,20 +73,20 @@ class ModelConfig:
             raise InputError(
                 f"{source}: {one_line(problems)}; expected the keys {', '.join(fields)}"
             )
-        for name, field in fields.items():  # JSON writers print 10000.0 as 10000
-            if field.type is float and type(values.get(name)) is int:
-                values[name] = float(values[name])
-        return cls(**values)
+        floats = {n for n, f in fields.items() if f.type is float}
+        return cls(**{n: as_float(v) if n in floats else v for n, v in values.items()})
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "ModelConfig":
         """Read one of `configs/*.json` or a checkpoint's `config.json`."""
-        path = pathlib.Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{path}: cannot read the model config ({error.strerror})") from None
-        return cls.from_json(text, source=str(path))
+        return cls.from_dict(read_json(pathlib.Path(path)), source=str(path))
+
+
+def as_float(value: Any) -> Any:
+    """Make a whole number a float: JSON writers print 10000.0 as 10000."""
+    if type(value) is not int:
+        return value
+    return float(value) if abs(value) < 2**53 else math.inf
 
 
 def _type_problems(config: ModelConfig) -> list[str]:

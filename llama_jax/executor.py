@@ -71,7 +71,8 @@ class Executor:
     ):
         self.config, self.params, self.dtype = config, params, jnp.dtype(dtype)
         self.batch, self.context, self.decode_steps = batch, context, decode_steps
-        self.capacity = padded(context)
+        # Two blocks at least: attention's loop of one turn is compiled as no loop, to other bits.
+        self.capacity = max(2 * ATTENTION_BLOCK, padded(context))
         self.compiled = CompileLog()
         self._programs: dict[str, Any] = {}
         self._model = Llama(config, self.dtype)
@@ -143,7 +144,8 @@ class Executor:
 
     def score(self, tokens: Sequence[int]) -> np.ndarray:
         """Return the float32 logits [T, V] after each token of a text."""
-        cache = kv.init_cache(self.config, 1, self.capacity, self.dtype)
+        sizes = (self.config, 1, self.capacity, self.dtype)
+        cache = self._run("init_cache", lambda: kv.init_cache(*sizes), donate=())
         rows = []
         for start, chunk, length in _chunks(tokens):
             attend_len = self._bucket(start + len(chunk))
@@ -160,8 +162,7 @@ class Executor:
         return np.concatenate(rows)
 
     def _bucket(self, length: int) -> int:
-        """Return the slots to attend to: a power of two of blocks, or all there are."""
-        # At least two blocks: a loop of one turn is compiled as no loop, to other bits.
+        """Return the slots to attend to: two blocks, four, eight ..., or all there are."""
         bucket = 2 * ATTENTION_BLOCK
         while bucket < length:
             bucket *= 2

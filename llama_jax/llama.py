@@ -1,12 +1,11 @@
 """Llama: load a checkpoint, generate, stream, score. What a notebook imports."""
 
 import collections
-import dataclasses
 import os
 import pathlib
 import time
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,56 +17,10 @@ from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.errors import InputError
 from llama_jax.executor import Executor
 from llama_jax.request import GenerationRequest, check_tokens, make_request
+from llama_jax.result import Result, Stopwatch, Stream
 from llama_jax.tokenizer import EOS_ID, StreamDecoder, Tokenizer
 
 CHECKPOINT_VARIABLE = "LLAMA_JAX_CHECKPOINT"
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A finished generation; its fields are those of the command line's JSON."""
-
-    response: str | None
-    """The text; None if the checkpoint has no tokenizer."""
-    tokens: list[int]
-    """Ids generated; the EOS that ended them is left out."""
-    prompt_tokens: list[int]
-    """Ids the model was fed."""
-    finish_reason: Literal["stop", "length"]
-    """`stop`: the model drew EOS; `length`: max_tokens were drawn."""
-    usage: dict[str, int]
-    """prompt_tokens, completion_tokens (without EOS) and total_tokens, counted."""
-    seed: int
-    parameters: dict[str, Any]
-    """The effective parameters, defaults and drawn seed included."""
-    timings: dict[str, float | None]
-    """Seconds: load_s, compile_s, prefill_s (to the first token), decode_s; tokens per second:
-    prefill_tokens_per_s, decode_tokens_per_s (None if nothing was decoded)."""
-
-
-class Stream:
-    """Pieces of text as they are drawn; `result` is there once the last has been taken."""
-
-    def __init__(self, pieces: Generator[str, None, Result]):
-        self._pieces = pieces
-        self._result: Result | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        try:
-            return next(self._pieces)
-        except StopIteration as stop:
-            self._result = self._result or stop.value
-            raise
-
-    @property
-    def result(self) -> Result:
-        """The whole result, equal to that of `generate`."""
-        if self._result is None:
-            raise RuntimeError("the stream has not been read to its end yet")
-        return self._result
 
 
 class Llama:
@@ -79,9 +32,9 @@ class Llama:
     def __init__(self, checkpoint: Checkpoint, *, context: int | None = None, load_s: float = 0.0):
         config = checkpoint.config
         context = config.max_seq_len if context is None else context
-        if not 1 <= context <= config.max_seq_len:
+        if type(context) is not int or not 1 <= context <= config.max_seq_len:
             raise InputError(
-                f"context is {context}, expected 1 to {config.max_seq_len}, "
+                f"context is {context!r}, expected 1 to {config.max_seq_len}, "
                 "the positions this model was trained for"
             )
         tokenizer = checkpoint.tokenizer and Tokenizer(checkpoint.tokenizer)
@@ -128,7 +81,7 @@ class Llama:
 
     @property
     def weight_bytes_per_token(self) -> int:
-        """Bytes of weights that one decoded token reads: all, but one row of the embedding."""
+        """Bytes of weights that one decoded token reads; of the embedding table, next to none."""
         params = self.executor.params
         total = sum(array.nbytes for array in jax.tree.leaves(params))
         return total if self.config.tie_embeddings else total - params["embed"].nbytes
@@ -149,7 +102,7 @@ class Llama:
     def stream(self, **request: Any) -> Stream:
         """Generate piece by piece: the same tokens and text as `generate`.
 
-        A piece ends where a character ends. Without a tokenizer a piece is a token id and a comma.
+        A piece ends where a character ends. Without a tokenizer the text is the ids, with commas.
         The request is checked here, before the first piece is asked for.
         """
         return self.start(make_request(**request))
@@ -170,7 +123,7 @@ class Llama:
         Raises:
             InputError: no ids, ids outside the vocabulary, or more than the context holds.
         """
-        check_tokens(token_ids, self.config.vocab_size)
+        token_ids = check_tokens(token_ids, self.config.vocab_size, "token_ids")
         if len(token_ids) > self.context:
             raise InputError(
                 f"got {len(token_ids):,} tokens, but the context holds {self.context:,}; give fewer"
@@ -183,14 +136,15 @@ class Llama:
         """Yield the text; return the result. Time spent by the reader is not counted."""
         decoder = StreamDecoder(self.tokenizer) if self.tokenizer else None
         stop_token = NO_TOKEN if request.ignore_eos else EOS_ID
-        watch = _Stopwatch(self.executor)
+        watch = Stopwatch(self.executor)
         tokens, pieces, finish_reason = [], [], "length"
         for token in watch.time(self._draw(request, prompt, stop_token)):
             if token == stop_token:
                 finish_reason = "stop"
                 continue
             tokens.append(token)
-            pieces.append(decoder.push(token) if decoder else f"{token},")
+            id_text = f",{token}" if pieces else str(token)
+            pieces.append(decoder.push(token) if decoder else id_text)
             if pieces[-1]:
                 yield pieces[-1]
         if decoder and (rest := decoder.finish()):
@@ -246,42 +200,6 @@ class Llama:
                     limit = 0
                     break
         self._idle = state
-
-
-class _Stopwatch:
-    """Time a generation from inside: without compilation, and without what its reader does."""
-
-    def __init__(self, executor: Executor):
-        self._log = executor.compiled
-        self._compile_before = executor.compiled.seconds
-        self._first_s = self._rest_s = 0.0
-        self._count = 0
-
-    def time(self, draws: Iterator[int]) -> Iterator[int]:
-        """Pass the tokens on, noting how long each took to come."""
-        while True:
-            began, compiled = time.perf_counter(), self._log.seconds
-            token = next(draws, None)
-            spent = time.perf_counter() - began - (self._log.seconds - compiled)
-            if self._count == 0:
-                self._first_s = spent
-            else:
-                self._rest_s += spent
-            if token is None:
-                return
-            self._count += 1
-            yield token
-
-    def timings(self, prompt_length: int) -> dict[str, float | None]:
-        """Return the fields of `Result.timings` but load_s."""
-        decoded = self._count - 1
-        return {
-            "compile_s": self._log.seconds - self._compile_before,
-            "prefill_s": self._first_s,
-            "decode_s": self._rest_s,
-            "prefill_tokens_per_s": prompt_length / self._first_s if self._count else None,
-            "decode_tokens_per_s": decoded / self._rest_s if decoded > 0 else None,
-        }
 
 
 def default_checkpoint() -> pathlib.Path:

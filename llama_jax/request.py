@@ -1,6 +1,7 @@
 """GenerationRequest: what is asked for, checked, with every default made explicit."""
 
 import dataclasses
+import difflib
 import math
 import secrets
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 import jsonschema
 
-from llama_jax.chat import Message, encode_dialog
+from llama_jax.chat import Message, check_dialog, encode_dialog
 from llama_jax.errors import InputError, one_line
 from llama_jax.tokenizer import BOS_ID, Tokenizer
 
@@ -27,17 +28,17 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 goes down to 0 and up to 64 bits, max_tokens has a floor, `ignore_eos` is ours, and the defaults
 that the card leaves out are written down (temperature 0.6 is Meta's; penalties are off)."""
 
+_ARGUMENTS = ("prompt", "messages", "prompt_tokens", "system", "raw", *PARAMETERS)
 _MAX_DRAWN_SEED = 9_999_999_999  # the card's largest: a drawn seed can be sent anywhere
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationRequest:
-    """One generation: a prompt in one of three forms, and the parameters; see `make_request`."""
+    """One generation: one of three prompts, and the parameters; see `make_request`."""
 
-    prompt: str | None
     messages: tuple[Message, ...] | None
+    raw_prompt: str | None
     prompt_tokens: tuple[int, ...] | None
-    raw: bool
     max_tokens: int
     temperature: float
     top_p: float | None
@@ -50,20 +51,17 @@ class GenerationRequest:
 
     def parameters(self) -> dict[str, Any]:
         """Return the effective parameters: send them again and the same text comes back."""
-        return {name: getattr(self, name) for name in ("raw", *PARAMETERS)}
+        raw = {"raw": self.raw_prompt is not None}
+        return raw | {name: getattr(self, name) for name in PARAMETERS}
 
     def encode(self, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
-        """Return the prompt's token ids.
-
-        A prompt is one user turn of Meta's dialog format; with `raw`, BOS and the text as it is.
+        """Return the prompt's token ids: Meta's dialog format, or BOS and the raw text.
 
         Raises:
-            InputError: text without a tokenizer, ids outside the vocabulary, or messages that the
-                dialog format cannot express.
+            InputError: text without a tokenizer, or ids outside the vocabulary.
         """
         if self.prompt_tokens is not None:
-            check_tokens(self.prompt_tokens, vocab_size)
-            return list(self.prompt_tokens)
+            return check_tokens(self.prompt_tokens, vocab_size)
         if tokenizer is None:
             raise InputError(
                 "the checkpoint has no tokenizer.model, so text cannot be encoded; give "
@@ -71,10 +69,8 @@ class GenerationRequest:
             )
         if self.messages is not None:
             return encode_dialog(self.messages, tokenizer)
-        assert self.prompt is not None
-        if self.raw:
-            return [BOS_ID, *tokenizer.encode(self.prompt)]
-        return encode_dialog([Message(role="user", content=self.prompt)], tokenizer)
+        assert self.raw_prompt is not None
+        return [BOS_ID, *tokenizer.encode(self.raw_prompt)]
 
 
 def make_request(
@@ -89,7 +85,8 @@ def make_request(
     """Check a request and fill in its defaults.
 
     Args:
-        prompt: the user's text. Exactly one of prompt, messages, prompt_tokens is given.
+        prompt: the user's text: one user turn. Exactly one of prompt, messages, prompt_tokens is
+            given.
         messages: a dialog; see `chat.encode_dialog`.
         prompt_tokens: ids used as they are (no BOS is added).
         system: a system prompt, with `prompt` alone.
@@ -98,54 +95,70 @@ def make_request(
             is given.
 
     Raises:
-        InputError: naming everything that is wrong.
+        InputError: naming everything that is wrong, the messages' order included.
     """
+    prompt_tokens = _plain(prompt_tokens)
+    values = {name: _plain(value) for name, value in parameters.items() if value is not None}
     problems = _prompt_problems(prompt, messages, prompt_tokens, system, raw)
-    values = {name: value for name, value in parameters.items() if value is not None}
     problems += _parameter_problems(values)
     if problems:
         raise InputError(one_line(problems))
-    for name, schema in PARAMETERS.items():
-        values.setdefault(name, schema.get("default"))
-        if values[name] is not None:
-            kind = {"integer": int, "number": float, "boolean": bool}[schema["type"]]
-            values[name] = kind(values[name])
-    if values["seed"] is None:
-        values["seed"] = 1 + secrets.randbelow(_MAX_DRAWN_SEED)
-    if system is not None:
-        assert prompt is not None
-        messages = [
-            Message(role="system", content=system),
-            Message(role="user", content=prompt),
-        ]
-        prompt = None
+    if prompt is not None and not raw:
+        messages = [Message(role="user", content=prompt)]
+        if system is not None:
+            messages.insert(0, Message(role="system", content=system))
+    if messages is not None:
+        check_dialog(messages)
     return GenerationRequest(
-        prompt=prompt,
+        raw_prompt=prompt if raw else None,
         messages=None if messages is None else tuple(messages),
         prompt_tokens=None if prompt_tokens is None else tuple(prompt_tokens),
-        raw=raw,
-        **values,
+        **_with_defaults(values),
     )
 
 
-def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
-    """Refuse ids that are no integers of the vocabulary, or none at all."""
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Return every parameter in its type; draw the seed if there is none."""
+    kinds = {"integer": int, "number": float, "boolean": bool}
+    values = {name: values.get(name, s.get("default")) for name, s in PARAMETERS.items()}
+    if values["seed"] is None:
+        values["seed"] = 1 + secrets.randbelow(_MAX_DRAWN_SEED)
+    return {
+        name: None if value is None else kinds[PARAMETERS[name]["type"]](value)
+        for name, value in values.items()
+    }
+
+
+def check_tokens(tokens: Any, vocab_size: int, name: str = "prompt_tokens") -> list[int]:
+    """Return token ids as a list of int; refuse none at all, and ids outside the vocabulary."""
+    tokens = _plain(tokens)
     if not len(tokens):
-        raise InputError("prompt_tokens is empty, expected at least 1 token id")
+        raise InputError(f"{name} is empty, expected at least 1 token id")
     for i, token in enumerate(tokens):
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise InputError(
-                f"prompt_tokens[{i}] is {token!r}, expected a token id from 0 to {vocab_size - 1}"
+                f"{name}[{i}] is {token!r}, expected a token id from 0 to {vocab_size - 1}"
             )
+    return list(tokens)
 
 
-def _prompt_problems(prompt: Any, messages: Any, tokens: Any, system: Any, raw: bool) -> list[str]:
+def _plain(value: Any) -> Any:
+    """Turn NumPy's and JAX's arrays and scalars into Python's lists and numbers."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _prompt_problems(prompt: Any, messages: Any, tokens: Any, system: Any, raw: Any) -> list[str]:
     forms = {"prompt": prompt, "messages": messages, "prompt_tokens": tokens}
     given = [name for name, value in forms.items() if value is not None]
     problems = []
-    if len(given) != 1:
-        got = "none of them" if not given else "both " + " and ".join(given)
-        problems.append(f"got {got}, expected exactly one of prompt, messages and prompt_tokens")
+    if not given:
+        problems.append("no prompt given, expected one of prompt, messages and prompt_tokens")
+    if len(given) > 1:
+        problems.append(
+            f"{', '.join(given)} are given together, expected one of them; drop the others"
+        )
     if prompt is not None and not isinstance(prompt, str):
         problems.append(f"prompt is {prompt!r:.40}, expected a string")
     elif prompt is not None and not prompt:
@@ -154,35 +167,40 @@ def _prompt_problems(prompt: Any, messages: Any, tokens: Any, system: Any, raw: 
         value = forms[name]
         if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
             problems.append(f"{name} is {value!r:.40}, expected a list")
+        elif name == "prompt_tokens" and value is not None and not len(value):
+            problems.append("prompt_tokens is empty, expected at least 1 token id")
+    if system is not None and not isinstance(system, str):
+        problems.append(f"system is {system!r:.40}, expected a string")
     if system is not None and (prompt is None or raw):
         other = "raw" if raw else given[0] if given else "no prompt"
         problems.append(
             f"system is given with {other}, expected it with a prompt in the chat format; "
             "put it into the messages or the raw text"
         )
-    if raw and prompt is None and given:
+    if not isinstance(raw, bool):
+        problems.append(f"raw is {raw!r:.40}, expected true or false")
+    elif raw and prompt is None and given:
         problems.append(f"raw is given with {given[0]}, expected it with prompt; leave it out")
     return problems
 
 
 def _parameter_problems(values: dict[str, Any]) -> list[str]:
-    problems = [
-        f"unknown parameter {name!r}, expected one of {', '.join(PARAMETERS)}"
-        for name in values.keys() - PARAMETERS.keys()
-    ]
-    for name, schema in PARAMETERS.items():
-        value = values.get(name)
-        if isinstance(value, float) and not math.isfinite(value):
+    problems = []
+    for name, value in values.items():
+        schema = PARAMETERS.get(name)
+        if schema is None:
+            close = difflib.get_close_matches(name, _ARGUMENTS, n=1)
+            meant = f"did you mean {close[0]}?" if close else f"expected {', '.join(_ARGUMENTS)}"
+            problems.append(f"unknown parameter {name!r}, {meant}")
+        elif isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{name} is {value}, expected a finite number")
-            continue
-        for error in jsonschema.Draft202012Validator(schema).iter_errors(value):
-            if name in values:
-                problems.append(f"{name} is {value!r:.40}, expected {_expected(error, schema)}")
-                break
+        elif not jsonschema.Draft202012Validator(schema).is_valid(value):
+            problems.append(f"{name} is {value!r:.40}, expected {_expected(schema)}")
     return problems
 
 
-def _expected(error: jsonschema.ValidationError, schema: dict[str, Any]) -> str:
+def _expected(schema: dict[str, Any]) -> str:
+    """Say in words what a parameter's schema allows."""
     kind = {"integer": "an integer", "number": "a number", "boolean": "true or false"}
     expected = kind[schema["type"]]
     if "minimum" in schema:

@@ -123,9 +123,40 @@ def test_another_version(copy):
     assert "has format version 99, this program reads 1" in refused(copy)
 
 
-def test_damaged_manifest(copy):
-    (copy / "manifest.json").write_text("{")
-    assert "manifest.json is damaged" in refused(copy)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "manifest.json: not JSON"),
+        ("[" * 100_000, "manifest.json: not JSON"),
+        ("[]", "manifest.json: got a list, expected a JSON object"),
+        ("{}", "has format version None, this program reads 1"),
+        ('{"format_version": 1, "dtype": "int8", "files": {}}', "dtype is 'int8'"),
+        ('{"format_version": 1, "dtype": "float32", "files": []}', "files is [], expected an obj"),
+        ('{"format_version": 1, "dtype": "float32", "files": {"a": "b"}}', "a is missing"),
+    ],
+)
+def test_damaged_manifest(copy, text, expected):
+    (copy / "manifest.json").write_text(text)
+    assert expected in refused(copy)
+
+
+def test_manifest_is_a_folder(copy):
+    (copy / "manifest.json").unlink()
+    (copy / "manifest.json").mkdir()
+    assert "manifest.json: cannot read it (Is a directory)" in refused(copy)
+
+
+def test_a_folder_that_may_not_be_read(saved, monkeypatch):
+    def deny(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "_file_sizes", deny)
+    assert "cannot be read (Permission denied); check the path" in refused(saved)
+
+
+def test_home_is_expanded(saved, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert load_checkpoint("~/checkpoint").config == SMALL
 
 
 @pytest.mark.parametrize("name", ["params", "config.json", "manifest.json"])

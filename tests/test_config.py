@@ -42,13 +42,17 @@ def test_every_preset_is_counted():
     assert len(list(CONFIGS.glob("*.json"))) == 6
 
 
-def test_json_round_trip():
-    assert ModelConfig.from_json(SMALL.to_json()) == SMALL
+def load(text, tmp_path):
+    (tmp_path / "here.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return ModelConfig.load(tmp_path / "here.json")
 
 
-def test_whole_numbers_are_floats_in_json():
-    text = SMALL.to_json().replace("10000.0", "10000")
-    assert ModelConfig.from_json(text) == SMALL
+def test_json_round_trip(tmp_path):
+    assert load(SMALL.to_json(), tmp_path) == SMALL
+
+
+def test_whole_numbers_are_floats_in_json(tmp_path):
+    assert load(SMALL.to_json().replace("10000.0", "10000"), tmp_path) == SMALL
 
 
 @pytest.mark.parametrize(
@@ -82,11 +86,21 @@ def test_one_error_names_every_problem():
     [
         ("<html>", "not JSON"),
         ("[1]", "got a list, expected a JSON object"),
+        ("[" * 100_000, "not JSON"),
+        (b'{"dim": "\xff"}', "not JSON"),
         ('{"dim": 4, "hidden_size": 4}', "unknown key 'hidden_size'; missing key 'ffn_dim'"),
+        (
+            SMALL.to_json().replace("1e-05", "9" * 400),
+            "norm_eps is inf, expected a positive number",
+        ),
     ],
 )
-def test_bad_json(text, message):
+def test_bad_json(text, message, tmp_path):
     with pytest.raises(InputError) as error:
-        ModelConfig.from_json(text, source="here.json")
+        load(text, tmp_path)
     assert message in str(error.value)
-    assert "here.json" in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"none\.json: cannot read it \(No such file"):
+        ModelConfig.load(tmp_path / "none.json")

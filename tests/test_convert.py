@@ -292,3 +292,11 @@ def test_tokenizer_must_fit_the_embedding(tmp_path, hf, tokenizer, capsys):
 @DAMAGE
 def test_damaged_weights_are_named(hf, content, message):
     assert_damage_is_named(hf / "model.safetensors", read_hf, content, message)
+
+
+def test_an_html_page_is_one_line_and_exit_2(hf, tmp_path, capsys):
+    (hf / "model.safetensors").write_text("<!DOCTYPE html><html>log in</html>")
+    assert main(["hf", str(hf), str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "model.safetensors is an HTML page, not weights" in line

@@ -196,6 +196,10 @@ def test_penalties_count_prompt_and_output_as_the_law_says():
 def test_fifty_mixed_requests_compile_each_program_once():
     ex = make()
     rng = np.random.default_rng(0)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
+    )
     state = ex.init_state()
     for i in range(50):
         length, limit = int(rng.integers(1, 400)), int(rng.integers(1, 60))
@@ -213,7 +217,8 @@ def test_fifty_mixed_requests_compile_each_program_once():
         state, _ = ex.prefill(state, 0, prompt)
         for asked in range(1, limit, 8):
             state, _ = ex.decode(state, length + asked - 1)
-    assert len(ex.compiled.names) == len(set(ex.compiled.names))
+    jax.monitoring.clear_event_listeners()
+    assert len(compiled) == len(ex.compiled.names)  # and nothing outside the executor
     assert set(ex.compiled.names) == {
         "init_state",
         "admit",
@@ -238,8 +243,7 @@ def test_the_cache_is_donated(dtype):
     state_bytes = sum(a.nbytes for a in jax.tree.leaves(state))
     for name in ("admit", "prefill(64, 256)", "decode(8, 256)"):
         aliased = ex._programs[name].memory_analysis().alias_size_in_bytes
-        assert cache_bytes <= aliased <= state_bytes, name
-        assert aliased == state_bytes, name
+        assert aliased == state_bytes > cache_bytes, name
 
 
 def test_the_cache_is_not_copied():
@@ -258,10 +262,15 @@ def test_the_cache_is_not_copied():
 
 
 def test_no_weight_is_captured_as_a_constant(ex):
+    """Every weight and every byte of the state comes in as an argument."""
     run(ex, PROMPT, 9)
-    for name, program in ex._programs.items():
-        constants = program.as_text().split("constant({")[1:]
-        assert all(len(text.split("})")[0]) < 10_000 for text in constants), name
+    ex.score(PROMPT)
+    weights = sum(a.nbytes for a in jax.tree.leaves(ex.params))
+    state = ex.init_state()
+    carried = {"prefill(64, 256)": state, "decode(8, 256)": state, "score(64, 256)": state.cache}
+    for name, tree in carried.items():
+        expected = weights + sum(a.nbytes for a in jax.tree.leaves(tree))
+        assert ex._programs[name].memory_analysis().argument_size_in_bytes >= expected, name
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,20 @@ def test_streams_may_be_interleaved_and_abandoned(llm):
     assert texts == expected
 
 
+@pytest.mark.parametrize("max_tokens", [1, 2, 9, 10, 64])
+def test_running_ahead_changes_no_token(llm, max_tokens, monkeypatch):
+    """On an accelerator a chunk is dispatched before the last is read, past EOS too."""
+    requests = [
+        QUESTION | {"max_tokens": max_tokens},
+        QUESTION | {"max_tokens": max_tokens, "ignore_eos": True},
+    ]
+    expected = [llm.generate(**request) for request in requests]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for request, result in zip(requests, expected, strict=True):
+        ahead = llm.generate(**request)
+        assert (ahead.tokens, ahead.finish_reason) == (result.tokens, result.finish_reason)
+
+
 def test_a_stream_can_be_left_and_taken_up_again(llm):
     stream = llm.stream(**QUESTION)
     with pytest.raises(RuntimeError, match="not been read to its end"):
@@ -191,7 +205,6 @@ def test_greedy_equals_the_oracle(llm):
 
 def test_context_is_counted_before_running(llm):
     small = Llama.load(DEMO_CHECKPOINT, context=40)
-    assert small.executor.capacity == 64
     tokens = [1] * 30
     small.generate(prompt_tokens=tokens, max_tokens=10)
     with pytest.raises(
@@ -213,9 +226,16 @@ def test_the_whole_context_can_be_used(llm):
     assert greedy.tokens[0] == logits[499].argmax()
 
 
-@pytest.mark.parametrize("context", [0, -1, 513])
+@pytest.mark.parametrize("context", [16, 64, 256])
+def test_bits_do_not_depend_on_the_context(llm, context):
+    tokens = list(range(3, 15))
+    small = Llama.load(DEMO_CHECKPOINT, context=context)
+    np.testing.assert_array_equal(small.logits(tokens), llm.logits(np.array(tokens)))
+
+
+@pytest.mark.parametrize("context", [0, -1, 513, True, 64.0, "64"])
 def test_context_out_of_range(context):
-    with pytest.raises(InputError, match=f"context is {context}, expected 1 to 512"):
+    with pytest.raises(InputError, match=f"context is {context!r}, expected 1 to 512"):
         Llama.load(DEMO_CHECKPOINT, context=context)
 
 
@@ -225,7 +245,7 @@ def test_without_a_tokenizer_ids_go_in_and_out(tmp_path, llm):
     bare = Llama.load(tmp_path / "bare")
     whole = llm.generate(**QUESTION)
     stream = bare.stream(prompt_tokens=whole.prompt_tokens, seed=1)
-    assert "".join(stream) == "".join(f"{token}," for token in whole.tokens)
+    assert "".join(stream) == ",".join(map(str, whole.tokens))
     assert (stream.result.response, stream.result.tokens) == (None, whole.tokens)
     with pytest.raises(InputError, match=r"has no tokenizer\.model"):
         bare.generate(prompt="Hi")

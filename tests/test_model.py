@@ -51,6 +51,11 @@ def full_forward(config, params, tokens, dtype=jnp.float32, attend_len=None):
     return jit_forward(Llama(config, dtype), params, *args, attend_len=attend_len)[0][0]
 
 
+def test_every_config_field_is_perturbed():
+    fields = {field.name for field in dataclasses.fields(SMALL)}
+    assert PERTURBED.keys() | {"max_seq_len"} == fields  # that one limits, and computes nothing
+
+
 @pytest.mark.parametrize("config", CASES, ids=["small", *PERTURBED])
 def test_equals_the_float64_oracle(config):
     params = random_params(config)

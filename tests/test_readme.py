@@ -13,6 +13,8 @@ import sys
 import pytest
 import sources
 
+from tools.demo_corpus import read_corpus
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 SHELL = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -78,6 +80,13 @@ def test_real_weights(folder, weights, tokenizer):
     for source in (hf, meta):
         shutil.copy(tokenizer, source / "tokenizer.model")
     shell(SHELL[2], folder)
+
+
+def test_the_corpus_is_as_large_as_it_says():
+    corpus = read_corpus()
+    questions = len(corpus.questions) - len(corpus.tales)
+    sizes = f"{questions} questions and answers, {len(corpus.dialogues)} dialogues and\n"
+    assert f"{sizes}{len(corpus.tales)} tales" in README
 
 
 def test_no_other_block_is_left_out():

@@ -1,5 +1,7 @@
 import math
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from llama_jax import InputError
@@ -64,7 +66,7 @@ def test_numbers_take_their_types():
         ("frequency_penalty", -1, "frequency_penalty is -1, expected a number from 0 to 2"),
         ("presence_penalty", 3, "presence_penalty is 3, expected a number from 0 to 2"),
         ("ignore_eos", 1, "ignore_eos is 1, expected true or false"),
-        ("topk", 3, "unknown parameter 'topk'"),
+        ("topk", 3, "unknown parameter 'topk', did you mean top_k?"),
     ],
 )
 def test_out_of_range(name, value, expected):
@@ -83,9 +85,12 @@ def test_the_ends_of_every_range_are_in_it(name, schema):
 @pytest.mark.parametrize(
     ("request_", "expected"),
     [
-        ({}, "got none of them, expected exactly one of prompt, messages and prompt_tokens"),
-        ({"prompt": "a", "messages": []}, "got both prompt and messages"),
-        ({"prompt": "a", "prompt_tokens": [1]}, "got both prompt and prompt_tokens"),
+        ({}, "no prompt given, expected one of prompt, messages and prompt_tokens"),
+        (
+            {"prompt": "a", "messages": []},
+            "prompt, messages are given together, expected one of them",
+        ),
+        ({"prompt": "a", "prompt_tokens": [1]}, "prompt, prompt_tokens are given together"),
         ({"prompt": ""}, "prompt is empty, expected at least 1 character"),
         ({"prompt": 5}, "prompt is 5, expected a string"),
         ({"messages": "hi"}, "messages is 'hi', expected a list"),
@@ -93,6 +98,12 @@ def test_the_ends_of_every_range_are_in_it(name, schema):
         ({"system": "s", "messages": [{}]}, "system is given with messages"),
         ({"system": "s", "prompt": "a", "raw": True}, "system is given with raw"),
         ({"raw": True, "prompt_tokens": [1]}, "raw is given with prompt_tokens"),
+        ({"raw": "no", "prompt": "a"}, "raw is 'no', expected true or false"),
+        ({"system": 5, "prompt": "a"}, "system is 5, expected a string"),
+        ({"prompt_tokens": []}, "prompt_tokens is empty, expected at least 1 token id"),
+        ({"prompt": "[INST] a"}, "contains the control tag [INST]"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0] has the role 'tool'"),
+        ({"promt": "a"}, "unknown parameter 'promt', did you mean prompt?"),
     ],
 )
 def test_prompt_forms(request_, expected):
@@ -111,7 +122,6 @@ def test_one_error_names_every_problem():
 @pytest.mark.parametrize(
     ("tokens", "expected"),
     [
-        ([], "prompt_tokens is empty"),
         ([1, 97], "prompt_tokens[1] is 97, expected a token id from 0 to 96"),
         ([-1], "prompt_tokens[0] is -1"),
         ([True], "prompt_tokens[0] is True"),
@@ -122,6 +132,15 @@ def test_token_ids(tokens, expected):
     with pytest.raises(InputError) as error:
         make_request(prompt_tokens=tokens).encode(None, 97)
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("array", [np.array([1, 5], np.int64), jnp.array([1, 5])])
+def test_arrays_and_their_scalars_are_taken(array):
+    for tokens in (array, list(array), tuple(array)):
+        request = make_request(prompt_tokens=tokens, seed=array[1], temperature=np.float32(0.5))
+        assert request.encode(None, 97) == [1, 5]
+        assert (request.seed, request.temperature) == (5, 0.5)
+        assert type(request.seed) is int
 
 
 def test_text_needs_a_tokenizer():

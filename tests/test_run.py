@@ -6,8 +6,10 @@ import os
 import pathlib
 import pty
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from absl.testing import flagsaver
@@ -80,6 +82,7 @@ def test_text_to_stdout_and_the_rest_to_stderr():
         "decode ",
         "tok/s",
         "GB/s of weights",
+        "tokens, stop",
     ):
         assert part in summary
     assert "(drawn; --seed=" in summary
@@ -198,12 +201,12 @@ def test_checkpoint_from_the_environment(cli, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "got none of them, expected exactly one of prompt, messages and prompt_tokens"),
+        ([], "no prompt given, expected one of prompt, messages and prompt_tokens"),
         (["--prompt="], "prompt is empty, expected at least 1 character"),
-        (["--prompt=a", "--messages=-"], "got both prompt and messages"),
+        (["--prompt=a", "--messages=-"], "prompt, messages are given together"),
         (["--messages=-"], "messages is empty, expected at least one user message"),
         (["--messages=none.json"], "--messages=none.json: No such file or directory; name a JSON"),
-        (["--prompt_tokens=1,x"], "--prompt_tokens: 'x' is no integer, expected 1,15043"),
+        (["--prompt_tokens=1,x"], "'x' is no whole number, expected ids such as 1,15043"),
         (["--prompt_tokens=5000"], "prompt_tokens[0] is 5000, expected a token id from 0 to 1023"),
         (["--prompt=a", "--temperature=9"], "temperature is 9.0, expected a number from 0 to 5"),
         (["--prompt=a", "--temperature=hot"], "flag --temperature=hot"),
@@ -220,7 +223,18 @@ def test_checkpoint_from_the_environment(cli, monkeypatch, tmp_path):
         (["--prompt=a", "--promt=b"], "Unknown command line flag 'promt'"),
         (["hello"], "got the argument 'hello', expected chat or none; a prompt goes to --prompt"),
         (["chat", "--prompt=a"], "--prompt is given with chat, which asks for the turns"),
-        (["chat", "--output=json"], "chat prints text in the chat format; drop --raw and --out"),
+        (["chat", "--output=json"], "chat streams text in the chat format; drop --raw, --output"),
+        (["chat", "--nostream"], "chat streams text in the chat format"),
+        (["chat", "--temperature=9"], "temperature is 9.0, expected a number from 0 to 5"),
+        (["chat", "--system=[INST]"], "contains the control tag [INST]"),
+        (
+            ["--prompt=a", "--seed=99999999999999999999"],
+            "expected an integer from 0 to 184467440",
+        ),
+        (["--prompt_tokens="], "prompt_tokens is empty, expected at least 1 token id"),
+        (["--messages=tests"], "--messages=tests: Is a directory; name a JSON file or -"),
+        (["--flagfile=none"], "error: Unable to open flagfile"),
+        (["--prompt=a", "--checkpoint=" + "a" * 5000], "cannot be read (File name too long)"),
         (["--prompt=a", "--checkpoint=none"], "none does not exist; check the path"),
         (["--prompt=a", "--checkpoint=run.py"], "run.py is a file, expected the folder"),
         (["--prompt=a", "--checkpoint="], "checkpoint"),
@@ -242,7 +256,9 @@ def test_a_mistake_is_one_line_and_exit_2(cli, arguments, expected, monkeypatch)
     ("stdin", "expected"),
     [
         ("<html>", "--messages=-: not JSON"),
-        ('{"role": "user"}', "expected a list"),
+        ('{"role": "user"}', "--messages=- holds {'role': 'user'}, expected a list of messages"),
+        ("null", "--messages=- holds None, expected a list of messages"),
+        ("[" * 100_000, "--messages=-: not JSON"),
         ('[{"role": "user"}]', "messages[0] is {'role': 'user'}, expected an object with role"),
         ('[{"role": "assistant", "content": "a"}]', "messages[0] has the role assistant, expected"),
         ('[{"role": "user", "content": null}]', "messages[0] has the content None, expected a str"),
@@ -292,7 +308,7 @@ def test_without_a_tokenizer_ids_are_printed(cli, tmp_path):
     whole = cli(*arguments, "--max_tokens=3", "--nostream", "--ignore_eos")[1]
     streamed = cli(*arguments, "--max_tokens=3", "--ignore_eos")[1]
     assert len(whole.split(",")) == 3
-    assert streamed.strip().strip(",") == whole.strip()
+    assert streamed == whole
     assert "no tokenizer.model" in cli(arguments[0], "--prompt=a")[2]
 
 
@@ -302,6 +318,8 @@ And of Spain?
 /reset
 /seed 3
 /seed x
+/seed ²
+/seed 99999999999999999999
 /nonsense
 /system Answer in one word.
 What is the capital of France?
@@ -319,13 +337,53 @@ def test_chat(cli):
     for part in (
         "/reset forgets",
         "forgotten",
-        "seed is 'x', expected a whole number",
+        "seed is 'x', expected a whole number from 0 to 2^64 - 1",
+        "seed is '²', expected a whole number",
+        "seed is '99999999999999999999', expected a whole number",
         "unknown command /nonsense",
         "system prompt set",
         "contains the control tag [INST]",
     ):
         assert part in err
     assert err.count("| seed 3\n") == 1
+
+
+def test_chat_says_how_to_go_on_when_the_context_is_full(cli):
+    status, out, err = cli("chat", "--temperature=0", stdin="Hello\n" * 20 + "/reset\nHello\n")
+    assert status == 0
+    assert "the context holds 512; shorten the prompt or lower max_tokens (/reset forgets" in err
+    *_, last = out.splitlines()
+    assert last.startswith("Hello! I am the llama_jax demo model.")
+
+
+def test_chat_survives_bytes_that_are_no_text():
+    done = subprocess.run(
+        [sys.executable, "run.py", "chat", "--temperature=0"],
+        cwd=ROOT,
+        input=b"a\xff\nHello\n",
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0
+    assert b"lone surrogate" in done.stderr
+    assert done.stdout.startswith(b"Hello!")
+
+
+def test_ctrl_c_in_mid_work_exits_130():
+    """While XLA compiles, too, where Python's own way out crashed in four of five tries."""
+    process = subprocess.Popen(
+        [sys.executable, "run.py", "--prompt=Hi", "--ignore_eos", "--max_tokens=450"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with process:
+        assert process.stderr.readline().startswith(b"no --checkpoint")
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
 
 
 def test_chat_ends_at_the_end_of_input(cli):

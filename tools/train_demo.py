@@ -36,6 +36,7 @@ _STEPS = flags.DEFINE_integer("steps", 2400, "Optimiser steps.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 16, "Rows a step.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 256, "Tokens a row.", lower_bound=128)
 _RATE = flags.DEFINE_float("learning_rate", 4e-3, "Peak learning rate.")
+_CHECK = flags.DEFINE_bool("check", True, "Save only if every answer is right.")
 _SEED = flags.DEFINE_integer("seed", 0, "Decides the initial weights and the order of the data.")
 
 CONFIG = ModelConfig(
@@ -189,6 +190,9 @@ def count_right(params, examples: Examples) -> tuple[int, int]:
 def main(_: list[str]) -> None:
     """Train, count the right answers, save."""
     logging.set_verbosity(logging.WARNING)
+    out = pathlib.Path(_OUT.value)
+    if out.exists() and not (out / "manifest.json").exists():
+        raise app.UsageError(f"{out} is no checkpoint, so it is not written over; name another")
     corpus = read_corpus()
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "tokenizer.model"
@@ -197,10 +201,12 @@ def main(_: list[str]) -> None:
         params = train(examples, _STEPS.value)
         right, total = count_right(params, examples)
         print(f"answers right word for word: {right} of {total}")
-        shutil.rmtree(_OUT.value, ignore_errors=True)
+        if right < total and _CHECK.value:
+            raise app.Error("not every answer is right: nothing is saved; train for more steps")
+        shutil.rmtree(out, ignore_errors=True)
         params = jax.tree.map(np.asarray, params)
         origin = {"source": "tools/train_demo.py", "answers_right": f"{right} of {total}"}
-        save_checkpoint(_OUT.value, params, CONFIG, tokenizer=path, origin=origin)
+        save_checkpoint(out, params, CONFIG, tokenizer=path, origin=origin)
 
 
 if __name__ == "__main__":
