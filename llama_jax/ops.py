@@ -81,7 +81,7 @@ def attention(
 
     A loop over blocks of slots with a running softmax (arXiv:1805.02867). Each turn has the same
     shapes whatever `attend_len` is, and a block that is wholly masked adds exact zeros: so reading
-    more of the cache changes no bit, where one product and one softmax over all of it do. Blocks
+    more of the cache changes no bit, where one product and one softmax over all of it may. Blocks
     are cut out of the whole cache inside the loop: a slice of it would be copied first.
 
     Args:

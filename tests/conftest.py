@@ -6,6 +6,8 @@ import os
 import pathlib
 import tempfile
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several workers, one GPU
+
 import jax
 import pytest
 import sentencepiece
