@@ -2,7 +2,7 @@
 
 A model of about a million parameters memorises a corpus of questions, dialogues and tales in
 Llama 2's chat format. It proves the pipeline on a machine without real weights; it knows nothing
-else. Needs the `dev` extra (optax); takes about a quarter of an hour on two CPU cores.
+else. Needs the `dev` extra (optax); takes about 20 minutes on two CPU cores.
 """
 
 import io
