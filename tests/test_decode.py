@@ -197,6 +197,7 @@ def test_fifty_mixed_requests_compile_each_program_once():
     ex = make()
     rng = np.random.default_rng(0)
     compiled = []
+    jax.clear_caches()  # of earlier tests' programs: each of this one's is then lowered anew
     jax.monitoring.register_event_duration_secs_listener(
         # Lowering comes before each compilation, those that the session's cache spares included.
         lambda event, _, **__: compiled.append(event) if "jaxpr_to_mlir" in event else None
