@@ -140,7 +140,7 @@ def _open_tensors(folder: pathlib.Path) -> dict[str, Any]:
     """Return, for each tensor, the open file that holds it."""
     if (folder / _WEIGHTS).exists():  # the one that transformers prefers too
         file = _open_file(folder / _WEIGHTS)
-        return {name: file for name in file.keys() if not _is_buffer(name)}  # noqa: SIM118
+        return {name: file for name in file.keys() if not _is_buffer(name)}  # noqa: SIM118 (no dict)
     index = folder / _INDEX
     placed = _weight_map(index)
     paths = {name: folder / name for name in sorted(set(placed.values()))}
@@ -150,7 +150,7 @@ def _open_tensors(folder: pathlib.Path) -> dict[str, Any]:
             f"{index} names files that are missing: {source.abbreviate(missing)}; download them"
         )
     opened = {name: _open_file(path) for name, path in paths.items()}
-    held = {(name, file) for file, handle in opened.items() for name in handle.keys()}  # noqa: SIM118
+    held = {(name, file) for file, handle in opened.items() for name in handle.keys()}  # noqa: SIM118 (no dict)
     problems = [f"{name} is not in {file}" for name, file in sorted(placed.items() - held)]
     problems += [
         f"{file} holds {name}, which the index places in {placed.get(name, 'no file')}"

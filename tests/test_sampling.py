@@ -226,6 +226,14 @@ def test_top_p_keeps_the_token_that_crosses():
         assert np.isfinite(filtered).sum() == kept, top_p
 
 
+def test_top_p_at_exactly_the_mass_before_a_token_keeps_it():
+    """Four equal tokens: cumulative mass is exact in float32, and only *more* than top_p cuts."""
+    for top_p, kept in ((0.0, 1), (0.25, 2), (0.5, 3), (0.75, 4)):
+        params = rows(1, temperature=1.0, top_p=top_p)
+        filtered = sampling.apply_filters(jnp.zeros((1, 4), jnp.float32), params)
+        assert np.flatnonzero(np.isfinite(filtered[0])).tolist() == list(range(kept)), top_p
+
+
 def test_filters_that_are_off_change_no_bit():
     logits = jnp.asarray(LOGITS)[None]
     np.testing.assert_array_equal(sampling.apply_filters(logits, rows(1, temperature=1.0)), logits)
