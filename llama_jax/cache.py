@@ -10,16 +10,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped, UInt16
 
 from llama_jax.config import ModelConfig
+
+Slots = Float[Array, "rows K S H"] | UInt16[Array, "rows K S H"]
+"""Keys or values: floats, or the bits of bfloat16 (see `init_cache`)."""
 
 
 class LayerCache(NamedTuple):
     """One layer's keys and values, apart: one array for both would be sliced and copied."""
 
-    k: Float[Array, "B K S H"]
-    v: Float[Array, "B K S H"]
+    k: Slots
+    v: Slots
 
 
 KVCache = tuple[LayerCache, ...]
@@ -27,7 +30,14 @@ KVCache = tuple[LayerCache, ...]
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike) -> KVCache:
-    """Return an empty cache of `capacity` slots for each of `batch` rows."""
+    """Return an empty cache of `capacity` slots for each of `batch` rows.
+
+    Args:
+        config: the model's shape.
+        batch, capacity: its size.
+        dtype: a float's, or uint16: bfloat16 kept as its bits, since XLA on a CPU widens a
+            bfloat16 array whole, and narrows it again, at each write and each cut.
+    """
     shape = (batch, config.num_kv_heads, capacity, config.head_dim)
     return tuple(
         LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
@@ -47,17 +57,24 @@ def write(
     Slots `starts` to `starts + T - 1` must exist: XLA would move an update that does not fit.
     """
     return LayerCache(
-        k=_write(cache.k, jnp.swapaxes(k, 1, 2).astype(cache.k.dtype), starts, row),
-        v=_write(cache.v, jnp.swapaxes(v, 1, 2).astype(cache.v.dtype), starts, row),
+        k=_write(cache.k, _to_slots(k, cache.k.dtype), starts, row),
+        v=_write(cache.v, _to_slots(v, cache.v.dtype), starts, row),
     )
 
 
+def _to_slots(new: Float[Array, "b T K H"], dtype: DTypeLike) -> Shaped[Array, "b K T H"]:
+    new = jnp.swapaxes(new, 1, 2)
+    if dtype != jnp.uint16:
+        return new.astype(dtype)
+    return lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
+
+
 def _write(
-    slots: Float[Array, "B K S H"],
-    new: Float[Array, "b K T H"],
+    slots: Slots,
+    new: Shaped[Array, "b K T H"],
     starts: Int[Array, "b"],
     row: Int[Array, ""] | None,
-) -> Float[Array, "B K S H"]:
+) -> Slots:
     if new.shape[0] == 1:
         first = jnp.zeros((), starts.dtype) if row is None else row.astype(starts.dtype)
         return lax.dynamic_update_slice(slots, new, (first, 0, starts[0], 0))

@@ -15,28 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from llama_jax import attention, decode
 from llama_jax import cache as kv
-from llama_jax import decode
 from llama_jax.config import ModelConfig
 from llama_jax.decode import DecodeState
 from llama_jax.model import Llama, Params
-from llama_jax.ops import ATTENTION_BLOCK
+from llama_jax.plan import Plan, choose_plan
 from llama_jax.sampling import SamplingParams
-
-PREFILL_SIZES = (16, 64, 256)
-"""Tokens per prefill chunk. A prompt is cut at multiples of the last; the rest is padded to the
-smallest that holds it. So the chunk a token is computed in follows from its prompt alone."""
-
-
-def padded(length: int) -> int:
-    """Return the slots that hold `length` tokens prefilled in chunks.
-
-    A prefill size, or a multiple of the last: chunks, padding included, then never cross the end.
-    """
-    for size in PREFILL_SIZES:
-        if length <= size:
-            return size
-    return -(-length // PREFILL_SIZES[-1]) * PREFILL_SIZES[-1]
 
 
 @dataclasses.dataclass
@@ -52,11 +37,11 @@ class Executor:
 
     Args:
         config: the model's shape.
-        params: its parameters, of one dtype, which the cache shares.
-        dtype: that dtype.
-        batch: rows that decode together; fixed, since it decides the bits of a row's logits.
+        params: its parameters, of one dtype.
+        dtype: the run's: of weights and cache, unless the plan holds them otherwise.
+        batch: rows that decode together; fixed, since it may decide the bits of a row's logits.
         context: tokens of prompt plus output that a row can hold, at most `config.max_seq_len`.
-        decode_steps: tokens decoded per dispatch.
+        plan: how to compute; None: as `choose_plan` says.
     """
 
     def __init__(
@@ -67,19 +52,30 @@ class Executor:
         *,
         batch: int = 1,
         context: int,
-        decode_steps: int = 8,
+        plan: Plan | None = None,
     ):
-        self.config, self.params, self.dtype = config, params, jnp.dtype(dtype)
-        self.batch, self.context, self.decode_steps = batch, context, decode_steps
+        self.config, self.batch, self.context = config, batch, context
+        self.plan = plan = plan or choose_plan(config, dtype)
+        self.params = jax.tree.map(lambda a: a.astype(plan.weights), params)
         # Two blocks at least: attention's loop of one turn is compiled as no loop, to other bits.
-        self.capacity = max(2 * ATTENTION_BLOCK, padded(context))
+        self.capacity = max(2 * attention.BLOCK, self.padded(context))
         self.compiled = CompileLog()
         self._programs: dict[str, Any] = {}
-        self._model = Llama(config, self.dtype)
+        self._model = Llama(config, jnp.dtype(plan.weights), plan.forms)
+
+    def padded(self, length: int) -> int:
+        """Return the slots that hold `length` tokens prefilled in chunks.
+
+        A prefill size, or a multiple of the last: chunks with their padding never cross the end.
+        """
+        for size in self.plan.prefill_sizes:
+            if length <= size:
+                return size
+        return -(-length // self.plan.prefill_sizes[-1]) * self.plan.prefill_sizes[-1]
 
     def init_state(self) -> DecodeState:
         """Return a fresh state of idle rows."""
-        sizes = (self.config, self.batch, self.capacity, self.dtype)
+        sizes = (self.config, self.batch, self.capacity, self.plan.cache)
         return self._run("init_state", lambda: decode.init_state(*sizes), donate=())
 
     def admit(
@@ -105,7 +101,7 @@ class Executor:
             The state and each row's token: the first of `row`, NO_TOKEN for the others.
         """
         tokens = None
-        for start, chunk, length in _chunks(prompt):
+        for start, chunk, length in self._chunks(prompt):
             attend_len = self._bucket(start + len(chunk))
             last = start + length == len(prompt)
             state, tokens = self._run(
@@ -125,17 +121,18 @@ class Executor:
     def decode(
         self, state: DecodeState, longest: int
     ) -> tuple[DecodeState, Int[Array, "num_steps B"]]:
-        """Run the next `decode_steps` steps of every row; consumes `state`.
+        """Run the plan's `decode_steps` next steps of every row; consumes `state`.
 
         Args:
             state: as returned before.
             longest: the highest position among the rows that are active.
         """
-        attend_len = self._bucket(longest + self.decode_steps)
+        num_steps = self.plan.decode_steps
+        attend_len = self._bucket(longest + num_steps)
         return self._run(
-            f"decode({self.decode_steps}, {attend_len})",
+            f"decode({num_steps}, {attend_len})",
             functools.partial(
-                decode.decode, self._model, num_steps=self.decode_steps, attend_len=attend_len
+                decode.decode, self._model, num_steps=num_steps, attend_len=attend_len
             ),
             self.params,
             state,
@@ -144,10 +141,10 @@ class Executor:
 
     def score(self, tokens: Sequence[int]) -> np.ndarray:
         """Return the float32 logits [T, V] after each token of a text."""
-        sizes = (self.config, 1, self.capacity, self.dtype)
+        sizes = (self.config, 1, self.capacity, self.plan.cache)
         cache = self._run("init_cache", lambda: kv.init_cache(*sizes), donate=())
         rows = []
-        for start, chunk, length in _chunks(tokens):
+        for start, chunk, length in self._chunks(tokens):
             attend_len = self._bucket(start + len(chunk))
             cache, logits = self._run(
                 f"score({len(chunk)}, {attend_len})",
@@ -161,9 +158,20 @@ class Executor:
             rows.append(np.asarray(logits)[:length])
         return np.concatenate(rows)
 
+    def _chunks(self, tokens: Sequence[int]) -> list[tuple[int, np.ndarray, int]]:
+        """Cut into (start, right-padded chunk, length without padding)."""
+        chunks, size = [], self.plan.prefill_sizes[-1]
+        for start in range(0, len(tokens), size):
+            part = np.asarray(tokens[start : start + size], np.int32)
+            padding = self.padded(len(part)) - len(part)
+            chunks.append((start, np.pad(part, (0, padding)), len(part)))
+        return chunks
+
     def _bucket(self, length: int) -> int:
         """Return the slots to attend to: two blocks, four, eight ..., or all there are."""
-        bucket = 2 * ATTENTION_BLOCK
+        if not self.plan.by_bucket:
+            return self.capacity
+        bucket = 2 * attention.BLOCK
         while bucket < length:
             bucket *= 2
         return min(bucket, self.capacity)
@@ -179,12 +187,3 @@ class Executor:
             self.compiled.names.append(name)
             self.compiled.seconds += time.perf_counter() - began
         return self._programs[name](*args)
-
-
-def _chunks(tokens: Sequence[int]) -> list[tuple[int, np.ndarray, int]]:
-    """Cut into (start, right-padded chunk, length without padding)."""
-    chunks = []
-    for start in range(0, len(tokens), PREFILL_SIZES[-1]):
-        part = np.asarray(tokens[start : start + PREFILL_SIZES[-1]], np.int32)
-        chunks.append((start, np.pad(part, (0, padded(len(part)) - len(part))), len(part)))
-    return chunks

@@ -183,14 +183,11 @@ class Llama:
         state, first = run.prefill(state, 0, prompt)
         asked, limit = 1, request.max_tokens
         pending = collections.deque([first])
-        # On an accelerator the next chunk runs while the host reads the last one, at the price of
-        # a wasted chunk at EOS. On a CPU host and device are the same cores: nothing to hide.
-        depth = 1 if jax.default_backend() == "cpu" else 2
         while pending or asked < limit:
-            while asked < limit and len(pending) < depth:
+            while asked < limit and len(pending) < run.plan.dispatches:
                 state, tokens = run.decode(state, len(prompt) + asked - 1)
                 pending.append(tokens)
-                asked += run.decode_steps
+                asked += run.plan.decode_steps
             for token in np.asarray(pending.popleft())[:, 0].tolist():
                 if token == NO_TOKEN:
                     break

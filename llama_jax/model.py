@@ -4,7 +4,7 @@ The only module that imports flax. Weights are stored as published, one row per 
 run's dtype; the residual stream is float32. The layers are a Python loop over separate parameters.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,22 +12,38 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from llama_jax import attention, ops, projection
 from llama_jax import cache as kv
-from llama_jax import ops
 from llama_jax.config import ModelConfig
 
 Params = dict[str, Any]
 """A nested dict of arrays: `embed`, `layer_{i}/attention/{q,k,v,o}`, `layer_{i}/attention_norm`,
 `layer_{i}/feed_forward/{gate,up,down}`, `layer_{i}/ffn_norm`, `final_norm`, `lm_head`."""
 
+
+class Forms(NamedTuple):
+    """Which of several ways to compute the same mathematics; `plan.py` chooses."""
+
+    projection: str = "plain"
+    """A key of `projection.FORMS`."""
+    attention: str = "blocks"
+    """A key of `attention.FORMS`."""
+
+
 _projection_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
 
 
 class _Layer(nn.Module):
-    """What every module has: the model's config and the dtype of its parameters."""
+    """What every module has: the model's config, and how it is computed (see `plan.py`)."""
 
     config: ModelConfig
     dtype: DTypeLike = jnp.float32
+    """The parameters'."""
+    forms: Forms = Forms()
+
+    def linear(self, x: Float[Array, "b T i"], weight: Float[Array, "o i"]) -> Array:
+        """Multiply by a weight."""
+        return projection.FORMS[self.forms.projection](x, weight)
 
     def weight(self, name: str, outputs: int, inputs: int) -> Float[Array, "outputs inputs"]:
         """Declare a projection."""
@@ -57,9 +73,9 @@ class Attention(_Layer):
         c = self.config
         batch, length, _ = x.shape
         positions = starts[:, None] + jnp.arange(length, dtype=starts.dtype)[None, :]
-        q = ops.linear(x, self.weight("q", c.num_heads * c.head_dim, c.dim))
-        k = ops.linear(x, self.weight("k", c.num_kv_heads * c.head_dim, c.dim))
-        v = ops.linear(x, self.weight("v", c.num_kv_heads * c.head_dim, c.dim))
+        q = self.linear(x, self.weight("q", c.num_heads * c.head_dim, c.dim))
+        k = self.linear(x, self.weight("k", c.num_kv_heads * c.head_dim, c.dim))
+        v = self.linear(x, self.weight("v", c.num_kv_heads * c.head_dim, c.dim))
 
         angles = ops.rope_angles(positions, c.head_dim, c.rope_theta)
         q = ops.apply_rope(q.reshape(batch, length, c.num_heads, c.head_dim), angles)
@@ -67,9 +83,10 @@ class Attention(_Layer):
         v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
 
         cache = kv.write(cache, k, v, starts, row)
-        out = ops.attention(q, cache.k, cache.v, positions, row=row, attend_len=attend_len)
+        attend = attention.FORMS[self.forms.attention]
+        out = attend(q, cache.k, cache.v, positions, row=row, attend_len=attend_len)
         out = out.reshape(batch, length, -1)
-        return ops.linear(out, self.weight("o", c.dim, c.num_heads * c.head_dim)), cache
+        return self.linear(out, self.weight("o", c.dim, c.num_heads * c.head_dim)), cache
 
 
 class FeedForward(_Layer):
@@ -80,7 +97,8 @@ class FeedForward(_Layer):
         """Transform each position by itself."""
         c = self.config
         gate, up = self.weight("gate", c.ffn_dim, c.dim), self.weight("up", c.ffn_dim, c.dim)
-        return ops.swiglu(x, gate, up, self.weight("down", c.dim, c.ffn_dim))
+        down = self.weight("down", c.dim, c.ffn_dim)
+        return ops.swiglu(x, gate, up, down, self.linear)
 
 
 class Block(_Layer):
@@ -97,8 +115,8 @@ class Block(_Layer):
         attend_len: int,
     ) -> tuple[Float[Array, "b T D"], kv.LayerCache]:
         """Run one layer; arguments as in `Llama`."""
-        attention = Attention(self.config, self.dtype, name="attention")
-        feed_forward = FeedForward(self.config, self.dtype, name="feed_forward")
+        attention = Attention(self.config, self.dtype, self.forms, name="attention")
+        feed_forward = FeedForward(self.config, self.dtype, self.forms, name="feed_forward")
         normed = self.norm("attention_norm", x)
         attended, cache = attention(normed, starts, cache, row=row, attend_len=attend_len)
         x = x + attended
@@ -136,17 +154,17 @@ class Llama(_Layer):
         c = self.config
         embed_init = nn.initializers.normal(1.0)
         embed = self.param("embed", embed_init, (c.vocab_size, c.dim), self.dtype)
-        x = embed[tokens].astype(jnp.float32)
+        x = ops.embed(tokens, embed)
         layers = []
         for i, layer_cache in enumerate(cache):
-            block = Block(c, self.dtype, name=f"layer_{i}")
+            block = Block(c, self.dtype, self.forms, name=f"layer_{i}")
             x, layer_cache = block(x, starts, layer_cache, row=row, attend_len=attend_len)
             layers.append(layer_cache)
         if last is not None:
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)
         x = self.norm("final_norm", x)
         head = embed if c.tie_embeddings else self.weight("lm_head", c.vocab_size, c.dim)
-        return ops.linear(x, head), tuple(layers)
+        return self.linear(x, head), tuple(layers)
 
 
 def forward(
@@ -178,3 +196,8 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.floa
 def param_shapes(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:
     """Return the parameters' shapes and dtype as a tree of ShapeDtypeStruct; allocates nothing."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
+
+
+def param_count(config: ModelConfig) -> int:
+    """Return the number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))

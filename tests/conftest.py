@@ -15,7 +15,10 @@ from jaxtyping import install_import_hook
 
 # Shapes and dtypes are checked at every call, under trace and outside it, in the modules that
 # compute. The others face the user and answer for wrong types themselves.
-_COMPUTING = ("ops", "cache", "model", "sampling", "decode", "executor")
+_COMPUTING = (
+    *("kernels", "ops", "projection", "cache", "attention", "model", "sampling", "decode"),
+    "executor",
+)
 install_import_hook([f"llama_jax.{name}" for name in _COMPUTING], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -56,6 +59,15 @@ def assets() -> pathlib.Path:
     if "LLAMA_JAX_ASSETS" not in os.environ:
         _skip_or_fail("needs LLAMA_JAX_ASSETS")
     return pathlib.Path(os.environ["LLAMA_JAX_ASSETS"]).resolve()
+
+
+@pytest.fixture(scope="session")
+def native_kernels() -> None:
+    """The CPU kernels, which are built where there is a compiler."""
+    from llama_jax.kernels import has_kernels
+
+    if not has_kernels():
+        _skip_or_fail("needs the kernels of kernels.cc: install with a C++ compiler at hand")
 
 
 @pytest.fixture

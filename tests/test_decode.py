@@ -9,19 +9,26 @@ import pytest
 from test_config import SMALL
 from test_model import random_params
 
-from llama_jax import decode, executor, sampling
+from llama_jax import decode, sampling
 from llama_jax.decode import NO_TOKEN
-from llama_jax.executor import Executor, padded
+from llama_jax.executor import Executor
+from llama_jax.model import Forms
+from llama_jax.plan import Plan, choose_plan
 
 CONFIG = dataclasses.replace(SMALL, max_seq_len=600)
 PROMPT = np.random.default_rng(1).integers(0, CONFIG.vocab_size, 40).tolist()
 SAMPLED = {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2}
 
 
-def make(params=None, dtype="float32", **options):
-    options = {"context": 600, "decode_steps": 8} | options
+PURE = Plan("float32", "float32", Forms("plain", "blocks"))
+NATIVE = Plan("float32", "float32", Forms("native", "native"))
+
+
+def make(params=None, dtype="float32", plan=None, batch=1, **changes):
+    """An executor of the small model by a plan (None: this machine's), changed as told."""
+    plan = (plan or choose_plan(CONFIG, dtype))._replace(**changes)
     params = params or random_params(CONFIG, jnp.dtype(dtype))
-    return Executor(CONFIG, params, dtype, **options)
+    return Executor(CONFIG, params, dtype, batch=batch, context=600, plan=plan)
 
 
 def run(ex, prompt, limit, *, row=0, state=None, stop=NO_TOKEN, **params):
@@ -33,19 +40,27 @@ def run(ex, prompt, limit, *, row=0, state=None, stop=NO_TOKEN, **params):
     while asked < limit:
         state, tokens = ex.decode(state, len(prompt) + asked - 1)
         drawn.append(np.asarray(tokens))
-        asked += ex.decode_steps
+        asked += ex.plan.decode_steps
     column = np.concatenate(drawn)[:, row]
     return column[column != NO_TOKEN].tolist()
 
 
-@pytest.fixture(scope="module")
-def ex():
-    return make()
+@pytest.fixture(scope="module", params=["pure", "native"])
+def plan(request):
+    """Both of the plans that a CPU may have: every law holds for each."""
+    if request.param == "native":
+        request.getfixturevalue("native_kernels")
+    return {"pure": PURE, "native": NATIVE}[request.param]
 
 
 @pytest.fixture(scope="module")
-def batch_ex():
-    return make(batch=4)
+def ex(plan):
+    return make(plan=plan)
+
+
+@pytest.fixture(scope="module")
+def batch_ex(plan):
+    return make(plan=plan, batch=4)
 
 
 def successor_params():
@@ -62,9 +77,15 @@ def successor_params():
     return config, params
 
 
+def make_successor(params=None, batch=1):
+    config, successor = successor_params()
+    plan = choose_plan(config, "float32")._replace(decode_steps=4)
+    params = params or successor
+    return Executor(config, params, "float32", batch=batch, context=64, plan=plan)
+
+
 def test_counts_up_by_hand():
-    config, params = successor_params()
-    ex = Executor(config, params, "float32", context=64, decode_steps=4)
+    ex = make_successor()
     assert run(ex, [5, 9], 10) == list(range(10, 20))
     assert run(ex, [22], 4) == [23, 0, 1, 2]
     assert run(ex, [3], 1) == [4]
@@ -72,14 +93,12 @@ def test_counts_up_by_hand():
 
 @pytest.mark.parametrize("stop", [4, 5, 6, 7, 8, 9])
 def test_stops_at_the_stop_token_wherever_it_falls_in_a_chunk(stop):
-    config, params = successor_params()
-    ex = Executor(config, params, "float32", context=64, decode_steps=4)
+    ex = make_successor()
     assert run(ex, [3], 16, stop=stop) == list(range(4, stop + 1))
 
 
 def test_rows_stop_independently():
-    config, params = successor_params()
-    ex = Executor(config, params, "float32", batch=3, context=64, decode_steps=4)
+    ex = make_successor(batch=3)
     state = ex.init_state()
     drawn = []
     for row, (start, limit, stop) in enumerate([(3, 9, NO_TOKEN), (10, 9, 13), (20, 2, NO_TOKEN)]):
@@ -105,7 +124,27 @@ def test_prefill_equals_score_at_every_length(ex):
     """Across the ladder of chunk sizes, padding and the chunk boundary at 256."""
     long = np.random.default_rng(2).integers(0, CONFIG.vocab_size, 530).tolist()
     logits = ex.score(long)
-    for length in (1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 300, 511, 512, 513, 530):
+    for length in (
+        1,
+        15,
+        16,
+        17,
+        32,
+        33,
+        63,
+        64,
+        65,
+        128,
+        129,
+        255,
+        256,
+        257,
+        300,
+        511,
+        512,
+        513,
+        530,
+    ):
         assert run(ex, long[:length], 1) == [int(logits[length - 1].argmax())]
 
 
@@ -113,13 +152,15 @@ def test_prefill_equals_score_at_every_length(ex):
 def test_tokens_do_not_depend_on_the_chunk(ex, params):
     expected = run(ex, PROMPT, 33, **params)
     for steps in (1, 3, 16):
-        assert run(make(ex.params, decode_steps=steps), PROMPT, 33, **params) == expected
+        assert (
+            run(make(ex.params, plan=ex.plan, decode_steps=steps), PROMPT, 33, **params) == expected
+        )
 
 
-def test_tokens_do_not_depend_on_the_prefill_ladder(ex, monkeypatch):
+def test_tokens_do_not_depend_on_the_prefill_ladder(ex):
     expected = run(ex, PROMPT, 20, seed=3, **SAMPLED)
-    monkeypatch.setattr(executor, "PREFILL_SIZES", (32, 128))
-    assert run(make(ex.params), PROMPT, 20, seed=3, **SAMPLED) == expected
+    other = make(ex.params, plan=ex.plan, prefill_sizes=(24, 96))
+    assert run(other, PROMPT, 20, seed=3, **SAMPLED) == expected
 
 
 def test_alone_equals_any_row_among_any_neighbours(batch_ex):
@@ -156,7 +197,7 @@ def test_decoding_between_the_chunks_of_a_prompt_changes_nothing(batch_ex):
     state = ex.admit(state, 1, params, 10, NO_TOKEN)
     for start in (0, 256):
         part = prompt[start : start + 256]
-        chunk = np.pad(np.asarray(part, np.int32), (0, padded(len(part)) - len(part)))
+        chunk = np.pad(np.asarray(part, np.int32), (0, ex.padded(len(part)) - len(part)))
         state, first = jax.jit(decode.prefill, static_argnums=0, static_argnames="attend_len")(
             ex._model,
             ex.params,
@@ -165,7 +206,7 @@ def test_decoding_between_the_chunks_of_a_prompt_changes_nothing(batch_ex):
             jnp.asarray(chunk),
             jnp.int32(len(part)),
             jnp.asarray(start == 256),
-            attend_len=512,
+            attend_len=512 if ex.plan.by_bucket else ex.capacity,
         )
         if start == 0:
             state, _ = ex.decode(state, 300)
@@ -179,22 +220,22 @@ def test_decoding_between_the_chunks_of_a_prompt_changes_nothing(batch_ex):
 
 def test_penalties_count_prompt_and_output_as_the_law_says():
     """By hand: token 5 says itself with logit sqrt(24) = 4.9, and 6 with 0.3 of that, 1.47."""
-    config, params = successor_params()
+    _, params = successor_params()
     head = params["lm_head"].at[5, 5].set(1.0).at[6, 5].set(0.3)
-    ex = Executor(config, {**params, "lm_head": head}, "float32", context=64, decode_steps=4)
+    ex = make_successor({**params, "lm_head": head})
     assert run(ex, [5], 5) == [5, 5, 5, 5, 5]
     assert run(ex, [5], 4, frequency_penalty=2.0) == [5, 5, 6, 7]  # 4.9, 2.9, then 0.9
     assert run(ex, [5, 5, 5], 4, frequency_penalty=2.0) == [5, 5, 6, 7]  # the output's alone
     assert run(ex, [5], 3, presence_penalty=2.0) == [5, 5, 5]  # 4.9, then 2.9 however often
     weak = params["lm_head"].at[5, 5].set(0.5).at[6, 5].set(0.3)
-    ex = Executor(config, {**params, "lm_head": weak}, "float32", context=64, decode_steps=4)
+    ex = make_successor({**params, "lm_head": weak})
     assert run(ex, [5], 2) == [5, 5]
     assert run(ex, [5], 2, repetition_penalty=2.0) == [6, 7]  # the prompt's 5: 2.45 / 2 < 1.47
     assert run(ex, [5], 2, presence_penalty=1.0) == [5, 6]  # the output's 5: 2.45 - 1 < 1.47
 
 
-def test_fifty_mixed_requests_compile_each_program_once():
-    ex = make()
+def test_fifty_mixed_requests_compile_each_program_once(plan):
+    ex = make(plan=plan)
     rng = np.random.default_rng(0)
     compiled = []
     jax.clear_caches()  # of earlier tests' programs: each of this one's is then lowered anew
@@ -204,7 +245,7 @@ def test_fifty_mixed_requests_compile_each_program_once():
     )
     state = ex.init_state()
     for i in range(50):
-        length, limit = int(rng.integers(1, 400)), int(rng.integers(1, 60))
+        length, limit = 8 * i + 1, int(rng.integers(1, 60))
         params = {
             "seed": int(rng.integers(2**63)),
             "temperature": float(rng.uniform(0, 5)),
@@ -221,18 +262,18 @@ def test_fifty_mixed_requests_compile_each_program_once():
             state, _ = ex.decode(state, length + asked - 1)
     jax.monitoring.clear_event_listeners()
     assert len(compiled) == len(ex.compiled.names)  # and nothing outside the executor
+    buckets = (256, 512) if plan.by_bucket else (ex.capacity,)
     assert set(ex.compiled.names) == {
         "init_state",
         "admit",
-        "prefill(16, 256)",
-        "prefill(64, 256)",
-        "prefill(256, 256)",
-        "prefill(16, 512)",
-        "prefill(64, 512)",
-        "prefill(256, 512)",
-        "decode(8, 256)",
-        "decode(8, 512)",
+        *(f"prefill({size}, {n})" for size in plan.prefill_sizes for n in buckets),
+        *(f"decode(8, {n})" for n in buckets),
     }
+
+
+def named(ex, *kinds):
+    """The names of the programs that were compiled, of the kinds given."""
+    return [name for name in ex.compiled.names if name.split("(")[0] in kinds]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -243,17 +284,17 @@ def test_the_cache_is_donated(dtype):
     state = ex.init_state()
     cache_bytes = sum(a.nbytes for a in jax.tree.leaves(state.cache))
     state_bytes = sum(a.nbytes for a in jax.tree.leaves(state))
-    for name in ("admit", "prefill(64, 256)", "decode(8, 256)"):
+    for name in ("admit", *named(ex, "prefill", "decode")):
         aliased = ex._programs[name].memory_analysis().alias_size_in_bytes
         assert aliased == state_bytes > cache_bytes, name
 
 
-def test_the_cache_is_not_copied():
+def test_the_cache_is_not_copied(plan):
     """float32, prefill and decode: the temporaries are a small part of what the cache holds."""
-    ex = make(batch=2)
+    ex = make(plan=plan, batch=2)
     run(ex, PROMPT * 10, 9, row=1)
     cache_bytes = sum(a.nbytes for a in jax.tree.leaves(ex.init_state().cache))
-    for name in ("prefill(256, 512)", "decode(8, 512)"):
+    for name in named(ex, "prefill", "decode"):
         program = ex._programs[name]
         slots = f"f32[2,2,{ex.capacity},6]"
         copies = [line for line in program.as_text().splitlines() if f"= {slots}" in line]
@@ -269,15 +310,15 @@ def test_no_weight_is_captured_as_a_constant(ex):
     ex.score(PROMPT)
     weights = sum(a.nbytes for a in jax.tree.leaves(ex.params))
     state = ex.init_state()
-    carried = {"prefill(64, 256)": state, "decode(8, 256)": state, "score(64, 256)": state.cache}
-    for name, tree in carried.items():
+    for name in named(ex, "prefill", "decode", "score"):
+        tree = state.cache if name.startswith("score") else state
         expected = weights + sum(a.nbytes for a in jax.tree.leaves(tree))
         assert ex._programs[name].memory_analysis().argument_size_in_bytes >= expected, name
 
 
 @pytest.mark.parametrize(
     ("length", "slots"),
-    [(1, 16), (16, 16), (17, 64), (64, 64), (65, 256), (256, 256), (257, 512), (4096, 4096)],
+    [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (256, 256), (257, 512), (4096, 4096)],
 )
-def test_padded(length, slots):
-    assert padded(length) == slots
+def test_padded(ex, length, slots):
+    assert ex.padded(length) == slots

@@ -8,11 +8,12 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     {"errors", "version"},
-    {"files"},
-    {"config", "ops", "sampling", "tokenizer"},
+    {"files", "kernels"},
+    {"config", "ops", "projection", "sampling", "tokenizer"},
     {"cache", "chat"},
+    {"attention"},
     {"model"},
-    {"checkpoint", "decode"},
+    {"checkpoint", "decode", "plan"},
     {"executor", "request"},
     {"demo", "result"},
     {"llama"},
@@ -70,7 +71,7 @@ def test_outside_dependencies_stay_in_their_rooms():
 
 def test_run_convert_and_tools_do_not_import_each_other():
     rooms = {"run": [ROOT / "run.py"]}
-    rooms |= {name: list((ROOT / name).glob("*.py")) for name in ("convert", "tools")}
+    rooms |= {name: list((ROOT / name).glob("*.py")) for name in ("benchmarks", "convert", "tools")}
     for room, paths in rooms.items():
         for path in paths:
             tops = {name.split(".")[0] for name in imports_of(path)}
@@ -83,7 +84,7 @@ def test_config_needs_the_standard_library_only():
 
 
 def test_no_private_names_of_jax():
-    for folder in ("llama_jax", "convert", "tools"):
+    for folder in ("llama_jax", "benchmarks", "convert", "tools"):
         for path in (ROOT / folder).rglob("*.py"):
             assert not any("._src" in name for name in imports_of(path)), path
 

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from llama_jax import decode, ops, sampling
+from llama_jax import attention, decode, sampling
 from llama_jax.checkpoint import load_checkpoint
 from llama_jax.config import ModelConfig
 from llama_jax.decode import NO_TOKEN
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.executor import Executor
 from llama_jax.model import Llama, param_shapes
+from llama_jax.plan import choose_plan
 
 
 def median_ms(call: Callable[[], Any], repeats: int = 9) -> float:
@@ -65,7 +66,7 @@ def attention_speed() -> None:
     """Time the loop over blocks and one product over 4,096 slots of 32 heads."""
     rng = np.random.default_rng(0)
     k, v = (jnp.asarray(rng.normal(size=(1, 32, 4096, 128)), jnp.float32) for _ in range(2))
-    loop, plain = jax.jit(ops.attention, static_argnames="attend_len"), jax.jit(one_product)
+    loop, plain = jax.jit(attention.in_blocks, static_argnames="attend_len"), jax.jit(one_product)
     for length in (1, 256):
         q = jnp.asarray(rng.normal(size=(1, length, 32, 128)), jnp.float32)
         positions = (4096 - length + jnp.arange(length, dtype=jnp.int32))[None]
@@ -77,7 +78,7 @@ def attention_speed() -> None:
 def attention_bits() -> None:
     """Count the shapes whose bits change with the bucket, 256 to 4,096 slots, in either form."""
     rng = np.random.default_rng(0)
-    loop, plain = jax.jit(ops.attention, static_argnames="attend_len"), jax.jit(one_product)
+    loop, plain = jax.jit(attention.in_blocks, static_argnames="attend_len"), jax.jit(one_product)
     shapes = list(itertools.product((4, 8, 32), (32, 64, 128), (1, 16, 64, 256)))
     changed = np.zeros(2, int)
     for heads, width, length in shapes:
@@ -99,7 +100,8 @@ def scan_lengths() -> None:
     """Decode 192 tokens of the demo model in scans of several lengths."""
     demo = load_checkpoint(DEMO_CHECKPOINT)
     for steps in (1, 4, 8, 16, 32):
-        run = Executor(demo.config, demo.params, demo.dtype, context=512, decode_steps=steps)
+        plan = choose_plan(demo.config, demo.dtype)._replace(decode_steps=steps)
+        run = Executor(demo.config, demo.params, demo.dtype, context=512, plan=plan)
 
         def generate(run: Executor = run, steps: int = steps) -> None:
             state = run.admit(run.init_state(), 0, sampling.make_params(1, 0.6), 500, NO_TOKEN)

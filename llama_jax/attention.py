@@ -1,0 +1,145 @@
+"""Attention over a cache: the query at position p sees slots 0 to p, and no other.
+
+Three forms, of one meaning but not of one order of additions. `plan.py` chooses. Letters as in
+`ops.py`: B batch, T queries, S slots, N query heads, K key/value heads, G = N // K, H head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from llama_jax import kernels, ops
+from llama_jax.cache import Slots
+
+BLOCK = 128
+"""Cache slots that `in_blocks` takes at a time."""
+
+_MASKED = -1e30  # finite: a row of nothing but masked slots stays free of NaN
+
+_Softmax = tuple[
+    Float[Array, "B K G T"],  # the highest score so far
+    Float[Array, "B K G T"],  # the sum of exp(score - highest)
+    Float[Array, "B K G T H"],  # the sum of values weighted by it
+]
+
+
+def in_blocks(
+    q: Float[Array, "B T N H"],
+    k: Slots,
+    v: Slots,
+    positions: Int[Array, "B T"],
+    *,
+    row: Int[Array, ""] | None = None,
+    attend_len: int,
+) -> Float[Array, "B T N H"]:
+    """Attend causally over a cache: the query at position p sees slots 0 to p, and no other.
+
+    A loop over blocks of slots with a running softmax (arXiv:1805.02867). Each turn has the same
+    shapes whatever `attend_len` is, and a block that is wholly masked adds exact zeros: so reading
+    more of the cache changes no bit, where one product and one softmax over all of it may. Blocks
+    are cut out of the whole cache inside the loop, where a slice of it would be copied first, and
+    widened there to float32. An accelerator would launch several kernels at each turn.
+
+    Args:
+        q, k, v: queries, and the cache's slots; those above a query's position may hold anything
+            finite.
+        positions: absolute, of each query.
+        row: the one row of k and v that q (then of batch 1) attends to; None: each to its own.
+        attend_len: static; slots to read, more than any position, at most S. It is at most
+            `BLOCK`, or a multiple of it.
+
+    Returns:
+        Weighted values in float32.
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    block = min(attend_len, BLOCK)
+    assert attend_len % block == 0, attend_len
+    assert attend_len <= k.shape[2], (attend_len, k.shape)
+    q = _group_heads(q, kv_heads)
+
+    def attend(i: Array, carry: _Softmax) -> _Softmax:
+        k_block, v_block = (
+            ops.as_float(_cut(a, row, batch, i * block, block)).astype(jnp.float32) for a in (k, v)
+        )
+        visible = (i * block + jnp.arange(block))[None, None, :] <= positions[:, :, None]
+        return _attend_block(carry, q, k_block, v_block, visible)
+
+    shape = (batch, kv_heads, heads // kv_heads, length)
+    start = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+    _, total, values = lax.fori_loop(0, attend_len // block, attend, start)
+    return _ungroup_heads(values / total[..., None])
+
+
+def _attend_block(
+    carry: _Softmax,
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K block H"],
+    v: Float[Array, "B K block H"],
+    visible: Bool[Array, "B T block"],
+) -> _Softmax:
+    """Take one block of slots into a running softmax."""
+    highest, total, values = carry
+    scores = _dot("bkgth,bksh->bkgts", q, k)
+    scores = jnp.where(visible[:, None, None, :, :], scores, _MASKED)
+    new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
+    weights = jnp.exp(scores - new_highest[..., None])
+    fade = jnp.exp(highest - new_highest)
+    total = total * fade + jnp.sum(weights, axis=-1)
+    block_values = _dot("bkgts,bksh->bkgth", weights, v)
+    return new_highest, total, values * fade[..., None] + block_values
+
+
+def whole(
+    q: Float[Array, "B T N H"],
+    k: Slots,
+    v: Slots,
+    positions: Int[Array, "B T"],
+    *,
+    row: Int[Array, ""] | None = None,
+    attend_len: int,
+) -> Float[Array, "B T N H"]:
+    """Attend as `in_blocks`, by one product over all slots: few, large kernels.
+
+    For GPUs and TPUs. Products are of the cache's dtype and accumulate in float32.
+    """
+    q = _group_heads(q, k.shape[1])
+    k, v = (ops.as_float(_cut(a, row, q.shape[0], 0, attend_len)) for a in (k, v))
+    scores = _dot("bkgth,bksh->bkgts", q.astype(k.dtype), k)
+    visible = jnp.arange(attend_len)[None, None, :] <= positions[:, :, None]
+    scores = jnp.where(visible[:, None, None, :, :], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1)
+    return _ungroup_heads(_dot("bkgts,bksh->bkgth", weights.astype(v.dtype), v))
+
+
+FORMS = {"blocks": in_blocks, "whole": whole, "native": kernels.attention}
+"""The forms by name."""
+
+
+def _group_heads(q: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K G T H"]:
+    """Scale queries and sort them by the key/value head they share."""
+    batch, length, heads, head_dim = q.shape
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
+    return jnp.einsum("btkgh->bkgth", q)
+
+
+def _ungroup_heads(values: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
+    batch, kv_heads, group, length, head_dim = values.shape
+    values = jnp.einsum("bkgth->btkgh", values)
+    return values.reshape(batch, length, kv_heads * group, head_dim)
+
+
+def _cut(
+    slots: Slots, row: Int[Array, ""] | None, batch: int, start: Int[Array, ""] | int, length: int
+) -> Array:
+    """Return `length` slots from `start` on, of every row or of the one named."""
+    _, kv_heads, _, head_dim = slots.shape
+    corner = (0 if row is None else row, 0, start, 0)
+    return lax.dynamic_slice(slots, corner, (batch, kv_heads, length, head_dim))
+
+
+def _dot(letters: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Multiply by `einsum`, in float32 what is float32, and accumulate in float32."""
+    precision = lax.Precision.HIGHEST if b.dtype == jnp.float32 else None
+    return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)

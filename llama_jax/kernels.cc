@@ -1,0 +1,549 @@
+// The two kernels that a CPU needs beside XLA: products with weights, and attention over a cache.
+//
+// XLA's own 16-bit products on a CPU first widen the whole matrix to float32, which takes ten times
+// as long as reading it. Here weights, keys and values are widened in registers as they stream by.
+//
+// Every result is summed in one fixed order. The number of rows, a row's place among them, the
+// size of the cache and the number of threads do not enter: a token has the same bits alone, in a
+// batch and in a prompt.
+//
+// Compiled once per instruction set (see setup.py); kernels.py picks what the CPU has.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int64_t kDepth = 1024;     // terms of a partial sum: so much of x stays in the L1 cache
+constexpr int64_t kPanel = 64;       // outputs that a thread takes at a time
+constexpr int64_t kPrefetch = 1024;  // bytes ahead of the weights in use
+
+// ---- Registers. A tile multiplies up to kRows rows by 4 (with few rows, 8) outputs at once.
+
+#ifdef __AVX512F__
+
+using Sum = __m512;
+constexpr int64_t kRows = 6;  // 6 x 4 sums fill 24 of 32 registers
+constexpr int64_t kWideRows = 3;  // 3 x 8 do
+constexpr int64_t kLanes = 16;
+
+inline Sum Zero() { return _mm512_setzero_ps(); }
+inline Sum Load(const float* p) { return _mm512_loadu_ps(p); }
+inline Sum Add(Sum a, Sum x, Sum w) { return _mm512_fmadd_ps(x, w, a); }
+inline __m256 Half(Sum a) {
+  return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+}
+inline Sum Spread(float x) { return _mm512_set1_ps(x); }
+inline Sum Max(Sum a, Sum b) { return _mm512_max_ps(a, b); }
+inline Sum Round(Sum a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
+inline Sum PowerOfTwo(Sum n) {  // of whole numbers
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+inline Sum ZeroBelow(Sum a, Sum x, Sum bound) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), a);
+}
+inline void Store(float* p, Sum a) { _mm512_storeu_ps(p, a); }
+inline Sum LoadHalf(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Sum LoadBfloat(const uint16_t* p) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+#else  // AVX2
+
+using Sum = __m256;
+constexpr int64_t kRows = 3;  // 3 x 4 sums fill 12 of 16 registers
+constexpr int64_t kWideRows = 1;  // 8 fill half
+constexpr int64_t kLanes = 8;
+
+inline Sum Zero() { return _mm256_setzero_ps(); }
+inline Sum Load(const float* p) { return _mm256_loadu_ps(p); }
+inline Sum Add(Sum a, Sum x, Sum w) { return _mm256_fmadd_ps(x, w, a); }
+inline __m256 Half(Sum a) { return a; }
+inline Sum Spread(float x) { return _mm256_set1_ps(x); }
+inline Sum Max(Sum a, Sum b) { return _mm256_max_ps(a, b); }
+inline Sum Round(Sum a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT); }
+inline Sum PowerOfTwo(Sum n) {  // of whole numbers
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+inline Sum ZeroBelow(Sum a, Sum x, Sum bound) {
+  return _mm256_and_ps(_mm256_cmp_ps(x, bound, _CMP_GE_OQ), a);
+}
+inline void Store(float* p, Sum a) { _mm256_storeu_ps(p, a); }
+inline Sum LoadHalf(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Sum LoadBfloat(const uint16_t* p) {
+  __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+#endif
+
+inline __m128 SumLanes(Sum a, Sum b, Sum c, Sum d) {
+  __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(Half(a), Half(b)), _mm256_hadd_ps(Half(c), Half(d)));
+  return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+}
+
+// exp(x) for x <= 0, to within 2 units in the last place; 0 where it would be subnormal.
+inline Sum Exp(Sum x) {
+  const Sum n = Round(x * Spread(1.44269504f));
+  Sum r = Add(x, n, Spread(-0.693359375f));  // ln 2 in two parts, the first exact times n
+  r = Add(r, n, Spread(2.12194440e-4f));
+  Sum p = Spread(1.98756915e-4f);  // the minimax polynomial of Cephes' expf
+  for (float c : {1.39819995e-3f, 8.33345190e-3f, 4.16657955e-2f, 1.66666654e-1f, 0.5f, 1.f, 1.f}) {
+    p = Add(Spread(c), p, r);
+  }
+  return ZeroBelow(p * PowerOfTwo(n), x, Spread(-87.f));
+}
+
+uint16_t RoundToBfloat(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return bits >> 16 | 0x40;  // NaN stays NaN
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;                 // to nearest, ties to even
+}
+
+// ---- Types of weights: how they are stored, what x becomes, and how a step is added.
+
+struct Float32 {
+  using Weight = float;
+  using Input = float;
+  static constexpr int64_t kStep = kLanes;
+  static Input Convert(float x) { return x; }
+  static Sum LoadWeight(const Weight* w) { return Load(w); }
+  static Sum LoadInput(const Input* x) { return Load(x); }
+  static Sum Widen(const Weight* w) { return Load(w); }
+};
+
+struct Float16 : Float32 {  // x stays float32: rounding it would gain nothing
+  using Weight = uint16_t;
+  static Sum LoadWeight(const Weight* w) { return LoadHalf(w); }
+  static Sum Widen(const Weight* w) { return LoadHalf(w); }
+};
+
+#ifdef __AVX512BF16__
+
+struct Bfloat16 {
+  using Weight = uint16_t;
+  using Input = uint16_t;
+  static constexpr int64_t kStep = 32;
+  static Input Convert(float x) { return RoundToBfloat(x); }
+  static __m512bh LoadWeight(const Weight* w) { return (__m512bh)_mm512_loadu_si512(w); }
+  static __m512bh LoadInput(const Input* x) { return (__m512bh)_mm512_loadu_si512(x); }
+  static Sum Widen(const Weight* w) { return LoadBfloat(w); }
+};
+inline Sum Add(Sum a, __m512bh x, __m512bh w) { return _mm512_dpbf16_ps(a, x, w); }
+
+#else
+
+struct Bfloat16 {
+  using Weight = uint16_t;
+  using Input = float;
+  static constexpr int64_t kStep = kLanes;
+  static Input Convert(float x) {
+    uint32_t bits = uint32_t{RoundToBfloat(x)} << 16;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  }
+  static Sum LoadWeight(const Weight* w) { return LoadBfloat(w); }
+  static Sum LoadInput(const Input* x) { return Load(x); }
+  static Sum Widen(const Weight* w) { return LoadBfloat(w); }
+};
+
+#endif
+
+// ---- Tiles of a product. Inputs are packed [steps][rows][kStep], with zeros after the last term.
+
+template <class Type>
+constexpr int64_t Steps(int64_t terms) {
+  return (terms + Type::kStep - 1) / Type::kStep;
+}
+
+// Packs one step's terms of one row, scaled.
+template <class Type>
+void PackStep(const float* from, int64_t terms, float scale, typename Type::Input* to) {
+  for (int64_t i = 0; i < Type::kStep; ++i) to[i] = Type::Convert(i < terms ? from[i] * scale : 0);
+}
+
+// Sets y[r, o], or adds to it, the sum of `steps` steps of in[r] w[o].
+//   w: from the first step on; rows are `terms` apart, and have `terms_left` from w on.
+//   outputs: how many exist, of which at most kOutputs are computed.
+template <class Type, int kTileRows, int kOutputs>
+void Tile(const typename Type::Input* in, const typename Type::Weight* w, int64_t terms,
+          int64_t terms_left, int64_t steps, int64_t outputs, float* y, int64_t stride, bool add) {
+  constexpr int64_t kStep = Type::kStep;
+  Sum sums[kTileRows][kOutputs];
+  const typename Type::Weight* at[kOutputs];
+  for (int o = 0; o < kOutputs; ++o) {  // outputs that do not exist repeat the last
+    at[o] = w + std::min<int64_t>(o, outputs - 1) * terms;
+    for (int r = 0; r < kTileRows; ++r) sums[r][o] = Zero();
+  }
+  const int64_t whole = std::min(steps, terms_left / kStep);
+  for (int64_t s = 0; s < whole; ++s, in += kTileRows * kStep) {
+    decltype(Type::LoadWeight(nullptr)) weights[kOutputs];
+#pragma GCC unroll 8
+    for (int o = 0; o < kOutputs; ++o) {
+      weights[o] = Type::LoadWeight(at[o]);
+      if (kTileRows == 1) {  // with more, the arithmetic leaves the hardware time enough
+        _mm_prefetch(reinterpret_cast<const char*>(at[o]) + kPrefetch, _MM_HINT_T0);
+      }
+      at[o] += kStep;
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kTileRows; ++r) {
+      const auto inputs = Type::LoadInput(in + r * kStep);
+#pragma GCC unroll 8
+      for (int o = 0; o < kOutputs; ++o) sums[r][o] = Add(sums[r][o], inputs, weights[o]);
+    }
+  }
+  if (whole < steps) {  // the row ends within a step: nothing beyond it is read
+    for (int o = 0; o < kOutputs; ++o) {
+      typename Type::Weight rest[kStep] = {};
+      std::memcpy(rest, at[o], terms_left % kStep * sizeof(rest[0]));
+      for (int r = 0; r < kTileRows; ++r) {
+        sums[r][o] = Add(sums[r][o], Type::LoadInput(in + r * kStep), Type::LoadWeight(rest));
+      }
+    }
+  }
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int o = 0; o < kOutputs; o += 4) {
+      float four[4];
+      _mm_storeu_ps(four, SumLanes(sums[r][o], sums[r][o + 1], sums[r][o + 2], sums[r][o + 3]));
+      float* to = y + r * stride + o;
+      for (int i = 0; i < std::min<int64_t>(4, outputs - o); ++i) {
+        to[i] = add ? to[i] + four[i] : four[i];
+      }
+    }
+  }
+}
+
+constexpr int Width(int64_t tile_rows) { return tile_rows <= kWideRows ? 8 : 4; }
+
+// Calls f with `rows`, 1 to kRows, as a compile-time constant.
+template <int kTileRows = 1, class F>
+void WithRows(int64_t rows, F f) {
+  if constexpr (kTileRows < kRows) {
+    if (rows > kTileRows) return WithRows<kTileRows + 1>(rows, f);
+  }
+  f(std::integral_constant<int, kTileRows>());
+}
+
+// ---- y = x W^T.
+
+template <class Type>
+struct Product {
+  using Weight = typename Type::Weight;
+  using Input = typename Type::Input;
+
+  const float* x;  // [rows, inputs]
+  const Weight* weights;  // [outputs, inputs]
+  float* y;  // [rows, outputs]
+  int64_t rows, inputs, outputs;
+  std::vector<Input> packed;  // tile by tile
+
+  int64_t Tiles() const { return (rows + kRows - 1) / kRows; }
+  int64_t TileRows(int64_t tile) const { return std::min(kRows, rows - tile * kRows); }
+  Input* PackedTile(int64_t tile) {
+    return packed.data() + tile * kRows * Steps<Type>(inputs) * Type::kStep;
+  }
+
+  void Pack(int64_t tile) {
+    Input* to = PackedTile(tile);
+    for (int64_t i = 0; i < inputs; i += Type::kStep) {
+      for (int64_t r = 0; r < TileRows(tile); ++r, to += Type::kStep) {
+        PackStep<Type>(x + (tile * kRows + r) * inputs + i, inputs - i, 1, to);
+      }
+    }
+  }
+
+  // Computes y[:, begin .. end).
+  void Outputs(int64_t begin, int64_t end) {
+    constexpr int64_t kSteps = kDepth / Type::kStep;
+    // With few rows, reading the weights takes the time: each of their rows from end to end.
+    const int64_t panel = rows <= kRows ? 8 : kPanel;
+    for (int64_t first = begin; first < end; first += panel) {
+      for (int64_t step = 0; step < Steps<Type>(inputs); step += kSteps) {
+        for (int64_t tile = 0; tile < Tiles(); ++tile) {
+          WithRows(TileRows(tile), [&](auto tile_rows) {
+            Panel<tile_rows>(tile, first, std::min(end, first + panel), step,
+                             std::min(kSteps, Steps<Type>(inputs) - step));
+          });
+        }
+      }
+    }
+  }
+
+  template <int kTileRows>
+  void Panel(int64_t tile, int64_t begin, int64_t end, int64_t step, int64_t steps) {
+    const int64_t done = step * Type::kStep;  // terms
+    const Input* in = PackedTile(tile) + done * kTileRows;
+    for (int64_t o = begin; o < end; o += Width(kTileRows)) {
+      Tile<Type, kTileRows, Width(kTileRows)>(
+          in, weights + o * inputs + done, inputs, inputs - done, steps, end - o,
+          y + tile * kRows * outputs + o, outputs, step > 0);
+    }
+  }
+};
+
+// ---- Attention over a cache.
+
+template <class Type>
+struct Attention {
+  using Slot = typename Type::Weight;
+  using Input = typename Type::Input;
+
+  const float* q;  // [batch, length, kv_heads * group, head_dim]
+  const Slot *k, *v;  // [rows, kv_heads, slots, head_dim]
+  const int32_t* positions;  // [batch, length]
+  const int32_t* cache_rows;  // [batch]
+  float* out;  // as q
+  int64_t batch, length, kv_heads, group, head_dim, slots;
+
+  // A head's queries are length * group rows, cut into tiles.
+  int64_t HeadRows() const { return length * group; }
+  int64_t HeadTiles() const { return (HeadRows() + kRows - 1) / kRows; }
+  int64_t Tiles() const { return batch * kv_heads * HeadTiles(); }
+
+  void Run(int64_t index) {
+    const int64_t first = index % HeadTiles() * kRows;
+    const int64_t head = index / HeadTiles() % kv_heads, b = index / HeadTiles() / kv_heads;
+    WithRows(std::min(kRows, HeadRows() - first),
+             [&](auto tile_rows) { Attend<tile_rows>(b, head, first); });
+  }
+
+  template <int kTileRows>
+  void Attend(int64_t b, int64_t head, int64_t first) {
+    const float* queries[kTileRows];
+    float* outs[kTileRows];
+    int64_t seen[kTileRows], most = 0;  // slots that a query attends to
+    for (int r = 0; r < kTileRows; ++r) {
+      const int64_t t = b * length + (first + r) / group;
+      const int64_t at = ((t * kv_heads + head) * group + (first + r) % group) * head_dim;
+      queries[r] = q + at;
+      outs[r] = out + at;
+      seen[r] = std::min<int64_t>(positions[t] + 1, slots);
+      most = std::max(most, seen[r]);
+    }
+    const int64_t slice = (cache_rows[b] * kv_heads + head) * slots * head_dim;
+    const int64_t stride = (most + kLanes - 1) / kLanes * kLanes;
+    std::vector<float> weights(kTileRows * stride);
+    Scores<kTileRows>(queries, k + slice, most, weights.data(), stride);
+    float totals[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) {
+      totals[r] = Softmax(weights.data() + r * stride, seen[r], stride);
+    }
+    int64_t h = 0;
+    for (; h + 4 * kLanes <= head_dim; h += 4 * kLanes) {
+      Values<kTileRows, 4>(weights.data(), stride, v + slice + h, most, kLanes, totals, outs, h);
+    }
+    for (; h < head_dim; h += kLanes) {
+      const int64_t lanes = std::min(kLanes, head_dim - h);
+      Values<kTileRows, 1>(weights.data(), stride, v + slice + h, most, lanes, totals, outs, h);
+    }
+  }
+
+  // scores[r, s] = q[r] k[s] / sqrt(head_dim) for the first `count` slots.
+  template <int kTileRows>
+  void Scores(const float* const* queries, const Slot* keys, int64_t count, float* scores,
+              int64_t stride) {
+    constexpr int64_t kStep = Type::kStep;
+    const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
+    std::vector<Input> packed(kTileRows * Steps<Type>(head_dim) * kStep);
+    Input* to = packed.data();
+    for (int64_t i = 0; i < head_dim; i += kStep) {
+      for (int r = 0; r < kTileRows; ++r, to += kStep) {
+        PackStep<Type>(queries[r] + i, head_dim - i, scale, to);
+      }
+    }
+    for (int64_t s = 0; s < count; s += Width(kTileRows)) {
+      Tile<Type, kTileRows, Width(kTileRows)>(packed.data(), keys + s * head_dim, head_dim,
+                                              head_dim, Steps<Type>(head_dim), count - s,
+                                              scores + s, stride, false);
+    }
+  }
+
+  // Replaces the first `count` scores by exp(score - highest), the rest by 0; returns the sum.
+  float Softmax(float* scores, int64_t count, int64_t stride) {
+    std::fill(scores + count, scores + stride, -INFINITY);
+    float lanes[kLanes];
+    Sum highest = Spread(-INFINITY), total = Zero();
+    for (int64_t s = 0; s < stride; s += kLanes) highest = Max(highest, Load(scores + s));
+    Store(lanes, highest);
+    highest = Spread(*std::max_element(lanes, lanes + kLanes));
+    for (int64_t s = 0; s < stride; s += kLanes) {
+      const Sum weight = Exp(Load(scores + s) - highest);
+      Store(scores + s, weight);
+      total = total + weight;
+    }
+    return _mm_cvtss_f32(SumLanes(total, total, total, total));
+  }
+
+  // outs[r][h ..] = the mean of values[s], kChunks registers of them, weighted by weights[r, s].
+  template <int kTileRows, int kChunks>
+  void Values(const float* weights, int64_t stride, const Slot* values, int64_t count,
+              int64_t lanes, const float* totals, float* const* outs, int64_t h) {
+    Sum sums[kTileRows][kChunks];
+    for (int r = 0; r < kTileRows; ++r) {
+      for (int c = 0; c < kChunks; ++c) sums[r][c] = Zero();
+    }
+    for (int64_t s = 0; s < count; ++s, values += head_dim) {
+      Sum value[kChunks];
+      Slot part[kLanes] = {};
+      if (kChunks == 1) std::memcpy(part, values, lanes * sizeof(Slot));
+#pragma GCC unroll 4
+      for (int c = 0; c < kChunks; ++c) {
+        value[c] = Type::Widen(kChunks == 1 ? part : values + c * kLanes);
+      }
+#pragma GCC unroll 6
+      for (int r = 0; r < kTileRows; ++r) {
+        const Sum weight = Spread(weights[r * stride + s]);
+#pragma GCC unroll 4
+        for (int c = 0; c < kChunks; ++c) sums[r][c] = Add(sums[r][c], weight, value[c]);
+      }
+    }
+    for (int r = 0; r < kTileRows; ++r) {
+      for (int c = 0; c < kChunks; ++c) {
+        float mean[kLanes];
+        Store(mean, sums[r][c] / Spread(totals[r]));
+        std::memcpy(outs[r] + h + c * kLanes, mean, lanes * sizeof(float));
+      }
+    }
+  }
+};
+
+// Runs f(0) .. f(n - 1) on XLA's threads and this one, which would do it all if they were busy.
+void Parallel(ffi::ThreadPool& pool, int64_t n, std::function<void(int64_t)> f) {
+  struct Job {
+    std::function<void(int64_t)> f;
+    int64_t n;
+    std::atomic<int64_t> next{0}, done{0};
+    void Run() {
+      for (int64_t i; (i = next++) < n;) {
+        f(i);
+        if (++done == n) done.notify_all();
+      }
+    }
+  };
+  auto job = std::make_shared<Job>(std::move(f), n);  // a late helper outlives this call
+  const int64_t helpers = std::min(pool.num_threads(), n) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([job] { job->Run(); });
+  job->Run();
+  for (int64_t done; (done = job->done) < n;) job->done.wait(done);
+}
+
+template <class Type>
+ffi::Error Multiply(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const ffi::AnyBuffer& w,
+                    float* y) {
+  Product<Type> product{x.typed_data(), static_cast<typename Type::Weight*>(w.untyped_data()),
+                        y, x.dimensions()[0], x.dimensions()[1], w.dimensions()[0], {}};
+  product.packed.resize(product.rows * Steps<Type>(product.inputs) * Type::kStep);
+  const int64_t tiles = product.Tiles(), panels = (product.outputs + kPanel - 1) / kPanel;
+  Parallel(pool, tiles, [&](int64_t tile) { product.Pack(tile); });
+  Parallel(pool, panels, [&](int64_t i) {
+    product.Outputs(i * kPanel, std::min(product.outputs, (i + 1) * kPanel));
+  });
+  return ffi::Error::Success();
+}
+
+// x: float32 [T, K]; w: [O, K]; y: float32 [T, O].
+ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
+                  ffi::ResultBuffer<ffi::F32> y) {
+  const auto in = x.dimensions(), weights = w.dimensions(), out = y->dimensions();
+  if (in.size() != 2 || weights.size() != 2 || out.size() != 2 || in[1] != weights[1] ||
+      out[0] != in[0] || out[1] != weights[0]) {
+    return ffi::Error::InvalidArgument("expected x [T, K], w [O, K] and y [T, O]");
+  }
+  switch (w.element_type()) {
+    case ffi::F32: return Multiply<Float32>(pool, x, w, y->typed_data());
+    case ffi::F16: return Multiply<Float16>(pool, x, w, y->typed_data());
+    case ffi::BF16: return Multiply<Bfloat16>(pool, x, w, y->typed_data());
+    default: return ffi::Error::InvalidArgument("expected float32, float16 or bfloat16 weights");
+  }
+}
+
+template <class Type>
+ffi::Error Attend(ffi::ThreadPool& pool, const float* q, const ffi::AnyBuffer& k,
+                  const ffi::AnyBuffer& v, const int32_t* positions, const int32_t* cache_rows,
+                  float* out, ffi::Span<const int64_t> shape) {
+  const auto cache = k.dimensions();
+  using Slot = typename Type::Weight;
+  Attention<Type> attention{q, static_cast<const Slot*>(k.untyped_data()),
+                            static_cast<const Slot*>(v.untyped_data()), positions, cache_rows, out,
+                            shape[0], shape[1], cache[1], shape[2] / cache[1], shape[3], cache[2]};
+  Parallel(pool, attention.Tiles(), [&](int64_t tile) { attention.Run(tile); });
+  return ffi::Error::Success();
+}
+
+// q, out: float32 [B, T, N, H]; k, v: [rows, K, S, H]; positions: [B, T]; cache_rows: [B].
+ffi::Error AttendCache(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k,
+                       ffi::AnyBuffer v, ffi::Buffer<ffi::S32> positions,
+                       ffi::Buffer<ffi::S32> cache_rows, ffi::ResultBuffer<ffi::F32> out) {
+  const auto shape = q.dimensions(), cache = k.dimensions();
+  if (shape.size() != 4 || cache.size() != 4 || cache[3] != shape[3] || shape[2] % cache[1] != 0 ||
+      positions.element_count() != static_cast<size_t>(shape[0] * shape[1]) ||
+      cache_rows.element_count() != static_cast<size_t>(shape[0])) {
+    return ffi::Error::InvalidArgument(
+        "expected q [B, T, N, H], k and v [rows, K, S, H], positions [B, T] and cache_rows [B]");
+  }
+  const auto run = [&](auto type) {
+    return Attend<decltype(type)>(pool, q.typed_data(), k, v, positions.typed_data(),
+                                  cache_rows.typed_data(), out->typed_data(), shape);
+  };
+  switch (k.element_type()) {
+    case ffi::F32: return run(Float32());
+    case ffi::F16: return run(Float16());
+    case ffi::BF16:
+    case ffi::U16: return run(Bfloat16());  // its bits
+    default: return ffi::Error::InvalidArgument("expected a float32, float16 or bfloat16 cache");
+  }
+}
+
+}  // namespace
+
+extern "C" int LlamaJaxSupported() {
+  __builtin_cpu_init();
+  bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+#ifdef __AVX512F__
+  has = has && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+#ifdef __AVX512BF16__
+  has = has && __builtin_cpu_supports("avx512bf16");
+#endif
+  return has;
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LlamaJaxLinear, Linear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LlamaJaxAttention, AttendCache,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());

@@ -1,0 +1,88 @@
+"""Kernels for CPUs, written in C++ (kernels.cc) and called through `jax.ffi`.
+
+They are built at installation where there is a compiler (setup.py), and optional: `has_kernels`
+says whether this process can use them.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import logging
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt16
+
+INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2")
+"""What kernels.cc is compiled for, best first."""
+
+
+def linear(x: Float[Array, "*batch i"], weight: Float[Array, "o i"]) -> Float[Array, "*batch o"]:
+    """Multiply rows by a weight stored as published, one row per output; returns float32.
+
+    The bits of a row depend on nothing but the row and the weight: not on the batch. Sums are of
+    float32; with bfloat16 weights x is rounded to bfloat16 first.
+    """
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    out = jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), jnp.float32)
+    return _call("Linear", out, rows, weight).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "rows K S H"] | UInt16[Array, "rows K S H"],
+    v: Float[Array, "rows K S H"] | UInt16[Array, "rows K S H"],
+    positions: Int[Array, "B T"],
+    *,
+    row: Int[Array, ""] | None = None,
+    attend_len: int,
+) -> Float[Array, "B T N H"]:
+    """Attend as `attention.in_blocks`, reading only the slots up to each query's position.
+
+    The bits of a query's result depend on its own row and position alone: not on the batch, the
+    other queries, or the cache's size.
+    """
+    del attend_len  # an upper bound that it does not need
+    rows = jnp.arange(q.shape[0], dtype=jnp.int32) if row is None else row.astype(jnp.int32)[None]
+    out = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+    return _call("Attention", out, q, k, v, positions.astype(jnp.int32), rows)
+
+
+def _call(kernel: str, out: jax.ShapeDtypeStruct, *args: Array) -> Array:
+    instruction_set = _register()
+    assert instruction_set is not None, "no kernel was built for this CPU"
+    return jax.ffi.ffi_call(f"llama_jax_{kernel}_{instruction_set}", out)(*args)
+
+
+@functools.cache
+def has_kernels() -> bool:
+    """Return whether the kernels were built and run here; tries one on a product of one term."""
+    if _register() is None:
+        return False
+    try:
+        with jax.default_device(jax.devices("cpu")[0]):
+            return bool(linear(jnp.ones((1, 1)), jnp.ones((1, 1)))[0, 0] == 1)
+    except jax.errors.JaxRuntimeError as error:
+        logging.getLogger(__name__).warning(
+            "the CPU kernels were built for another jaxlib and are not used; install llama_jax "
+            "again to have them (%s)",
+            error,
+        )
+        return False
+
+
+@functools.cache
+def _register() -> str | None:
+    """Register the best kernels that were built and that this CPU runs; return their name."""
+    for name in INSTRUCTION_SETS:
+        spec = importlib.util.find_spec(f"llama_jax._kernels_{name}")
+        if spec is None or spec.origin is None:
+            continue
+        library = ctypes.CDLL(spec.origin)
+        if not library.LlamaJaxSupported():
+            continue
+        for kernel in ("Linear", "Attention"):
+            handler = jax.ffi.pycapsule(getattr(library, f"LlamaJax{kernel}"))
+            jax.ffi.register_ffi_target(f"llama_jax_{kernel}_{name}", handler, platform="cpu")
+        return name
+    return None

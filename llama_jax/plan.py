@@ -1,0 +1,66 @@
+"""Plan: how a model is held and computed on a machine. All that differs between backends is here.
+
+Each choice was measured; docs/performance.md has the figures and the commands.
+"""
+
+import os
+from typing import NamedTuple
+
+import jax
+
+from llama_jax.config import ModelConfig
+from llama_jax.kernels import has_kernels
+from llama_jax.model import Forms, param_count
+
+
+class Plan(NamedTuple):
+    """What `Executor` compiles its programs by. Static: another plan is another set of programs."""
+
+    weights: str
+    """The dtype that weights are held in: the run's, or float32 where that is faster."""
+    cache: str
+    """The dtype that keys and values are held in; see `cache.init_cache`."""
+    forms: Forms
+    prefill_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
+    """Tokens per prefill chunk, rising. A prompt is cut at multiples of the last; the rest is
+    padded to the smallest that holds it: a token's chunk follows from its own prompt alone."""
+    decode_steps: int = 8
+    """Tokens decoded per dispatch."""
+    dispatches: int = 1
+    """Dispatches in flight while their tokens are read."""
+
+    @property
+    def by_bucket(self) -> bool:
+        """Whether attention needs a static bound on the slots it reads."""
+        return self.forms.attention != "native"
+
+
+def choose_plan(config: ModelConfig, dtype: str) -> Plan:
+    """Return the fastest plan known for this process's default backend.
+
+    Args:
+        config: the model's shape.
+        dtype: the run's, of weights and cache.
+    """
+    if jax.default_backend() != "cpu":
+        # The host is idle while the device decodes: one more dispatch is queued meanwhile.
+        return Plan(dtype, dtype, Forms("plain", "whole"), decode_steps=16, dispatches=2)
+    # Here host and device are the same cores: a chunk run ahead would hide nothing, and the one
+    # after EOS is wasted.
+    cache = "uint16" if dtype == "bfloat16" else dtype
+    if has_kernels():
+        return Plan(dtype, cache, Forms("native", "native"))
+    if dtype == "bfloat16":
+        return Plan(dtype, cache, Forms("two_rows", "blocks"))
+    if dtype == "float32" or _fits(6 * param_count(config)):
+        return Plan("float32", cache, Forms("plain", "blocks"))
+    return Plan(dtype, cache, Forms("blocked", "blocks"))
+
+
+def _fits(size: int) -> bool:
+    """Return whether so many bytes leave the machine a third of its memory."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # not POSIX: no saying
+        return False
+    return size < 2 * memory // 3

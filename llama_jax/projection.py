@@ -1,0 +1,61 @@
+"""Projections: rows times a weight stored as published, one row per output; float32 out.
+
+Four forms, of one meaning but not of one order of additions. `plan.py` chooses.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from llama_jax import kernels
+
+BLOCK_BYTES = 2**21
+"""Of a block of weights widened to float32: it stays in a core's cache."""
+
+
+def plain(x: Float[Array, "*batch i"], weight: Float[Array, "o i"]) -> Float[Array, "*batch o"]:
+    """Multiply by XLA's own product: on a GPU or TPU, and of float32 weights anywhere."""
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    # float32 means float32: by default a GPU or TPU would round the operands (TF32, bfloat16).
+    precision = lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+    return lax.dot_general(
+        x.astype(weight.dtype),
+        weight,
+        contract,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def two_rows(x: Float[Array, "*batch i"], weight: Float[Array, "o i"]) -> Float[Array, "*batch o"]:
+    """Multiply two rows at least: XLA on a CPU has a fast bfloat16 product, but not of one row."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 1:
+        rows = jnp.concatenate([rows, rows])
+    out = plain(rows, weight)[: x.size // x.shape[-1]]
+    return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def blocked(x: Float[Array, "*batch i"], weight: Float[Array, "o i"]) -> Float[Array, "*batch o"]:
+    """Multiply block by block of outputs, each widened to float32 in the cache.
+
+    For float16 on a CPU, where XLA's own product widens the whole weight, or, from within the
+    token loop, all the model's weights before the loop.
+    """
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    outputs, inputs = weight.shape
+    block = max(1, min(outputs, BLOCK_BYTES // (4 * inputs)))
+
+    def multiply(i: Array, y: Array) -> Array:
+        # The last block starts early, so as to end where the weight does.
+        start = jnp.minimum(i * block, outputs - block)
+        part = lax.dynamic_slice(weight, (start, 0), (block, inputs))
+        return lax.dynamic_update_slice(y, plain(rows, part.astype(jnp.float32)), (0, start))
+
+    y = jnp.zeros((rows.shape[0], outputs), jnp.float32)
+    y = lax.fori_loop(0, -(-outputs // block), multiply, y)
+    return y.reshape(*x.shape[:-1], outputs)
+
+
+FORMS = {"plain": plain, "native": kernels.linear, "two_rows": two_rows, "blocked": blocked}
+"""The forms by name."""

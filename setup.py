@@ -1,0 +1,43 @@
+"""Build the CPU kernels of llama_jax/kernels.cc, where there is a C++ compiler.
+
+Each is optional: without it the same products run as XLA's own, slower in 16 bits. All else about
+the package is in pyproject.toml.
+"""
+
+import importlib.util
+import pathlib
+import platform
+
+from setuptools import Extension, setup
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+INSTRUCTION_SETS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+
+
+def kernels() -> list[Extension]:
+    """Return one library per instruction set, or none where they cannot be built."""
+    jaxlib = importlib.util.find_spec("jaxlib")
+    if platform.machine().lower() not in ("x86_64", "amd64") or not (jaxlib and jaxlib.origin):
+        return []
+    headers = str(pathlib.Path(jaxlib.origin).parent / "include")
+    return [
+        Extension(
+            f"llama_jax._kernels_{name}",
+            sources=["llama_jax/kernels.cc"],
+            extra_compile_args=[
+                "-O3",
+                "-g0",
+                "-std=c++20",
+                "-Wno-uninitialized",
+                "-isystem",
+                headers,
+                *flags,
+            ],
+            optional=True,
+        )
+        for name, flags in INSTRUCTION_SETS.items()
+    ]
+
+
+setup(ext_modules=kernels())

@@ -1,0 +1,87 @@
+"""Each form of the products with weights against float64, and the bits that may not change."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax import projection
+
+SIZES = [(1, 1), (5, 3), (16, 4), (33, 7), (64, 64), (1024, 65), (1030, 130), (2100, 9), (7, 3000)]
+
+
+def forms(*names):
+    @pytest.fixture(params=names)
+    def form(request):
+        if request.param == "native":
+            request.getfixturevalue("native_kernels")
+        return projection.FORMS[request.param]
+
+    return form
+
+
+any_form = forms(*projection.FORMS)
+form_of_16_bits = forms("native", "blocked")
+
+
+def draw(inputs, outputs, dtype, rows=30):
+    rng = np.random.default_rng(inputs)
+    x = jnp.asarray(rng.normal(size=(rows, inputs)), jnp.float32)
+    return x, jnp.asarray(rng.normal(size=(outputs, inputs)), jnp.float32).astype(dtype)
+
+
+def oracle(x, weight):
+    x, weight = (np.asarray(a.astype(jnp.float32), np.float64) for a in (x, weight))
+    return x @ weight.T
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_equals_the_float64_oracle(any_form, inputs, outputs, dtype):
+    """With x rounded to the weight's dtype beforehand: no form has a reason to differ by more."""
+    x, weight = draw(inputs, outputs, dtype)
+    x = x.astype(dtype).astype(jnp.float32)
+    for rows in (1, 2, 3, 7, 30):
+        got = any_form(x[:rows], weight)
+        assert got.dtype == jnp.float32
+        atol = 3e-6 * inputs**0.5
+        np.testing.assert_allclose(got, oracle(x[:rows], weight), atol=atol)
+
+
+def test_keeps_leading_axes(any_form):
+    x, weight = draw(32, 8, "float32", rows=6)
+    got = any_form(x.reshape(2, 3, 32), weight)
+    np.testing.assert_allclose(got, oracle(x, weight).reshape(2, 3, 8), atol=1e-5)
+
+
+def test_float16_inputs_beyond_its_range(form_of_16_bits):
+    """Where nothing is rounded to float16, nothing can overflow it."""
+    x, weight = draw(64, 8, "float16", rows=1)
+    x = x * 1e6
+    np.testing.assert_allclose(form_of_16_bits(x, weight), oracle(x, weight), rtol=1e-4, atol=30)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_native_bits_do_not_depend_on_the_batch(native_kernels, inputs, outputs, dtype):
+    form = projection.FORMS["native"]
+    x, weight = draw(inputs, outputs, dtype)
+    alone = np.concatenate([form(x[i : i + 1], weight) for i in range(len(x))])
+    for rows in (2, 3, 4, 5, 6, 7, 13, 30):
+        np.testing.assert_array_equal(form(x[:rows], weight), alone[:rows])
+
+
+def test_native_rounds_to_bfloat16_as_jax_does(native_kernels):
+    """Halfway cases, infinities, NaN, subnormals: through a weight of ones and one input."""
+    bits = np.concatenate([np.arange(0, 2**32, 65521, np.uint64), [0x3F808000, 0x3F818000]])
+    x = bits.astype(np.uint32).view(np.float32)
+    x = jnp.asarray(x[~(np.abs(x) < 2.0**-126)][:, None])  # AVX-512 takes subnormals for 0
+    got = projection.FORMS["native"](x, jnp.ones((1, 1), jnp.bfloat16))
+    np.testing.assert_array_equal(got, x.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_wrong_shapes_are_refused(native_kernels):
+    out = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    name = f"llama_jax_Linear_{projection.kernels._register()}"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"expected x \[T, K\]"):
+        jax.ffi.ffi_call(name, out)(jnp.ones((2, 5)), jnp.ones((3, 4)))
