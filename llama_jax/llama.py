@@ -12,6 +12,7 @@ import numpy as np
 
 from llama_jax import sampling
 from llama_jax.checkpoint import Checkpoint, load_checkpoint
+from llama_jax.compile_cache import use_compile_cache
 from llama_jax.decode import NO_TOKEN, DecodeState
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.errors import InputError
@@ -58,7 +59,7 @@ class Llama:
         dtype: str | None = None,
         context: int | None = None,
     ) -> "Llama":
-        """Restore a checkpoint.
+        """Restore a checkpoint; from then on, programs compiled are kept (`use_compile_cache`).
 
         Args:
             path: what `python -m convert` wrote; None: `default_checkpoint()`.
@@ -69,6 +70,7 @@ class Llama:
         Raises:
             InputError: see `load_checkpoint`; context out of range; a tokenizer of another model.
         """
+        use_compile_cache()
         began = time.perf_counter()
         checkpoint = load_checkpoint(default_checkpoint() if path is None else path, dtype)
         jax.block_until_ready(checkpoint.params)

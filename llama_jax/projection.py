@@ -44,7 +44,8 @@ def blocked(x: Float[Array, "*batch i"], weight: Float[Array, "o i"]) -> Float[A
     """
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     outputs, inputs = weight.shape
-    block = max(1, min(outputs, BLOCK_BYTES // (4 * inputs)))
+    # Four blocks at least: a short loop would be unrolled, and its widening moved out of others.
+    block = max(1, min(outputs // 4, BLOCK_BYTES // (4 * inputs)))
 
     def multiply(i: Array, y: Array) -> Array:
         # The last block starts early, so as to end where the weight does.

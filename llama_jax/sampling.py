@@ -23,6 +23,10 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this are 0. Some clients send 1e-08 where they mean greedy."""
 
 
+HEAD = 1024
+"""Tokens to look through for a cut before all of the vocabulary is sorted."""
+
+
 class SamplingParams(NamedTuple):
     """What each row draws by: arrays, so that a change of values never recompiles."""
 
@@ -143,27 +147,63 @@ def apply_filters(logits: Float[Array, "B V"], params: SamplingParams) -> Float[
     before it already hold more than `top_p`: the one that crosses stays.
     """
     in_use = (params.top_k > 0) | (params.top_p < 1)
-    # Sorting the vocabulary is the dearest part of sampling, and the default request needs none.
+    # Ordering the vocabulary is the dearest part of sampling, and the default request needs none.
     return lax.cond(jnp.any(in_use), _filter, lambda logits, _: logits, logits, params)
+
+
+class _Cut(NamedTuple):
+    """Where a row's order of tokens is cut: the last that stays."""
+
+    logit: Float[Array, "B 1"]
+    id: Int[Array, "B 1"]
+    settled: Bool[Array, "B 1"]
+    """The part of the order that was looked at holds the cut."""
 
 
 def _filter(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:
     vocab_size = logits.shape[-1]
     ids = jnp.broadcast_to(jnp.arange(vocab_size, dtype=jnp.int32)[None, :], logits.shape)
-    falling, ids_in_order = lax.sort((-logits, ids), dimension=-1, is_stable=True, num_keys=1)
-    ordered = -falling
 
-    rank = jnp.arange(vocab_size, dtype=jnp.int32)[None, :]
+    def cut_whole(head: _Cut) -> _Cut:
+        falling, ids_in_order = lax.sort((-logits, ids), dimension=-1, is_stable=True, num_keys=1)
+        whole = _cut(-falling, ids_in_order, logits, params)
+        # Row by row, so that none depends on whether its neighbours needed this.
+        return _Cut(*(jnp.where(head.settled, *pair) for pair in zip(head, whole, strict=True)))
+
+    cut = _cut(*lax.top_k(logits, min(HEAD, vocab_size)), logits, params)
+    if vocab_size > HEAD:
+        cut = lax.cond(jnp.all(cut.settled), lambda head: head, cut_whole, cut)
+    inside = (logits > cut.logit) | ((logits == cut.logit) & (ids <= cut.id))
+    off = (params.top_k == 0) & (params.top_p >= 1)
+    return jnp.where(inside | off[:, None], logits, -jnp.inf)
+
+
+def _cut(
+    ordered: Float[Array, "B n"],
+    ids: Int[Array, "B n"],
+    logits: Float[Array, "B V"],
+    params: SamplingParams,
+) -> _Cut:
+    """Look for the cut in the first n tokens of the order."""
+    size, vocab_size = ordered.shape[-1], logits.shape[-1]
     top_k = jnp.where(params.top_k > 0, params.top_k, vocab_size)[:, None]
-    ordered = jnp.where(rank < top_k, ordered, -jnp.inf)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
+    top_p = params.top_p[:, None]
+    in_top_k = jnp.arange(size, dtype=jnp.int32)[None, :] < top_k
+    # Not ordered[:, :1]: of a slice of its top-k XLA would make a sort.
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.where(in_top_k, jnp.exp(ordered - highest), 0.0)
+    all_weights = jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True)
+    total = jnp.where(top_k < vocab_size, jnp.sum(weights, axis=-1, keepdims=True), all_weights)
+    probabilities = weights / total
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = (rank < top_k) & ((before <= params.top_p[:, None]) | (params.top_p >= 1)[:, None])
+    kept = in_top_k & ((before <= top_p) | (top_p >= 1))
     kept = kept.at[:, 0].set(True)
 
     # What is kept is a prefix of the order: compare with its last token instead of scattering back.
     last = jnp.sum(kept, axis=-1, keepdims=True, dtype=jnp.int32) - 1
-    last_logit = jnp.take_along_axis(-falling, last, axis=-1)
-    last_id = jnp.take_along_axis(ids_in_order, last, axis=-1)
-    inside = (logits > last_logit) | ((logits == last_logit) & (ids <= last_id))
-    return jnp.where(inside, logits, -jnp.inf)
+    crossed = (top_k >= vocab_size) & ((last < size - 1) | (top_p >= 1))
+    return _Cut(
+        logit=jnp.take_along_axis(ordered, last, axis=-1),
+        id=jnp.take_along_axis(ids, last, axis=-1),
+        settled=(top_k <= size) | crossed,
+    )

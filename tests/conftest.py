@@ -31,6 +31,8 @@ jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+os.environ["XDG_CACHE_HOME"] = _CACHE.name  # what commands run by tests compile
+
 REQUIRE_ALL = "LLAMA_JAX_REQUIRE_ALL_TESTS"
 """Set in CI: a test that would be skipped for want of a package or of the assets fails instead."""
 

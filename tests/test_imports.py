@@ -8,7 +8,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     {"errors", "version"},
-    {"files", "kernels"},
+    {"compile_cache", "files", "kernels"},
     {"config", "ops", "projection", "sampling", "tokenizer"},
     {"cache", "chat"},
     {"attention"},

@@ -315,3 +315,44 @@ def test_published_vectors():
 def test_vector_logits_are_those_of_the_document():
     text = DOC.read_text("utf-8")
     assert str([round(float(x), 1) for x in LOGITS]) in text
+
+
+LONG = 5000  # beyond HEAD: the cut may lie where only a full sort finds it
+CUTS = [
+    {"top_k": 40},
+    {"top_k": 1024},
+    {"top_k": 1025},
+    {"top_k": 3000, "top_p": 0.7},
+    {"top_p": 0.5},
+    {"top_p": 0.99},
+    {"top_p": 1.0},
+    {"top_k": 7, "top_p": 0.3},
+    {},
+]
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_cuts_of_a_long_vocabulary(cut, scale):
+    """What stays, against float64; ties among the logits, but none of mass at the cut."""
+    logits = np.round(np.random.default_rng(0).normal(0, scale, LONG), 2).astype(np.float32)
+    got = np.asarray(sampling.apply_filters(jnp.asarray(logits[None]), rows(1, **cut)))[0]
+    order = np.lexsort((np.arange(LONG), -logits))
+    kept = order[: cut.get("top_k", LONG)]
+    weights = np.exp(logits[kept].astype(np.float64))
+    before = np.cumsum(weights / weights.sum()) - weights / weights.sum()
+    top_p = cut.get("top_p", 1.0)
+    assert top_p == 1 or np.abs(before - top_p).min() > 1e-6
+    kept = kept[before <= top_p] if top_p < 1 else kept
+    np.testing.assert_array_equal(np.flatnonzero(got > -np.inf), np.sort(kept))
+    np.testing.assert_array_equal(got[kept], logits[kept])
+
+
+def test_a_cut_does_not_depend_on_what_the_neighbours_need():
+    """Rows that the head settles keep their bits beside one that has the vocabulary sorted."""
+    logits = jnp.asarray(np.random.default_rng(1).normal(0, 2, (len(CUTS), LONG)), jnp.float32)
+    params = [sampling.make_params(**cut) for cut in CUTS]
+    together = sampling.apply_filters(logits, jax.tree.map(lambda *a: np.concatenate(a), *params))
+    for row, alone in enumerate(params):
+        expected = sampling.apply_filters(logits[row : row + 1], alone)
+        np.testing.assert_array_equal(together[row : row + 1], expected)

@@ -1,0 +1,165 @@
+"""Which plan a machine gets, and that each plan gives the same answers."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax import Llama, plan, sampling
+from llama_jax.config import ModelConfig
+from llama_jax.decode import NO_TOKEN
+from llama_jax.executor import Executor
+from llama_jax.model import Forms, param_shapes
+from llama_jax.plan import Plan, choose_plan
+
+CONFIG = ModelConfig(
+    vocab_size=1000,
+    dim=256,
+    ffn_dim=704,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_seq_len=640,
+)
+CPU_PLANS = [
+    ("float32", Plan("float32", "float32", Forms("plain", "blocks"))),
+    ("float16", Plan("float16", "float16", Forms("blocked", "blocks"))),
+    ("float16", Plan("float32", "float16", Forms("plain", "blocks"))),
+    ("bfloat16", Plan("bfloat16", "uint16", Forms("two_rows", "blocks"))),
+    ("float32", Plan("float32", "float32", Forms("native", "native"))),
+    ("float16", Plan("float16", "float16", Forms("native", "native"))),
+    ("bfloat16", Plan("bfloat16", "uint16", Forms("native", "native"))),
+]
+
+
+@pytest.fixture
+def this_cpu(monkeypatch):
+    """Say what this machine is to have."""
+
+    def set_up(*, kernels, memory=2**40):
+        monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+        monkeypatch.setattr(plan, "has_kernels", lambda: kernels)
+        monkeypatch.setattr(plan.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}.get)
+
+    return set_up
+
+
+def test_with_kernels_nothing_is_widened(this_cpu):
+    this_cpu(kernels=True)
+    native = Forms("native", "native")
+    assert choose_plan(CONFIG, "float32") == Plan("float32", "float32", native)
+    assert choose_plan(CONFIG, "float16") == Plan("float16", "float16", native)
+    assert choose_plan(CONFIG, "bfloat16") == Plan("bfloat16", "uint16", native)
+
+
+def test_without_kernels_float16_is_widened_where_it_fits(this_cpu):
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(CONFIG)))
+    this_cpu(kernels=False, memory=10 * parameters)
+    assert choose_plan(CONFIG, "float16").weights == "float32"
+    this_cpu(kernels=False, memory=9 * parameters)
+    assert choose_plan(CONFIG, "float16").weights == "float16"
+    assert choose_plan(CONFIG, "float16").forms == Forms("blocked", "blocks")
+    assert choose_plan(CONFIG, "bfloat16").forms == Forms("two_rows", "blocks")
+    assert choose_plan(CONFIG, "float32").forms == Forms("plain", "blocks")
+
+
+def test_an_accelerator_runs_ahead(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    chosen = choose_plan(CONFIG, "bfloat16")
+    assert chosen.forms == Forms("plain", "whole")
+    assert (chosen.weights, chosen.cache) == ("bfloat16", "bfloat16")
+    assert chosen.dispatches == 2
+
+
+def make(dtype, plan, request):
+    if plan.forms.projection == "native":
+        request.getfixturevalue("native_kernels")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda a: jnp.asarray(rng.normal(0, a.shape[-1] ** -0.5, a.shape), dtype),
+        param_shapes(CONFIG),
+    )
+    return Executor(CONFIG, params, dtype, context=640, plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "plan"),
+    [*CPU_PLANS, ("float32", Plan("float32", "float32", Forms("plain", "whole")))],
+)
+def test_every_plan_computes_the_same_logits(dtype, plan, request):
+    tokens = np.random.default_rng(1).integers(0, 1000, 300).tolist()
+    got = make(dtype, plan, request).score(tokens)
+    # The same weights, the products and the cache in float32.
+    reference = Plan("float32", "float32", Forms("plain", "blocks"))
+    expected = make(dtype, reference, request).score(tokens)
+    error = np.sqrt(np.mean((got - expected) ** 2)) / expected.std()
+    assert error < {"float32": 1e-6, "float16": 5e-4, "bfloat16": 1e-2}[dtype]
+
+
+def loop_instructions(hlo):
+    """The instructions that run inside a while loop, as (opcode, dimensions)."""
+    computations, name = {}, None
+    for line in hlo.splitlines():
+        if found := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
+            name = found[1]
+            computations[name] = []
+        elif name and "=" in line:
+            computations[name].append(line)
+    called = re.compile(
+        r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)"
+    )
+    todo = [
+        re.search(r"body=%?([\w.-]+)", line)[1]
+        for lines in computations.values()
+        for line in lines
+        if " while(" in line
+    ]
+    assert todo, "no loop"
+    seen = set()
+    while todo:
+        if (name := todo.pop()) not in seen:
+            seen.add(name)
+            todo += [c for line in computations[name] for c in called.findall(line)]
+    pattern = re.compile(r"= \w+\[([\d,]*)\]\S* ([\w-]+)\(")
+    for name in seen:
+        for line in computations[name]:
+            if found := pattern.search(line):
+                yield found[2], tuple(int(n) for n in found[1].split(",") if n)
+
+
+@pytest.mark.parametrize(("dtype", "plan"), CPU_PLANS)
+def test_the_token_loop_copies_and_converts_no_weight_and_no_cache(dtype, plan, request):
+    """The compiled program itself: XLA would widen 16-bit weights, and copy bfloat16 caches."""
+    ex = make(dtype, plan, request)
+    state = ex.admit(ex.init_state(), 0, sampling.make_params(), 20, NO_TOKEN)
+    state, _ = ex.prefill(state, 0, [1, 2, 3])
+    state, _ = ex.decode(state, 3)
+    (name,) = (n for n in ex.compiled.names if n.startswith("decode"))
+    large = {a.shape for a in jax.tree.leaves((ex.params, state.cache)) if a.ndim > 1}
+    assert {(256, 256), (704, 256), (1, 2, 768, 64)} <= large
+    moved = [
+        (opcode, shape)
+        for opcode, shape in loop_instructions(ex._programs[name].as_text())
+        if opcode in ("copy", "convert", "transpose") and shape in large
+    ]
+    assert moved == []
+    # Nor before the loop: what it needs beside its arguments is small.
+    temporary = ex._programs[name].memory_analysis().temp_size_in_bytes
+    weights = sum(a.nbytes for a in jax.tree.leaves(ex.params))
+    assert temporary < 0.25 * weights
+
+
+@pytest.mark.parametrize("form", ["plain", "native"])
+def test_the_demo_answers_by_every_plan(form, request):
+    if form == "native":
+        request.getfixturevalue("native_kernels")
+    llm = Llama.load()
+    attention = "native" if form == "native" else "blocks"
+    changed = llm.executor.plan._replace(forms=Forms(form, attention))
+    llm.executor = Executor(llm.config, llm.executor.params, "float32", context=512, plan=changed)
+    result = llm.generate(prompt="What is the capital of France?", temperature=0)
+    assert result.response.strip() == "The capital of France is Paris."
