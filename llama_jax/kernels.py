@@ -11,6 +11,7 @@ import logging
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int, UInt16
 
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2")
@@ -46,6 +47,15 @@ def attention(
     rows = jnp.arange(q.shape[0], dtype=jnp.int32) if row is None else row.astype(jnp.int32)[None]
     out = jax.ShapeDtypeStruct(q.shape, jnp.float32)
     return _call("Attention", out, q, k, v, positions.astype(jnp.int32), rows)
+
+
+def rms_norm(
+    x: Float[Array, "B T D"], weight: Float[Array, "D"], eps: float
+) -> Float[Array, "B T D"]:
+    """Normalise as `ops.rms_norm`; the kernel sums the squares, so the row's bits are its own."""
+    width = x.shape[-1]
+    mean = linear(jnp.square(x), jnp.ones((1, width), jnp.float32)) / width
+    return x * lax.rsqrt(mean + eps) * weight.astype(jnp.float32)[None, None, :]
 
 
 def _call(kernel: str, out: jax.ShapeDtypeStruct, *args: Array) -> Array:

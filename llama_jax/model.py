@@ -28,6 +28,8 @@ class Forms(NamedTuple):
     """A key of `projection.FORMS`."""
     attention: str = "blocks"
     """A key of `attention.FORMS`."""
+    norm: str = "plain"
+    """A key of `ops.NORMS`."""
 
 
 _projection_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
@@ -53,7 +55,7 @@ class _Layer(nn.Module):
         """Declare a norm's weight and apply it."""
         ones = nn.initializers.ones_init()
         weight = self.param(name, ones, (self.config.dim,), self.dtype)
-        return ops.rms_norm(x, weight, self.config.norm_eps)
+        return ops.NORMS[self.forms.norm](x, weight, self.config.norm_eps)
 
 
 class Attention(_Layer):

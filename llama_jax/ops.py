@@ -13,6 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt16
 
+from llama_jax import kernels
+
 Linear = Callable[[Array, Array], Array]
 
 
@@ -34,6 +36,10 @@ def rms_norm(
     """Scale vectors to unit root mean square, then by `weight`, in float32 (arXiv:1910.07467)."""
     scale = lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
     return x * scale * weight.astype(jnp.float32)[None, None, :]
+
+
+NORMS = {"plain": rms_norm, "native": kernels.rms_norm}
+"""The forms of the norm by name; `plan.py` chooses."""
 
 
 def rope_angles(

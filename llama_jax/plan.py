@@ -49,7 +49,7 @@ def choose_plan(config: ModelConfig, dtype: str) -> Plan:
     # after EOS is wasted.
     cache = "uint16" if dtype == "bfloat16" else dtype
     if has_kernels():
-        return Plan(dtype, cache, Forms("native", "native"))
+        return Plan(dtype, cache, Forms("native", "native", "native"))
     if dtype == "bfloat16":
         return Plan(dtype, cache, Forms("two_rows", "blocks"))
     if dtype == "float32" or _fits(6 * param_count(config)):

@@ -21,7 +21,7 @@ SAMPLED = {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "repetition_penalty":
 
 
 PURE = Plan("float32", "float32", Forms("plain", "blocks"))
-NATIVE = Plan("float32", "float32", Forms("native", "native"))
+NATIVE = Plan("float32", "float32", Forms("native", "native", "native"))
 
 
 def make(params=None, dtype="float32", plan=None, batch=1, **changes):

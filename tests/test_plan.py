@@ -1,5 +1,6 @@
 """Which plan a machine gets, and that each plan gives the same answers."""
 
+import dataclasses
 import re
 
 import jax
@@ -7,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import Llama, plan, sampling
+from llama_jax import llama, plan, sampling
+from llama_jax.cache import init_cache
 from llama_jax.config import ModelConfig
 from llama_jax.decode import NO_TOKEN
 from llama_jax.executor import Executor
-from llama_jax.model import Forms, param_shapes
+from llama_jax.model import Forms, Llama, forward, param_shapes
 from llama_jax.plan import Plan, choose_plan
 
 CONFIG = ModelConfig(
@@ -25,15 +27,18 @@ CONFIG = ModelConfig(
     rope_theta=10000.0,
     max_seq_len=640,
 )
+NATIVE = Forms("native", "native", "native")
 CPU_PLANS = [
     ("float32", Plan("float32", "float32", Forms("plain", "blocks"))),
     ("float16", Plan("float16", "float16", Forms("blocked", "blocks"))),
     ("float16", Plan("float32", "float16", Forms("plain", "blocks"))),
     ("bfloat16", Plan("bfloat16", "uint16", Forms("two_rows", "blocks"))),
-    ("float32", Plan("float32", "float32", Forms("native", "native"))),
-    ("float16", Plan("float16", "float16", Forms("native", "native"))),
-    ("bfloat16", Plan("bfloat16", "uint16", Forms("native", "native"))),
+    ("float32", Plan("float32", "float32", NATIVE)),
+    ("float16", Plan("float16", "float16", NATIVE)),
+    ("bfloat16", Plan("bfloat16", "uint16", NATIVE)),
 ]
+
+jit_forward = jax.jit(forward, static_argnums=0, static_argnames="attend_len")
 
 
 @pytest.fixture
@@ -50,10 +55,9 @@ def this_cpu(monkeypatch):
 
 def test_with_kernels_nothing_is_widened(this_cpu):
     this_cpu(kernels=True)
-    native = Forms("native", "native")
-    assert choose_plan(CONFIG, "float32") == Plan("float32", "float32", native)
-    assert choose_plan(CONFIG, "float16") == Plan("float16", "float16", native)
-    assert choose_plan(CONFIG, "bfloat16") == Plan("bfloat16", "uint16", native)
+    assert choose_plan(CONFIG, "float32") == Plan("float32", "float32", NATIVE)
+    assert choose_plan(CONFIG, "float16") == Plan("float16", "float16", NATIVE)
+    assert choose_plan(CONFIG, "bfloat16") == Plan("bfloat16", "uint16", NATIVE)
 
 
 def test_without_kernels_float16_is_widened_where_it_fits(this_cpu):
@@ -157,9 +161,39 @@ def test_the_token_loop_copies_and_converts_no_weight_and_no_cache(dtype, plan, 
 def test_the_demo_answers_by_every_plan(form, request):
     if form == "native":
         request.getfixturevalue("native_kernels")
-    llm = Llama.load()
-    attention = "native" if form == "native" else "blocks"
-    changed = llm.executor.plan._replace(forms=Forms(form, attention))
+    llm = llama.Llama.load()
+    forms = NATIVE if form == "native" else Forms("plain", "blocks")
+    changed = llm.executor.plan._replace(forms=forms)
     llm.executor = Executor(llm.config, llm.executor.params, "float32", context=512, plan=changed)
     result = llm.generate(prompt="What is the capital of France?", temperature=0)
     assert result.response.strip() == "The capital of France is Paris."
+
+
+@pytest.mark.parametrize("width", [256, 1024])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_with_kernels_a_logit_has_the_same_bits_however_it_is_computed(
+    native_kernels, dtype, width
+):
+    """Alone or in a batch of any size, in a prompt, in chunks of any size, or token by token."""
+    config = dataclasses.replace(CONFIG, dim=width, num_heads=8, num_kv_heads=4)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda a: jnp.asarray(rng.normal(0, a.shape[-1] ** -0.5, a.shape), dtype),
+        param_shapes(config),
+    )
+    model = Llama(config, jnp.dtype(dtype), NATIVE)
+    tokens = rng.integers(0, 1000, (8, 24))
+    cache_dtype = {"bfloat16": "uint16"}.get(dtype, dtype)
+
+    def logits(batch, chunk):
+        cache, parts = init_cache(config, batch, 64, cache_dtype), []
+        for start in range(0, 24, chunk):
+            part = jnp.asarray(tokens[:batch, start : start + chunk], jnp.int32)
+            starts = jnp.full(batch, start, jnp.int32)
+            got, cache = jit_forward(model, params, part, starts, cache, attend_len=64)
+            parts.append(np.asarray(got[0]))
+        return np.concatenate(parts)
+
+    expected = logits(1, 1)
+    for batch, chunk in ((1, 24), (1, 8), (1, 5), (2, 1), (3, 1), (8, 1), (8, 24)):
+        np.testing.assert_array_equal(logits(batch, chunk), expected, err_msg=f"{batch} {chunk}")
