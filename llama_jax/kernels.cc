@@ -18,6 +18,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -245,18 +246,53 @@ void WithRows(int64_t rows, F f) {
   f(std::integral_constant<int, kTileRows>());
 }
 
-// ---- y = x W^T.
+// Runs f(0) .. f(n - 1) on XLA's threads and this one, which would do it all if they were busy.
+void Parallel(ffi::ThreadPool& pool, int64_t n, std::function<void(int64_t)> f) {
+  struct Job {
+    std::function<void(int64_t)> f;
+    int64_t n;
+    std::atomic<int64_t> next{0}, done{0};
+    void Run() {
+      for (int64_t i; (i = next++) < n;) {
+        f(i);
+        if (++done == n) done.notify_all();
+      }
+    }
+  };
+  auto job = std::make_shared<Job>(std::move(f), n);  // a late helper outlives this call
+  const int64_t helpers = std::min(pool.num_threads(), n) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([job] { job->Run(); });
+  job->Run();
+  for (int64_t done; (done = job->done) < n;) job->done.wait(done);
+}
+
+// ---- y = x W^T, for one x and several W.
 
 template <class Type>
 struct Product {
   using Weight = typename Type::Weight;
   using Input = typename Type::Input;
 
+  struct Output {
+    const Weight* weights;  // [count, inputs]
+    float* y;  // [rows, count]
+    int64_t count;
+  };
+
   const float* x;  // [rows, inputs]
-  const Weight* weights;  // [outputs, inputs]
-  float* y;  // [rows, outputs]
-  int64_t rows, inputs, outputs;
+  int64_t rows, inputs;
+  std::vector<Output> outputs;
   std::vector<Input> packed;  // tile by tile
+
+  void Run(ffi::ThreadPool& pool) {
+    packed.resize(rows * Steps<Type>(inputs) * Type::kStep);
+    Parallel(pool, Tiles(), [&](int64_t tile) { Pack(tile); });
+    std::vector<std::pair<const Output*, int64_t>> panels;
+    for (const Output& output : outputs) {
+      for (int64_t o = 0; o < output.count; o += kPanel) panels.emplace_back(&output, o);
+    }
+    Parallel(pool, panels.size(), [&](int64_t i) { Panel(*panels[i].first, panels[i].second); });
+  }
 
   int64_t Tiles() const { return (rows + kRows - 1) / kRows; }
   int64_t TileRows(int64_t tile) const { return std::min(kRows, rows - tile * kRows); }
@@ -273,17 +309,18 @@ struct Product {
     }
   }
 
-  // Computes y[:, begin .. end).
-  void Outputs(int64_t begin, int64_t end) {
+  // Computes y[:, begin .. begin + kPanel), as far as they exist.
+  void Panel(const Output& output, int64_t begin) {
     constexpr int64_t kSteps = kDepth / Type::kStep;
+    const int64_t end = std::min(output.count, begin + kPanel);
     // With few rows, reading the weights takes the time: each of their rows from end to end.
-    const int64_t panel = rows <= kRows ? 8 : kPanel;
-    for (int64_t first = begin; first < end; first += panel) {
+    const int64_t width = rows <= kRows ? 8 : kPanel;
+    for (int64_t first = begin; first < end; first += width) {
       for (int64_t step = 0; step < Steps<Type>(inputs); step += kSteps) {
+        const int64_t steps = std::min(kSteps, Steps<Type>(inputs) - step);
         for (int64_t tile = 0; tile < Tiles(); ++tile) {
           WithRows(TileRows(tile), [&](auto tile_rows) {
-            Panel<tile_rows>(tile, first, std::min(end, first + panel), step,
-                             std::min(kSteps, Steps<Type>(inputs) - step));
+            Strip<tile_rows>(output, tile, first, std::min(end, first + width), step, steps);
           });
         }
       }
@@ -291,13 +328,14 @@ struct Product {
   }
 
   template <int kTileRows>
-  void Panel(int64_t tile, int64_t begin, int64_t end, int64_t step, int64_t steps) {
+  void Strip(const Output& output, int64_t tile, int64_t begin, int64_t end, int64_t step,
+             int64_t steps) {
     const int64_t done = step * Type::kStep;  // terms
     const Input* in = PackedTile(tile) + done * kTileRows;
     for (int64_t o = begin; o < end; o += Width(kTileRows)) {
       Tile<Type, kTileRows, Width(kTileRows)>(
-          in, weights + o * inputs + done, inputs, inputs - done, steps, end - o,
-          y + tile * kRows * outputs + o, outputs, step > 0);
+          in, output.weights + o * inputs + done, inputs, inputs - done, steps, end - o,
+          output.y + tile * kRows * output.count + o, output.count, step > 0);
     }
   }
 };
@@ -428,52 +466,42 @@ struct Attention {
   }
 };
 
-// Runs f(0) .. f(n - 1) on XLA's threads and this one, which would do it all if they were busy.
-void Parallel(ffi::ThreadPool& pool, int64_t n, std::function<void(int64_t)> f) {
-  struct Job {
-    std::function<void(int64_t)> f;
-    int64_t n;
-    std::atomic<int64_t> next{0}, done{0};
-    void Run() {
-      for (int64_t i; (i = next++) < n;) {
-        f(i);
-        if (++done == n) done.notify_all();
-      }
-    }
-  };
-  auto job = std::make_shared<Job>(std::move(f), n);  // a late helper outlives this call
-  const int64_t helpers = std::min(pool.num_threads(), n) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([job] { job->Run(); });
-  job->Run();
-  for (int64_t done; (done = job->done) < n;) job->done.wait(done);
-}
+// ---- The interface to XLA.
 
 template <class Type>
-ffi::Error Multiply(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const ffi::AnyBuffer& w,
-                    float* y) {
-  Product<Type> product{x.typed_data(), static_cast<typename Type::Weight*>(w.untyped_data()),
-                        y, x.dimensions()[0], x.dimensions()[1], w.dimensions()[0], {}};
-  product.packed.resize(product.rows * Steps<Type>(product.inputs) * Type::kStep);
-  const int64_t tiles = product.Tiles(), panels = (product.outputs + kPanel - 1) / kPanel;
-  Parallel(pool, tiles, [&](int64_t tile) { product.Pack(tile); });
-  Parallel(pool, panels, [&](int64_t i) {
-    product.Outputs(i * kPanel, std::min(product.outputs, (i + 1) * kPanel));
-  });
+ffi::Error Multiply(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x,
+                    const std::vector<ffi::AnyBuffer>& weights, ffi::RemainingRets& y) {
+  Product<Type> product{x.typed_data(), x.dimensions()[0], x.dimensions()[1], {}, {}};
+  for (size_t i = 0; i < weights.size(); ++i) {
+    auto out = y.get<ffi::Buffer<ffi::F32>>(i);
+    const auto shape = weights[i].dimensions();
+    if (!out.has_value() || shape.size() != 2 || shape[1] != product.inputs ||
+        weights[i].element_type() != weights[0].element_type() ||
+        (*out)->element_count() != static_cast<size_t>(product.rows * shape[0])) {
+      return ffi::Error::InvalidArgument("expected x [T, K], w [O, K] of one dtype, y [T, O]");
+    }
+    product.outputs.push_back({static_cast<typename Type::Weight*>(weights[i].untyped_data()),
+                               (*out)->typed_data(), shape[0]});
+  }
+  product.Run(pool);
   return ffi::Error::Success();
 }
 
-// x: float32 [T, K]; w: [O, K]; y: float32 [T, O].
-ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
-                  ffi::ResultBuffer<ffi::F32> y) {
-  const auto in = x.dimensions(), weights = w.dimensions(), out = y->dimensions();
-  if (in.size() != 2 || weights.size() != 2 || out.size() != 2 || in[1] != weights[1] ||
-      out[0] != in[0] || out[1] != weights[0]) {
-    return ffi::Error::InvalidArgument("expected x [T, K], w [O, K] and y [T, O]");
+// x: float32 [T, K]; each w: [O, K], of one dtype; each y: float32 [T, O].
+ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs w,
+                  ffi::RemainingRets y) {
+  std::vector<ffi::AnyBuffer> weights;
+  for (size_t i = 0; i < w.size(); ++i) {
+    const auto weight = w.get<ffi::AnyBuffer>(i);
+    if (weight.has_value()) weights.push_back(*weight);
   }
-  switch (w.element_type()) {
-    case ffi::F32: return Multiply<Float32>(pool, x, w, y->typed_data());
-    case ffi::F16: return Multiply<Float16>(pool, x, w, y->typed_data());
-    case ffi::BF16: return Multiply<Bfloat16>(pool, x, w, y->typed_data());
+  if (x.dimensions().size() != 2 || weights.empty() || weights.size() != y.size()) {
+    return ffi::Error::InvalidArgument("expected x [T, K], and as many results as weights");
+  }
+  switch (weights[0].element_type()) {
+    case ffi::F32: return Multiply<Float32>(pool, x, weights, y);
+    case ffi::F16: return Multiply<Float16>(pool, x, weights, y);
+    case ffi::BF16: return Multiply<Bfloat16>(pool, x, weights, y);
     default: return ffi::Error::InvalidArgument("expected float32, float16 or bfloat16 weights");
   }
 }
@@ -517,7 +545,8 @@ ffi::Error AttendCache(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBu
 
 }  // namespace
 
-extern "C" int LlamaJaxSupported() {
+// Returns the version of this interface, for kernels.py to compare, or 0 if this CPU lacks a thing.
+extern "C" int LlamaJaxInterface() {
   __builtin_cpu_init();
   bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
              __builtin_cpu_supports("f16c");
@@ -528,15 +557,15 @@ extern "C" int LlamaJaxSupported() {
 #ifdef __AVX512BF16__
   has = has && __builtin_cpu_supports("avx512bf16");
 #endif
-  return has;
+  return has ? 1 : 0;
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LlamaJaxLinear, Linear,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .RemainingArgs()
+                                  .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LlamaJaxAttention, AttendCache,
                               ffi::Ffi::Bind()

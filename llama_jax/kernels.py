@@ -8,6 +8,7 @@ import ctypes
 import functools
 import importlib.util
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,13 @@ from jaxtyping import Array, Float, Int, UInt16
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2")
 """What kernels.cc is compiled for, best first."""
 
+INTERFACE = 1
+"""What kernels.cc must say; both change when the arguments of a kernel do."""
+
+REMEDY = "install llama_jax again to have them"
+
+_log = logging.getLogger(__name__)
+
 
 def linear(x: Float[Array, "*batch i"], weight: Float[Array, "o i"]) -> Float[Array, "*batch o"]:
     """Multiply rows by a weight stored as published, one row per output; returns float32.
@@ -24,9 +32,15 @@ def linear(x: Float[Array, "*batch i"], weight: Float[Array, "o i"]) -> Float[Ar
     The bits of a row depend on nothing but the row and the weight: not on the batch. Sums are of
     float32; with bfloat16 weights x is rounded to bfloat16 first.
     """
+    (y,) = linears(x, weight)
+    return y
+
+
+def linears(x: Float[Array, "*batch i"], *weights: Float[Array, "_ i"]) -> list[Array]:
+    """Multiply the same rows by several weights of one dtype, as `linear`, in one call."""
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    out = jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), jnp.float32)
-    return _call("Linear", out, rows, weight).reshape(*x.shape[:-1], weight.shape[0])
+    outs = [jax.ShapeDtypeStruct((rows.shape[0], w.shape[0]), jnp.float32) for w in weights]
+    return [y.reshape(*x.shape[:-1], -1) for y in _call("Linear", outs, rows, *weights)]
 
 
 def attention(
@@ -58,7 +72,7 @@ def rms_norm(
     return x * lax.rsqrt(mean + eps) * weight.astype(jnp.float32)[None, None, :]
 
 
-def _call(kernel: str, out: jax.ShapeDtypeStruct, *args: Array) -> Array:
+def _call(kernel: str, out: Any, *args: Array) -> Any:
     instruction_set = _register()
     assert instruction_set is not None, "no kernel was built for this CPU"
     return jax.ffi.ffi_call(f"llama_jax_{kernel}_{instruction_set}", out)(*args)
@@ -73,11 +87,7 @@ def has_kernels() -> bool:
         with jax.default_device(jax.devices("cpu")[0]):
             return bool(linear(jnp.ones((1, 1)), jnp.ones((1, 1)))[0, 0] == 1)
     except jax.errors.JaxRuntimeError as error:
-        logging.getLogger(__name__).warning(
-            "the CPU kernels were built for another jaxlib and are not used; install llama_jax "
-            "again to have them (%s)",
-            error,
-        )
+        _log.warning("the CPU kernels do not run with this jaxlib (%s); %s", error, REMEDY)
         return False
 
 
@@ -89,7 +99,10 @@ def _register() -> str | None:
         if spec is None or spec.origin is None:
             continue
         library = ctypes.CDLL(spec.origin)
-        if not library.LlamaJaxSupported():
+        interface = library.LlamaJaxInterface()
+        if interface not in (0, INTERFACE):
+            _log.warning("the CPU kernels are of another version and not used; %s", REMEDY)
+        if interface != INTERFACE:
             continue
         for kernel in ("Linear", "Attention"):
             handler = jax.ffi.pycapsule(getattr(library, f"LlamaJax{kernel}"))

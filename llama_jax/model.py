@@ -43,9 +43,9 @@ class _Layer(nn.Module):
     """The parameters'."""
     forms: Forms = Forms()
 
-    def linear(self, x: Float[Array, "b T i"], weight: Float[Array, "o i"]) -> Array:
-        """Multiply by a weight."""
-        return projection.FORMS[self.forms.projection](x, weight)
+    def linears(self, x: Float[Array, "b T i"], *weights: Float[Array, "_ i"]) -> list[Array]:
+        """Multiply the same rows by several weights."""
+        return projection.linears(self.forms.projection, x, *weights)
 
     def weight(self, name: str, outputs: int, inputs: int) -> Float[Array, "outputs inputs"]:
         """Declare a projection."""
@@ -75,9 +75,9 @@ class Attention(_Layer):
         c = self.config
         batch, length, _ = x.shape
         positions = starts[:, None] + jnp.arange(length, dtype=starts.dtype)[None, :]
-        q = self.linear(x, self.weight("q", c.num_heads * c.head_dim, c.dim))
-        k = self.linear(x, self.weight("k", c.num_kv_heads * c.head_dim, c.dim))
-        v = self.linear(x, self.weight("v", c.num_kv_heads * c.head_dim, c.dim))
+        heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
+        weights = (self.weight(name, n * c.head_dim, c.dim) for name, n in heads.items())
+        q, k, v = self.linears(x, *weights)
 
         angles = ops.rope_angles(positions, c.head_dim, c.rope_theta)
         q = ops.apply_rope(q.reshape(batch, length, c.num_heads, c.head_dim), angles)
@@ -88,7 +88,8 @@ class Attention(_Layer):
         attend = attention.FORMS[self.forms.attention]
         out = attend(q, cache.k, cache.v, positions, row=row, attend_len=attend_len)
         out = out.reshape(batch, length, -1)
-        return self.linear(out, self.weight("o", c.dim, c.num_heads * c.head_dim)), cache
+        (out,) = self.linears(out, self.weight("o", c.dim, c.num_heads * c.head_dim))
+        return out, cache
 
 
 class FeedForward(_Layer):
@@ -100,7 +101,7 @@ class FeedForward(_Layer):
         c = self.config
         gate, up = self.weight("gate", c.ffn_dim, c.dim), self.weight("up", c.ffn_dim, c.dim)
         down = self.weight("down", c.dim, c.ffn_dim)
-        return ops.swiglu(x, gate, up, down, self.linear)
+        return ops.swiglu(x, gate, up, down, self.linears)
 
 
 class Block(_Layer):
@@ -166,7 +167,8 @@ class Llama(_Layer):
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)
         x = self.norm("final_norm", x)
         head = embed if c.tie_embeddings else self.weight("lm_head", c.vocab_size, c.dim)
-        return self.linear(x, head), tuple(layers)
+        (logits,) = self.linears(x, head)
+        return logits, tuple(layers)
 
 
 def forward(

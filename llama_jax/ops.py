@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, UInt16
 
 from llama_jax import kernels
 
-Linear = Callable[[Array, Array], Array]
+Linears = Callable[..., list[Array]]
 
 
 def as_float(array: Float[Array, "..."] | UInt16[Array, "..."]) -> Float[Array, "..."]:
@@ -68,7 +68,7 @@ def swiglu(
     gate: Float[Array, "F D"],
     up: Float[Array, "F D"],
     down: Float[Array, "D F"],
-    linear: Linear,
+    linears: Linears,
 ) -> Float[Array, "B T D"]:
     """Return down(silu(gate(x)) * up(x)) (arXiv:2002.05202) in float32.
 
@@ -78,11 +78,14 @@ def swiglu(
     Args:
         x: normalised activations.
         gate, up, down: weights, one row per output.
-        linear: multiplies by a weight; see `projection.py`.
+        linears: multiplies the same rows by several weights; see `projection.linears`.
     """
-    hidden = jax.nn.silu(linear(x, gate)) * linear(x, up)
+    gated, upped = linears(x, gate, up)
+    hidden = jax.nn.silu(gated) * upped
     if down.dtype != jnp.float16:
-        return linear(hidden, down)
+        (out,) = linears(hidden, down)
+        return out
     _, exponent = jnp.frexp(jnp.max(jnp.abs(hidden), axis=-1, keepdims=True))
     shift = jnp.maximum(exponent - 15, 0)  # hidden < 2**15 after the shift
-    return jnp.ldexp(linear(jnp.ldexp(hidden, -shift), down), shift)
+    (out,) = linears(jnp.ldexp(hidden, -shift), down)
+    return jnp.ldexp(out, shift)

@@ -58,5 +58,12 @@ def blocked(x: Float[Array, "*batch i"], weight: Float[Array, "o i"]) -> Float[A
     return y.reshape(*x.shape[:-1], outputs)
 
 
+def linears(form: str, x: Float[Array, "*batch i"], *weights: Float[Array, "_ i"]) -> list[Array]:
+    """Multiply the same rows by several weights, in the form named."""
+    if form == "native":
+        return kernels.linears(x, *weights)
+    return [FORMS[form](x, weight) for weight in weights]
+
+
 FORMS = {"plain": plain, "native": kernels.linear, "two_rows": two_rows, "blocked": blocked}
 """The forms by name."""

@@ -84,4 +84,19 @@ def test_wrong_shapes_are_refused(native_kernels):
     out = jax.ShapeDtypeStruct((2, 3), jnp.float32)
     name = f"llama_jax_Linear_{projection.kernels._register()}"
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"expected x \[T, K\]"):
-        jax.ffi.ffi_call(name, out)(jnp.ones((2, 5)), jnp.ones((3, 4)))
+        jax.ffi.ffi_call(name, [out])(jnp.ones((2, 5)), jnp.ones((3, 4)))
+    weights = jnp.ones((3, 5)), jnp.ones((3, 5), jnp.float16)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="of one dtype"):
+        jax.ffi.ffi_call(name, [out, out])(jnp.ones((2, 5)), *weights)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="as many results as weights"):
+        jax.ffi.ffi_call(name, [out, out])(jnp.ones((2, 5)), jnp.ones((3, 5)))
+
+
+def test_several_weights_at_once(any_form, request):
+    """The same bits as one by one."""
+    x, weight = draw(70, 90, "float16")
+    parts = weight[:64], weight[64:65], weight[65:]
+    (form,) = (name for name, f in projection.FORMS.items() if f is any_form)
+    got = projection.linears(form, x, *parts)
+    for y, part in zip(got, parts, strict=True):
+        np.testing.assert_array_equal(y, any_form(x, part))
