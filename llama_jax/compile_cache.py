@@ -12,7 +12,7 @@ def use_compile_cache() -> None:
     `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=false` keeps
     nothing. What is in the folder is run as code: it is made for its owner alone.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = pathlib.Path(home).expanduser() / "llama_jax" / "compiled"

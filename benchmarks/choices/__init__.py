@@ -1,0 +1,1 @@
+"""The open choices of `python -m benchmarks.sweep`: each function lists the ways to be timed."""

@@ -1,0 +1,1 @@
+"""One program per file, each in a process of its own, all speaking `protocol`."""

@@ -1,0 +1,105 @@
+"""What a model must read and compute, from its shape: the least that any program could do."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from llama_jax.config import ModelConfig
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of one number, by dtype."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The work of one measured case."""
+
+    flops: float
+    """Floating point operations; a multiplication and an addition are two."""
+    bytes: float
+    """Bytes that move between memory and the cores."""
+
+    @property
+    def intensity(self) -> float:
+        """FLOP per byte."""
+        return self.flops / self.bytes
+
+    def limit_seconds(self, bandwidth: float, matmul_rate: float) -> float:
+        """Return the least seconds it can take.
+
+        Args:
+            bandwidth: of memory, in bytes/s.
+            matmul_rate: of the cores, in FLOP/s.
+        """
+        return max(self.bytes / bandwidth, self.flops / matmul_rate)
+
+
+def layer_params(config: ModelConfig) -> int:
+    """Return the parameters of all layers, norms included."""
+    c = config
+    attention = 2 * c.dim * c.dim + 2 * c.dim * c.num_kv_heads * c.head_dim
+    return c.num_layers * (attention + 3 * c.dim * c.ffn_dim + 2 * c.dim)
+
+
+def params_read(config: ModelConfig) -> int:
+    """Return the parameters that one decoded token needs: all but the table of embeddings.
+
+    Of that table a token needs one row, which is next to nothing; but a tied table is the output
+    projection too, and as such is read in full.
+    """
+    return layer_params(config) + config.dim + config.vocab_size * config.dim
+
+
+def total_params(config: ModelConfig) -> int:
+    """Return all parameters."""
+    table = 0 if config.tie_embeddings else config.vocab_size * config.dim
+    return params_read(config) + table
+
+
+def weight_bytes(config: ModelConfig, dtype: str) -> int:
+    """Return the bytes that the weights take in memory."""
+    return total_params(config) * ITEM_BYTES[dtype]
+
+
+def kv_bytes(config: ModelConfig, dtype: str) -> int:
+    """Return the bytes of keys and values per token of one row, over all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * ITEM_BYTES[dtype]
+
+
+def decode_cost(
+    config: ModelConfig, dtype: str, *, batch: int, context: float, new_tokens: int
+) -> Cost:
+    """Return the cost of `new_tokens` steps of `batch` rows that hold `context` tokens each.
+
+    A step reads the weights once for all rows, and each row's keys and values.
+    """
+    attended = context + (new_tokens + 1) / 2  # on average, the new token itself included
+    attention = 4 * config.num_layers * config.dim * attended  # scores, and their weighted sum
+    flops = batch * (2 * params_read(config) + attention)
+    read = params_read(config) * ITEM_BYTES[dtype] + batch * attended * kv_bytes(config, dtype)
+    return Cost(new_tokens * flops, new_tokens * read)
+
+
+def prefill_cost(config: ModelConfig, dtype: str, *, tokens: int) -> Cost:
+    """Return the cost of reading a prompt of one row up to its first new token's logits.
+
+    The output projection is needed at the last position only. Weights are read once; keys and
+    values are written.
+    """
+    attention = 4 * config.num_layers * config.dim * tokens * (tokens + 1) / 2
+    head = 2 * config.vocab_size * config.dim
+    flops = 2 * tokens * layer_params(config) + head + attention
+    moved = params_read(config) * ITEM_BYTES[dtype] + tokens * kv_bytes(config, dtype)
+    return Cost(flops, moved)
+
+
+def matmul_limit(matmul: Mapping[str, float], dtype: str) -> float:
+    """Return the FLOP/s that a run in `dtype` may reach.
+
+    At least float32's: numbers of 16 bits can be widened, so a CPU without products of float16 is
+    held to those it has.
+
+    Args:
+        matmul: measured FLOP/s by dtype.
+        dtype: of the run.
+    """
+    return max(matmul[dtype], matmul["float32"])

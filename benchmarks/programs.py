@@ -1,0 +1,47 @@
+"""How an Executor's programs are run when they are timed, with nothing around them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax import sampling
+from llama_jax.decode import NO_TOKEN, DecodeState
+from llama_jax.executor import Executor
+
+GREEDY = sampling.make_params(temperature=0.0)
+
+
+def read_prompt(run: Executor, state: DecodeState, prompt: list[int]) -> DecodeState:
+    """Prefill a prompt into row 0 and bring its first token to the host; consumes `state`."""
+    state = run.admit(state, 0, GREEDY, 1, NO_TOKEN)
+    state, first = run.prefill(state, 0, prompt)
+    np.asarray(first)
+    return state
+
+
+def set_rows(run: Executor, state: DecodeState, context: int, new_tokens: int) -> DecodeState:
+    """Let every row hold `context` tokens and draw `new_tokens`; consumes `state`.
+
+    Without a prompt: speed does not depend on the cache's values.
+    """
+    for row in range(run.batch):
+        state = run.admit(state, row, GREEDY, new_tokens, NO_TOKEN)
+    state = state._replace(
+        positions=jnp.full((run.batch,), context, jnp.int32), done=jnp.zeros((run.batch,), bool)
+    )
+    return jax.block_until_ready(state)
+
+
+def draw_tokens(
+    run: Executor, state: DecodeState, context: int, new_tokens: int, dispatches: int
+) -> DecodeState:
+    """Decode as `Llama` does: while one chunk is read, others may run; consumes `state`."""
+    pending = []
+    for position in range(context, context + new_tokens, run.plan.decode_steps):
+        state, tokens = run.decode(state, position)
+        pending.append(tokens)
+        if len(pending) == dispatches:
+            np.asarray(pending.pop(0))
+    for tokens in pending:
+        np.asarray(tokens)
+    return state

@@ -1,0 +1,49 @@
+"""Weights to measure with: a checkpoint's, or made-up ones, since speed does not depend on them."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.checkpoint import Checkpoint, load_checkpoint
+from llama_jax.config import ModelConfig
+from llama_jax.model import param_shapes
+from llama_jax.plan import choose_plan
+
+
+def make_weights(config: ModelConfig, dtype: str, path: str | None) -> Checkpoint:
+    """Return a checkpoint's weights, or made-up ones of the shape, ready on the device.
+
+    Made-up ones have the dtype that an Executor holds, so that it need not make a copy.
+    """
+    if path is not None:
+        checkpoint = load_checkpoint(path, dtype)
+    else:
+        shapes = param_shapes(config, choose_plan(config, dtype).weights)
+        params = jax.tree.map(lambda leaf: filled(leaf.shape, leaf.dtype), shapes)
+        checkpoint = Checkpoint(config, params, dtype, tokenizer=None)
+    jax.block_until_ready(checkpoint.params)
+    return checkpoint
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def filled(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Return pseudo-random numbers of the scale that keeps activations' size; ones for a norm.
+
+    A hash of the index, computed as the array is written: nothing else takes memory.
+
+    Args:
+        shape: of a vector (a norm's weight), or of rows that are `shape[-1]` wide.
+        dtype: of a float.
+    """
+    if len(shape) == 1:
+        return jnp.ones(shape, dtype)
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    bits = index * jnp.uint32(2654435761)
+    bits = (bits ^ (bits >> 15)) * jnp.uint32(2246822519)
+    uniform = (bits >> 8).astype(jnp.float32) * (2.0**-23) - 1.0
+    return (uniform * math.sqrt(3 / shape[-1])).astype(dtype)
