@@ -235,4 +235,8 @@ def _check_shapes(path: pathlib.Path, stored: Any, expected: Params) -> None:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True))
+    # Orbax would by default have up to 96 GB in flight beside the arrays themselves.
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=True, use_zarr3=True, save_concurrent_gb=2, restore_concurrent_gb=2
+    )
+    return ocp.Checkpointer(handler)

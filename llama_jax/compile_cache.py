@@ -10,17 +10,21 @@ def use_compile_cache() -> None:
     """Have JAX keep what it compiles in the user's cache folder, unless JAX was told otherwise.
 
     `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=false` keeps
-    nothing. What is in the folder is run as code: it is made for its owner alone.
+    nothing. What is in the folder is run as code: it is its owner's alone.
     """
-    if jax.config.values["jax_compilation_cache_dir"] is not None:
+    settings = jax.config.values
+    if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
         return
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = pathlib.Path(home).expanduser() / "llama_jax" / "compiled"
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(home):  # the XDG rule, for an empty one too
+        home = "~/.cache"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:  # no home, or a full or read-only disk: compile each time
+        folder = pathlib.Path(home).expanduser() / "llama_jax" / "compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except (OSError, RuntimeError):  # no home, another's folder, a disk that is full or read-only
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # JAX would leave out what compiles within a second: the demo model's programs.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)

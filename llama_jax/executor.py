@@ -56,9 +56,10 @@ class Executor:
     ):
         self.config, self.batch, self.context = config, batch, context
         self.plan = plan = plan or choose_plan(config, dtype)
-        self.params = jax.tree.map(lambda a: a.astype(plan.weights), params)
+        self.params = jax.tree.map(lambda a: jnp.asarray(a, plan.weights), params)
         # Two blocks at least: attention's loop of one turn is compiled as no loop, to other bits.
-        self.capacity = max(2 * attention.BLOCK, self.padded(context))
+        blocks = -(-self.padded(context) // attention.BLOCK)
+        self.capacity = max(2, blocks) * attention.BLOCK
         self.compiled = CompileLog()
         self._programs: dict[str, Any] = {}
         self._model = Llama(config, jnp.dtype(plan.weights), plan.forms)

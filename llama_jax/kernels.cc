@@ -18,6 +18,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -27,8 +28,8 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kDepth = 1024;     // terms of a partial sum: so much of x stays in the L1 cache
-constexpr int64_t kPanel = 64;       // outputs that a thread takes at a time
+constexpr int64_t kDepth = 4096;      // bytes of a row of x in a partial sum: a tile stays in L1
+constexpr int64_t kPanel = 128;       // outputs that a thread takes at a time
 constexpr int64_t kPrefetch = 1024;  // bytes ahead of the weights in use
 
 // ---- Registers. A tile multiplies up to kRows rows by 4 (with few rows, 8) outputs at once.
@@ -53,8 +54,8 @@ inline Sum PowerOfTwo(Sum n) {  // of whole numbers
   return _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
-inline Sum ZeroBelow(Sum a, Sum x, Sum bound) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), a);
+inline Sum ZeroBelow(Sum a, Sum x, Sum bound) {  // NaN stays NaN
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_NLT_UQ), a);
 }
 inline void Store(float* p, Sum a) { _mm512_storeu_ps(p, a); }
 inline Sum LoadHalf(const uint16_t* p) {
@@ -83,8 +84,8 @@ inline Sum PowerOfTwo(Sum n) {  // of whole numbers
   return _mm256_castsi256_ps(
       _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
-inline Sum ZeroBelow(Sum a, Sum x, Sum bound) {
-  return _mm256_and_ps(_mm256_cmp_ps(x, bound, _CMP_GE_OQ), a);
+inline Sum ZeroBelow(Sum a, Sum x, Sum bound) {  // NaN stays NaN
+  return _mm256_and_ps(_mm256_cmp_ps(x, bound, _CMP_NLT_UQ), a);
 }
 inline void Store(float* p, Sum a) { _mm256_storeu_ps(p, a); }
 inline Sum LoadHalf(const uint16_t* p) {
@@ -225,11 +226,15 @@ void Tile(const typename Type::Input* in, const typename Type::Weight* w, int64_
   }
   for (int r = 0; r < kTileRows; ++r) {
     for (int o = 0; o < kOutputs; o += 4) {
-      float four[4];
-      _mm_storeu_ps(four, SumLanes(sums[r][o], sums[r][o + 1], sums[r][o + 2], sums[r][o + 3]));
       float* to = y + r * stride + o;
-      for (int i = 0; i < std::min<int64_t>(4, outputs - o); ++i) {
-        to[i] = add ? to[i] + four[i] : four[i];
+      __m128 four = SumLanes(sums[r][o], sums[r][o + 1], sums[r][o + 2], sums[r][o + 3]);
+      if (outputs - o >= 4) {
+        if (add) four = _mm_add_ps(_mm_loadu_ps(to), four);
+        _mm_storeu_ps(to, four);
+      } else {
+        float some[4];
+        _mm_storeu_ps(some, four);
+        for (int i = 0; i < outputs - o; ++i) to[i] = add ? to[i] + some[i] : some[i];
       }
     }
   }
@@ -252,9 +257,14 @@ void Parallel(ffi::ThreadPool& pool, int64_t n, std::function<void(int64_t)> f) 
     std::function<void(int64_t)> f;
     int64_t n;
     std::atomic<int64_t> next{0}, done{0};
+    std::atomic<bool> failed{false};
     void Run() {
       for (int64_t i; (i = next++) < n;) {
-        f(i);
+        try {
+          f(i);
+        } catch (...) {  // no memory: nothing may cross a thread or XLA's C interface
+          failed = true;
+        }
         if (++done == n) done.notify_all();
       }
     }
@@ -264,6 +274,7 @@ void Parallel(ffi::ThreadPool& pool, int64_t n, std::function<void(int64_t)> f) 
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([job] { job->Run(); });
   job->Run();
   for (int64_t done; (done = job->done) < n;) job->done.wait(done);
+  if (job->failed) throw std::bad_alloc();
 }
 
 // ---- y = x W^T, for one x and several W.
@@ -311,7 +322,7 @@ struct Product {
 
   // Computes y[:, begin .. begin + kPanel), as far as they exist.
   void Panel(const Output& output, int64_t begin) {
-    constexpr int64_t kSteps = kDepth / Type::kStep;
+    constexpr int64_t kSteps = kDepth / (Type::kStep * sizeof(Input));
     const int64_t end = std::min(output.count, begin + kPanel);
     // With few rows, reading the weights takes the time: each of their rows from end to end.
     const int64_t width = rows <= kRows ? 8 : kPanel;
@@ -352,7 +363,7 @@ struct Attention {
   const int32_t* positions;  // [batch, length]
   const int32_t* cache_rows;  // [batch]
   float* out;  // as q
-  int64_t batch, length, kv_heads, group, head_dim, slots;
+  int64_t batch, length, rows, kv_heads, group, head_dim, slots;
 
   // A head's queries are length * group rows, cut into tiles.
   int64_t HeadRows() const { return length * group; }
@@ -376,10 +387,12 @@ struct Attention {
       const int64_t at = ((t * kv_heads + head) * group + (first + r) % group) * head_dim;
       queries[r] = q + at;
       outs[r] = out + at;
-      seen[r] = std::min<int64_t>(positions[t] + 1, slots);
+      // Clamped, as XLA does: what is out of range must not be read.
+      seen[r] = std::clamp<int64_t>(int64_t{positions[t]} + 1, 1, slots);
       most = std::max(most, seen[r]);
     }
-    const int64_t slice = (cache_rows[b] * kv_heads + head) * slots * head_dim;
+    const int64_t row = std::clamp<int64_t>(cache_rows[b], 0, rows - 1);
+    const int64_t slice = (row * kv_heads + head) * slots * head_dim;
     const int64_t stride = (most + kLanes - 1) / kLanes * kLanes;
     std::vector<float> weights(kTileRows * stride);
     Scores<kTileRows>(queries, k + slice, most, weights.data(), stride);
@@ -389,11 +402,11 @@ struct Attention {
     }
     int64_t h = 0;
     for (; h + 4 * kLanes <= head_dim; h += 4 * kLanes) {
-      Values<kTileRows, 4>(weights.data(), stride, v + slice + h, most, kLanes, totals, outs, h);
+      Values<kTileRows, 4>(weights.data(), stride, v + slice + h, seen, kLanes, totals, outs, h);
     }
     for (; h < head_dim; h += kLanes) {
       const int64_t lanes = std::min(kLanes, head_dim - h);
-      Values<kTileRows, 1>(weights.data(), stride, v + slice + h, most, lanes, totals, outs, h);
+      Values<kTileRows, 1>(weights.data(), stride, v + slice + h, seen, lanes, totals, outs, h);
     }
   }
 
@@ -435,13 +448,15 @@ struct Attention {
 
   // outs[r][h ..] = the mean of values[s], kChunks registers of them, weighted by weights[r, s].
   template <int kTileRows, int kChunks>
-  void Values(const float* weights, int64_t stride, const Slot* values, int64_t count,
+  void Values(const float* weights, int64_t stride, const Slot* values, const int64_t* seen,
               int64_t lanes, const float* totals, float* const* outs, int64_t h) {
+    const int64_t least = *std::min_element(seen, seen + kTileRows);
+    const int64_t most = *std::max_element(seen, seen + kTileRows);
     Sum sums[kTileRows][kChunks];
     for (int r = 0; r < kTileRows; ++r) {
       for (int c = 0; c < kChunks; ++c) sums[r][c] = Zero();
     }
-    for (int64_t s = 0; s < count; ++s, values += head_dim) {
+    for (int64_t s = 0; s < most; ++s, values += head_dim) {
       Sum value[kChunks];
       Slot part[kLanes] = {};
       if (kChunks == 1) std::memcpy(part, values, lanes * sizeof(Slot));
@@ -451,6 +466,7 @@ struct Attention {
       }
 #pragma GCC unroll 6
       for (int r = 0; r < kTileRows; ++r) {
+        if (s >= least && s >= seen[r]) continue;  // 0 times infinity would not be 0
         const Sum weight = Spread(weights[r * stride + s]);
 #pragma GCC unroll 4
         for (int c = 0; c < kChunks; ++c) sums[r][c] = Add(sums[r][c], weight, value[c]);
@@ -495,14 +511,18 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     const auto weight = w.get<ffi::AnyBuffer>(i);
     if (weight.has_value()) weights.push_back(*weight);
   }
-  if (x.dimensions().size() != 2 || weights.empty() || weights.size() != y.size()) {
+  if (x.dimensions().size() != 2 || x.dimensions()[1] == 0 || weights.empty() || weights.size() != y.size()) {
     return ffi::Error::InvalidArgument("expected x [T, K], and as many results as weights");
   }
-  switch (weights[0].element_type()) {
-    case ffi::F32: return Multiply<Float32>(pool, x, weights, y);
-    case ffi::F16: return Multiply<Float16>(pool, x, weights, y);
-    case ffi::BF16: return Multiply<Bfloat16>(pool, x, weights, y);
-    default: return ffi::Error::InvalidArgument("expected float32, float16 or bfloat16 weights");
+  try {
+    switch (weights[0].element_type()) {
+      case ffi::F32: return Multiply<Float32>(pool, x, weights, y);
+      case ffi::F16: return Multiply<Float16>(pool, x, weights, y);
+      case ffi::BF16: return Multiply<Bfloat16>(pool, x, weights, y);
+      default: return ffi::Error::InvalidArgument("expected float32, float16 or bfloat16 weights");
+    }
+  } catch (const std::bad_alloc&) {
+    return ffi::Error::Internal("out of memory in a product");
   }
 }
 
@@ -514,7 +534,8 @@ ffi::Error Attend(ffi::ThreadPool& pool, const float* q, const ffi::AnyBuffer& k
   using Slot = typename Type::Weight;
   Attention<Type> attention{q, static_cast<const Slot*>(k.untyped_data()),
                             static_cast<const Slot*>(v.untyped_data()), positions, cache_rows, out,
-                            shape[0], shape[1], cache[1], shape[2] / cache[1], shape[3], cache[2]};
+                            shape[0], shape[1], cache[0], cache[1], shape[2] / cache[1], shape[3],
+                            cache[2]};
   Parallel(pool, attention.Tiles(), [&](int64_t tile) { attention.Run(tile); });
   return ffi::Error::Success();
 }
@@ -524,7 +545,9 @@ ffi::Error AttendCache(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBu
                        ffi::AnyBuffer v, ffi::Buffer<ffi::S32> positions,
                        ffi::Buffer<ffi::S32> cache_rows, ffi::ResultBuffer<ffi::F32> out) {
   const auto shape = q.dimensions(), cache = k.dimensions();
-  if (shape.size() != 4 || cache.size() != 4 || cache[3] != shape[3] || shape[2] % cache[1] != 0 ||
+  if (shape.size() != 4 || cache.size() != 4 || k.element_count() == 0 || cache[3] != shape[3] ||
+      shape[2] % cache[1] != 0 || v.dimensions() != cache || v.element_type() != k.element_type() ||
+      out->dimensions() != shape ||
       positions.element_count() != static_cast<size_t>(shape[0] * shape[1]) ||
       cache_rows.element_count() != static_cast<size_t>(shape[0])) {
     return ffi::Error::InvalidArgument(
@@ -534,12 +557,16 @@ ffi::Error AttendCache(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBu
     return Attend<decltype(type)>(pool, q.typed_data(), k, v, positions.typed_data(),
                                   cache_rows.typed_data(), out->typed_data(), shape);
   };
-  switch (k.element_type()) {
-    case ffi::F32: return run(Float32());
-    case ffi::F16: return run(Float16());
-    case ffi::BF16:
-    case ffi::U16: return run(Bfloat16());  // its bits
-    default: return ffi::Error::InvalidArgument("expected a float32, float16 or bfloat16 cache");
+  try {
+    switch (k.element_type()) {
+      case ffi::F32: return run(Float32());
+      case ffi::F16: return run(Float16());
+      case ffi::BF16:
+      case ffi::U16: return run(Bfloat16());  // its bits
+      default: return ffi::Error::InvalidArgument("expected a float32, float16 or bfloat16 cache");
+    }
+  } catch (const std::bad_alloc&) {
+    return ffi::Error::Internal("out of memory in attention");
   }
 }
 

@@ -8,6 +8,8 @@ import ctypes
 import functools
 import importlib.util
 import logging
+import math
+import platform
 from typing import Any
 
 import jax
@@ -38,9 +40,10 @@ def linear(x: Float[Array, "*batch i"], weight: Float[Array, "o i"]) -> Float[Ar
 
 def linears(x: Float[Array, "*batch i"], *weights: Float[Array, "_ i"]) -> list[Array]:
     """Multiply the same rows by several weights of one dtype, as `linear`, in one call."""
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(jnp.float32)
     outs = [jax.ShapeDtypeStruct((rows.shape[0], w.shape[0]), jnp.float32) for w in weights]
-    return [y.reshape(*x.shape[:-1], -1) for y in _call("Linear", outs, rows, *weights)]
+    ys = _call("Linear", outs, rows, *weights)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 def attention(
@@ -94,18 +97,27 @@ def has_kernels() -> bool:
 @functools.cache
 def _register() -> str | None:
     """Register the best kernels that were built and that this CPU runs; return their name."""
+    found = False
     for name in INSTRUCTION_SETS:
         spec = importlib.util.find_spec(f"llama_jax._kernels_{name}")
         if spec is None or spec.origin is None:
             continue
-        library = ctypes.CDLL(spec.origin)
-        interface = library.LlamaJaxInterface()
-        if interface not in (0, INTERFACE):
-            _log.warning("the CPU kernels are of another version and not used; %s", REMEDY)
-        if interface != INTERFACE:
-            continue
-        for kernel in ("Linear", "Attention"):
-            handler = jax.ffi.pycapsule(getattr(library, f"LlamaJax{kernel}"))
-            jax.ffi.register_ffi_target(f"llama_jax_{kernel}_{name}", handler, platform="cpu")
-        return name
+        found = True
+        try:
+            library = ctypes.CDLL(spec.origin)
+            interface = library.LlamaJaxInterface()
+            if interface == INTERFACE:
+                for kernel in ("Linear", "Attention"):
+                    handler = jax.ffi.pycapsule(getattr(library, f"LlamaJax{kernel}"))
+                    jax.ffi.register_ffi_target(
+                        f"llama_jax_{kernel}_{name}", handler, platform="cpu"
+                    )
+                return name
+            problem = f"interface {interface}, expected {INTERFACE}"
+        except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
+            interface, problem = None, str(error)
+        if interface != 0:  # 0: this CPU lacks an instruction, which is no fault
+            _log.warning("the CPU kernels for %s cannot be used (%s); %s", name, problem, REMEDY)
+    if not found and platform.machine() in ("x86_64", "AMD64"):
+        _log.warning("the CPU kernels were not built, for want of a C++ compiler? %s", REMEDY)
     return None

@@ -25,9 +25,12 @@ def as_float(array: Float[Array, "..."] | UInt16[Array, "..."]) -> Float[Array, 
 
 def embed(tokens: Int[Array, "B T"], table: Float[Array, "V D"]) -> Float[Array, "B T D"]:
     """Look up each token's row of the table, in float32."""
-    if table.dtype == jnp.bfloat16:  # as bits: XLA on a CPU would first widen the whole table
-        table = lax.bitcast_convert_type(table, jnp.uint16)
-    return as_float(table[tokens]).astype(jnp.float32)
+    if table.dtype != jnp.bfloat16:
+        return table[tokens].astype(jnp.float32)
+    # As bits, since XLA on a CPU would first widen the whole table; and tied to the tokens, since
+    # it would copy the bits of the whole table to take that out of the token loop.
+    table, tokens = lax.optimization_barrier((table, tokens))
+    return as_float(lax.bitcast_convert_type(table, jnp.uint16)[tokens]).astype(jnp.float32)
 
 
 def rms_norm(

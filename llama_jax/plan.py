@@ -3,7 +3,9 @@
 Each choice was measured; docs/performance.md has the figures and the commands.
 """
 
+import contextlib
 import os
+import pathlib
 from typing import NamedTuple
 
 import jax
@@ -58,9 +60,12 @@ def choose_plan(config: ModelConfig, dtype: str) -> Plan:
 
 
 def _fits(size: int) -> bool:
-    """Return whether so many bytes leave the machine a third of its memory."""
+    """Return whether so many bytes leave a third of the memory, the machine's or container's."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):  # not POSIX: no saying
         return False
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups, version 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            memory = min(memory, int(pathlib.Path("/sys/fs/cgroup", name).read_text("ascii")))
     return size < 2 * memory // 3

@@ -163,18 +163,20 @@ class _Cut(NamedTuple):
 def _filter(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:
     vocab_size = logits.shape[-1]
     ids = jnp.broadcast_to(jnp.arange(vocab_size, dtype=jnp.int32)[None, :], logits.shape)
+    # Of -0 and 0, which are equal, XLA's top-k would take 0 first.
+    ordering = jnp.where(logits == 0, 0.0, logits)
 
     def cut_whole(head: _Cut) -> _Cut:
-        falling, ids_in_order = lax.sort((-logits, ids), dimension=-1, is_stable=True, num_keys=1)
+        falling, ids_in_order = lax.sort((-ordering, ids), dimension=-1, is_stable=True, num_keys=1)
         whole = _cut(-falling, ids_in_order, logits, params)
         # Row by row, so that none depends on whether its neighbours needed this.
         return _Cut(*(jnp.where(head.settled, *pair) for pair in zip(head, whole, strict=True)))
 
-    cut = _cut(*lax.top_k(logits, min(HEAD, vocab_size)), logits, params)
+    cut = _cut(*lax.top_k(ordering, min(HEAD, vocab_size)), logits, params)
     if vocab_size > HEAD:
         cut = lax.cond(jnp.all(cut.settled), lambda head: head, cut_whole, cut)
     inside = (logits > cut.logit) | ((logits == cut.logit) & (ids <= cut.id))
-    off = (params.top_k == 0) & (params.top_p >= 1)
+    off = ((params.top_k == 0) | (params.top_k >= vocab_size)) & (params.top_p >= 1)
     return jnp.where(inside | off[:, None], logits, -jnp.inf)
 
 
@@ -201,6 +203,7 @@ def _cut(
 
     # What is kept is a prefix of the order: compare with its last token instead of scattering back.
     last = jnp.sum(kept, axis=-1, keepdims=True, dtype=jnp.int32) - 1
+    # With top-k off the cut is here if what crosses top_p is; with both off there is none.
     crossed = (top_k >= vocab_size) & ((last < size - 1) | (top_p >= 1))
     return _Cut(
         logit=jnp.take_along_axis(ordered, last, axis=-1),

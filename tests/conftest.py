@@ -68,6 +68,8 @@ def native_kernels() -> None:
     """The CPU kernels, which are built where there is a compiler."""
     from llama_jax.kernels import has_kernels
 
+    if jax.default_backend() != "cpu":
+        pytest.skip("kernels for CPUs")
     if not has_kernels():
         _skip_or_fail("needs the kernels of kernels.cc: install with a C++ compiler at hand")
 

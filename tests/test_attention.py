@@ -98,6 +98,8 @@ def test_bits_do_not_depend_on_the_bucket(exact_form, dtype, kv_heads, group, le
     for bucket in (512, 1024, 2048, 4096):
         got = exact_form(q, k, v, positions, attend_len=bucket)
         np.testing.assert_array_equal(got, expected)
+        got = exact_form(q, k[:, :, :bucket], v[:, :, :bucket], positions, attend_len=bucket)
+        np.testing.assert_array_equal(got, expected)
     garbage = k.at[:, :, 256:].set(7.0), v.at[:, :, 256:].set(7.0)
     got = exact_form(q, *garbage, positions, attend_len=4096)
     np.testing.assert_array_equal(got, expected)

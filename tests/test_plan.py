@@ -28,6 +28,7 @@ CONFIG = ModelConfig(
     max_seq_len=640,
 )
 NATIVE = Forms("native", "native", "native")
+MOVES = ("copy", "convert", "transpose", "bitcast-convert")
 CPU_PLANS = [
     ("float32", Plan("float32", "float32", Forms("plain", "blocks"))),
     ("float16", Plan("float16", "float16", Forms("blocked", "blocks"))),
@@ -138,6 +139,8 @@ def loop_instructions(hlo):
 @pytest.mark.parametrize(("dtype", "plan"), CPU_PLANS)
 def test_the_token_loop_copies_and_converts_no_weight_and_no_cache(dtype, plan, request):
     """The compiled program itself: XLA would widen 16-bit weights, and copy bfloat16 caches."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("plans for CPUs")
     ex = make(dtype, plan, request)
     state = ex.admit(ex.init_state(), 0, sampling.make_params(), 20, NO_TOKEN)
     state, _ = ex.prefill(state, 0, [1, 2, 3])
@@ -145,16 +148,17 @@ def test_the_token_loop_copies_and_converts_no_weight_and_no_cache(dtype, plan, 
     (name,) = (n for n in ex.compiled.names if n.startswith("decode"))
     large = {a.shape for a in jax.tree.leaves((ex.params, state.cache)) if a.ndim > 1}
     assert {(256, 256), (704, 256), (1, 2, 768, 64)} <= large
+    sizes = {int(np.prod(shape)) for shape in large}
     moved = [
         (opcode, shape)
         for opcode, shape in loop_instructions(ex._programs[name].as_text())
-        if opcode in ("copy", "convert", "transpose") and shape in large
+        if opcode in MOVES and np.prod(shape) in sizes
     ]
     assert moved == []
     # Nor before the loop: what it needs beside its arguments is small.
     temporary = ex._programs[name].memory_analysis().temp_size_in_bytes
     weights = sum(a.nbytes for a in jax.tree.leaves(ex.params))
-    assert temporary < 0.25 * weights
+    assert temporary < 0.05 * weights
 
 
 @pytest.mark.parametrize("form", ["plain", "native"])

@@ -327,6 +327,9 @@ CUTS = [
     {"top_p": 0.99},
     {"top_p": 1.0},
     {"top_k": 7, "top_p": 0.3},
+    {"top_k": 5000},
+    {"top_k": 9999},
+    {"top_k": 9999, "top_p": 0.3},
     {},
 ]
 
@@ -356,3 +359,13 @@ def test_a_cut_does_not_depend_on_what_the_neighbours_need():
     for row, alone in enumerate(params):
         expected = sampling.apply_filters(logits[row : row + 1], alone)
         np.testing.assert_array_equal(together[row : row + 1], expected)
+
+
+@pytest.mark.parametrize("vocab_size", [12, LONG])
+def test_both_zeros_are_one_logit(vocab_size):
+    """-0 and 0 tie, so the lower id comes first, whichever it is."""
+    logits = np.full((1, vocab_size), -1.0, np.float32)
+    logits[0, [3, 5, 9]] = -0.0, 0.0, 0.0
+    for top_k, kept in ((1, [3]), (2, [3, 5]), (3, [3, 5, 9])):
+        got = sampling.apply_filters(jnp.asarray(logits), rows(1, top_k=top_k))
+        assert np.flatnonzero(np.asarray(got)[0] > -np.inf).tolist() == kept
