@@ -27,4 +27,4 @@ def use_compile_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # JAX would leave out what compiles within a second: the demo model's programs.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -202,8 +202,14 @@ def test_end_to_end(tmp_path):
         assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_reports_what_it_has(tmp_path, limits_file):
-    command = [sys.executable, "-m", "benchmarks", *SMALL, "--rounds=100000", "--nowarm_start"]
+    # A shell that runs these tests in the background has its children ignore SIGINT.
+    listen = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-c", listen, *SMALL, "--rounds=100000", "--nowarm_start"]
     command += [f"--limits={limits_file}", f"--output={tmp_path}"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         assert run.stderr
@@ -269,6 +275,7 @@ def limits_file(tmp_path_factory):
 CHOICES = ["steps", "attention", "prefill", "fused", "projection", "sampling", "hlo", "flags"]
 
 
+@pytest.mark.slow
 def test_every_choice_is_swept(tmp_path, limits_file):
     arguments = ["--shape=demo", "--size=small", "--dtype=bfloat16", "--name=small"]
     arguments += ["--xla_flags=--xla_cpu_enable_fast_math=false", "--xla_flags=--xla_unknown"]
@@ -309,6 +316,7 @@ def test_only_names_choices():
     assert done.stderr == f"error: --only names 'speed', expected {', '.join(CHOICES)}\n"
 
 
+@pytest.mark.slow
 def test_a_choice_that_fails_is_reported(tmp_path, limits_file):
     code = """from benchmarks import sweep
 def broken(setting):
@@ -333,6 +341,7 @@ sweep.CHOICES["fused"] = broken"""
     assert "known for GPUs only" in row["skipped"]
 
 
+@pytest.mark.slow
 def test_a_budget_leaves_out_the_rest(tmp_path, limits_file):
     arguments = ["--shape=demo", "--size=small", "--budget_s=0", "--only=fused,hlo"]
     done = sweep(*arguments, f"--limits={limits_file}", f"--output={tmp_path}", "--name=none")
@@ -372,6 +381,7 @@ ENTRY %main.3 (a: f32[8]) -> f32[8] {
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("timeout") is None, reason="needs bash and coreutils' timeout")
 def test_the_script_for_gpus(tmp_path):
     script = ROOT / "benchmarks" / "gpu.sh"

@@ -44,13 +44,12 @@ def test_a_second_run_compiles_nothing(tmp_path):
     _, misses, tokens = generate(XDG_CACHE_HOME=str(tmp_path))
     folder = tmp_path / "llama_jax" / "compiled"
     stored = entries(folder)
-    assert misses >= len(stored) >= 3  # prefill, decode, and what else took long enough
+    assert misses == len(stored) > 3  # prefill, decode and what is smaller
     assert folder.stat().st_mode & 0o777 == 0o700
     hits, still_missed, again = generate(XDG_CACHE_HOME=str(tmp_path))
     assert entries(folder) == stored
     assert hits == len(stored)
-    # What is not kept compiles in less than 0.05 s: none of the programs that generate.
-    assert still_missed == misses - len(stored)
+    assert still_missed == 0
     assert again == tokens
 
 
@@ -75,6 +74,10 @@ def test_a_user_without_a_home_is_done_without(monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(pathlib.Path, "expanduser", no_home)
-    monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", None)
-    compile_cache.use_compile_cache()
-    assert jax.config.values["jax_compilation_cache_dir"] is None
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        compile_cache.use_compile_cache()
+        assert jax.config.values["jax_compilation_cache_dir"] is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)

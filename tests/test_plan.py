@@ -155,6 +155,11 @@ def test_the_token_loop_copies_and_converts_no_weight_and_no_cache(dtype, plan, 
         if opcode in MOVES and np.prod(shape) in sizes
     ]
     assert moved == []
+    # Nor is anything large compiled in.
+    hlo = ex._programs[name].as_text()
+    constants = re.findall(r"= \w+\[([\d,]*)\]\S* constant\(", hlo)
+    assert constants
+    assert max(np.prod([int(n) for n in c.split(",") if n]) for c in constants) < 100_000
     # Nor before the loop: what it needs beside its arguments is small.
     temporary = ex._programs[name].memory_analysis().temp_size_in_bytes
     weights = sum(a.nbytes for a in jax.tree.leaves(ex.params))
