@@ -29,7 +29,7 @@ def kernels() -> list[Extension]:
                 "-O3",
                 "-g0",
                 "-std=c++20",
-                "-Wno-uninitialized",
+                "-Wno-uninitialized",  # GCC 12 warns of its own AVX-512 headers
                 "-isystem",
                 headers,
                 *flags,

@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import re
-import shlex
 import shutil
 import sys
 
@@ -23,6 +22,7 @@ from absl import flags
 from benchmarks import machine
 from benchmarks.cases import Case, Engine, make_plan, parse_peer
 from benchmarks.command import (
+    command_line,
     execute,
     make_flags,
     note,
@@ -203,7 +203,7 @@ def run() -> int:
         measured,
         {
             "model": model,
-            "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+            "command": command_line("benchmarks", sys.argv[1:]),
             "date": today.isoformat(timespec="seconds"),
             "machine": machine.describe(),
             "settings": {"rounds": FLAGS.rounds, "new_tokens": FLAGS.new_tokens},

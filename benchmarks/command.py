@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shlex
 import sys
 from collections.abc import Callable
 
@@ -13,6 +14,18 @@ from benchmarks.limits import Limits
 from benchmarks.measure import measure_limits
 from benchmarks.worker import EngineError
 from llama_jax.errors import InputError
+
+
+def command_line(module: str, arguments: list[str]) -> str:
+    """Return a command for a record: of absolute paths, which are nobody else's, the last part."""
+    shown = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        path = pathlib.PurePath(value if equals else argument)
+        if path.is_absolute():
+            argument = f"{flag}={path.name}" if equals else path.name
+        shown.append(argument)
+    return shlex.join(["python", "-m", module, *shown])
 
 
 def make_flags() -> flags.FlagValues:

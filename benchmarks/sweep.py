@@ -15,7 +15,6 @@ import math
 import os
 import pathlib
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from benchmarks.choices.setting import SIZES, Setting
 from benchmarks.choices.table import make_table
 from benchmarks.choices.trial import Trial, mark_best
 from benchmarks.command import (
+    command_line,
     execute,
     make_flags,
     note,
@@ -177,7 +177,7 @@ def run() -> int:
     setting = make_setting()
     results: dict[str, Any] = {
         "shape": setting.shape,
-        "command": shlex.join(["python", "-m", "benchmarks.sweep", *sys.argv[1:]]),
+        "command": command_line("benchmarks.sweep", sys.argv[1:]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "machine": machine.describe(),
         "limits": dataclasses.asdict(setting.limits),

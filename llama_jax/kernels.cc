@@ -28,8 +28,8 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kDepth = 4096;      // bytes of a row of x in a partial sum: a tile stays in L1
-constexpr int64_t kPanel = 128;       // outputs that a thread takes at a time
+constexpr int64_t kDepth = 4096;     // bytes of a row of x in a partial sum: a tile stays in L1
+constexpr int64_t kPanel = 128;      // outputs that a thread takes at a time
 constexpr int64_t kPrefetch = 1024;  // bytes ahead of the weights in use
 
 // ---- Registers. A tile multiplies up to kRows rows by 4 (with few rows, 8) outputs at once.
@@ -511,7 +511,8 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     const auto weight = w.get<ffi::AnyBuffer>(i);
     if (weight.has_value()) weights.push_back(*weight);
   }
-  if (x.dimensions().size() != 2 || x.dimensions()[1] == 0 || weights.empty() || weights.size() != y.size()) {
+  if (x.dimensions().size() != 2 || x.dimensions()[1] == 0 || weights.empty() ||
+      weights.size() != y.size()) {
     return ffi::Error::InvalidArgument("expected x [T, K], and as many results as weights");
   }
   try {

@@ -28,18 +28,19 @@ REMEDY = "install llama_jax again to have them"
 _log = logging.getLogger(__name__)
 
 
-def linear(x: Float[Array, "*batch i"], weight: Float[Array, "o i"]) -> Float[Array, "*batch o"]:
-    """Multiply rows by a weight stored as published, one row per output; returns float32.
+def linears(x: Float[Array, "*batch i"], *weights: Float[Array, "_ i"]) -> list[Array]:
+    """Multiply rows by each of several weights, stored as published, one row per output.
 
     The bits of a row depend on nothing but the row and the weight: not on the batch. Sums are of
     float32; with bfloat16 weights x is rounded to bfloat16 first.
+
+    Args:
+        x: the rows.
+        weights: of one dtype. One call for all of them keeps every core busy.
+
+    Returns:
+        One float32 array per weight, as wide as it has rows.
     """
-    (y,) = linears(x, weight)
-    return y
-
-
-def linears(x: Float[Array, "*batch i"], *weights: Float[Array, "_ i"]) -> list[Array]:
-    """Multiply the same rows by several weights of one dtype, as `linear`, in one call."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(jnp.float32)
     outs = [jax.ShapeDtypeStruct((rows.shape[0], w.shape[0]), jnp.float32) for w in weights]
     ys = _call("Linear", outs, rows, *weights)
@@ -71,8 +72,8 @@ def rms_norm(
 ) -> Float[Array, "B T D"]:
     """Normalise as `ops.rms_norm`; the kernel sums the squares, so the row's bits are its own."""
     width = x.shape[-1]
-    mean = linear(jnp.square(x), jnp.ones((1, width), jnp.float32)) / width
-    return x * lax.rsqrt(mean + eps) * weight.astype(jnp.float32)[None, None, :]
+    (total,) = linears(jnp.square(x), jnp.ones((1, width), jnp.float32))
+    return x * lax.rsqrt(total / width + eps) * weight.astype(jnp.float32)[None, None, :]
 
 
 def _call(kernel: str, out: Any, *args: Array) -> Any:
@@ -88,7 +89,7 @@ def has_kernels() -> bool:
         return False
     try:
         with jax.default_device(jax.devices("cpu")[0]):
-            return bool(linear(jnp.ones((1, 1)), jnp.ones((1, 1)))[0, 0] == 1)
+            return bool(linears(jnp.ones((1, 1)), jnp.ones((1, 1)))[0][0, 0] == 1)
     except jax.errors.JaxRuntimeError as error:
         _log.warning("the CPU kernels do not run with this jaxlib (%s); %s", error, REMEDY)
         return False

@@ -45,7 +45,7 @@ class _Layer(nn.Module):
 
     def linears(self, x: Float[Array, "b T i"], *weights: Float[Array, "_ i"]) -> list[Array]:
         """Multiply the same rows by several weights."""
-        return projection.linears(self.forms.projection, x, *weights)
+        return projection.FORMS[self.forms.projection](x, *weights)
 
     def weight(self, name: str, outputs: int, inputs: int) -> Float[Array, "outputs inputs"]:
         """Declare a projection."""

@@ -81,7 +81,7 @@ def swiglu(
     Args:
         x: normalised activations.
         gate, up, down: weights, one row per output.
-        linears: multiplies the same rows by several weights; see `projection.linears`.
+        linears: multiplies the same rows by several weights; one of `projection.FORMS`.
     """
     gated, upped = linears(x, gate, up)
     hidden = jax.nn.silu(gated) * upped

@@ -3,6 +3,8 @@
 Four forms, of one meaning but not of one order of additions. `plan.py` chooses.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -58,12 +60,12 @@ def blocked(x: Float[Array, "*batch i"], weight: Float[Array, "o i"]) -> Float[A
     return y.reshape(*x.shape[:-1], outputs)
 
 
-def linears(form: str, x: Float[Array, "*batch i"], *weights: Float[Array, "_ i"]) -> list[Array]:
-    """Multiply the same rows by several weights, in the form named."""
-    if form == "native":
-        return kernels.linears(x, *weights)
-    return [FORMS[form](x, weight) for weight in weights]
+def _one_by_one(multiply: Callable[[Array, Array], Array]) -> Callable[..., list[Array]]:
+    return lambda x, *weights: [multiply(x, weight) for weight in weights]
 
 
-FORMS = {"plain": plain, "native": kernels.linear, "two_rows": two_rows, "blocked": blocked}
-"""The forms by name."""
+FORMS: dict[str, Callable[..., list[Array]]] = {
+    "native": kernels.linears,
+    **{form.__name__: _one_by_one(form) for form in (plain, two_rows, blocked)},
+}
+"""The forms by name: each multiplies the same rows by several weights, and returns a list."""

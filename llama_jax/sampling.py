@@ -22,7 +22,6 @@ AnyArray = Array | np.ndarray
 GREEDY_BELOW = 1e-5
 """Temperatures below this are 0. Some clients send 1e-08 where they mean greedy."""
 
-
 HEAD = 1024
 """Tokens to look through for a cut before all of the vocabulary is sorted."""
 

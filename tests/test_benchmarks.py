@@ -18,6 +18,7 @@ from absl.testing import flagsaver
 from benchmarks import __main__ as program
 from benchmarks.cases import Case, Engine, make_plan
 from benchmarks.choices.compiled import count_operations
+from benchmarks.command import command_line
 from benchmarks.limits import Limits, median
 from benchmarks.model_cost import decode_cost, kv_bytes, params_read, prefill_cost, total_params
 from benchmarks.report import table
@@ -113,6 +114,13 @@ def test_what_does_not_fit_is_named():
     assert make_plan(config, [ours, cpp], cases, memory=None).together
 
 
+def test_a_record_holds_no_path_of_its_machine():
+    shown = command_line("benchmarks", ["--flax_python=/home/me/v/bin/python", "--output=here/it"])
+    assert shown == "python -m benchmarks --flax_python=python --output=here/it"
+    for record in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert not re.search(r"[= ]/\w", json.loads(record.read_text("utf-8"))["command"]), record
+
+
 def test_limits_are_medians():
     samples = [
         Limits("cpu", "cpu", None, bandwidth, {"float32": rate})
@@ -158,7 +166,10 @@ def test_a_mistake_is_one_line_and_exit_2(cli, arguments, expected, monkeypatch)
     assert expected in line
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is not None, reason="it is installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is not None,
+    reason="tells of its absence, and it is installed",
+)
 def test_a_missing_package_is_named(cli):
     status, _, err = cli("--against=llamacpp")
     assert status == 2
@@ -246,8 +257,8 @@ def test_hugging_face(tmp_path):
 
 
 def test_llamacpp(tmp_path):
-    pytest.importorskip("gguf")
-    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf", reason="needs the bench extra")
+    pytest.importorskip("llama_cpp", reason="needs the bench extra, built from source")
     against("llamacpp", tmp_path)
 
 

@@ -65,10 +65,10 @@ def test_every_instruction_set_computes(anew, monkeypatch, name):
     for dtype, atol in (("float32", 1e-4), ("float16", 1e-4), ("bfloat16", 1e-4)):
         x = jnp.asarray(rng.normal(size=(9, 2100)), dtype).astype(jnp.float32)
         weight = jnp.asarray(rng.normal(size=(70, 2100)), dtype)
-        y = kernels.linear(x, weight)
+        (y,) = kernels.linears(x, weight)
         exact = np.asarray(x, np.float64) @ np.asarray(weight.astype(jnp.float32), np.float64).T
         np.testing.assert_allclose(y, exact, atol=atol)
-        np.testing.assert_array_equal(kernels.linear(x[4:5], weight)[0], y[4])
+        np.testing.assert_array_equal(kernels.linears(x[4:5], weight)[0][0], y[4])
         q = jnp.asarray(rng.normal(size=(1, 7, 6, 40)), jnp.float32)
         k, v = (jnp.asarray(rng.normal(size=(1, 2, 99, 40)), dtype) for _ in range(2))
         positions = 80 + jnp.arange(7, dtype=jnp.int32)[None]
@@ -128,4 +128,4 @@ def test_nan_is_not_hidden_and_infinity_stays_where_it_is(native_kernels):
 
 
 def test_no_rows(native_kernels):
-    assert kernels.linear(jnp.ones((0, 4)), jnp.ones((3, 4))).shape == (0, 3)
+    assert kernels.linears(jnp.ones((0, 4)), jnp.ones((3, 4)))[0].shape == (0, 3)

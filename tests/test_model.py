@@ -174,7 +174,7 @@ def test_swiglu_survives_float16_overflow():
     ours = np.asarray(
         ops.swiglu(
             *(jnp.asarray(a) for a in (x, gate, up, down)),
-            functools.partial(projection.linears, "plain"),
+            projection.FORMS["plain"],
         )
     )
     assert np.isfinite(ours).all()

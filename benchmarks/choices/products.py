@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +13,9 @@ from benchmarks.choices.setting import Setting
 from benchmarks.choices.trial import Trial, time_call
 from benchmarks.model_cost import ITEM_BYTES, Cost
 from benchmarks.weights import filled
-from llama_jax import ops
+from llama_jax import kernels, ops
 from llama_jax import projection as projections
 from llama_jax.config import ModelConfig
-from llama_jax.kernels import has_kernels
 from llama_jax.plan import choose_plan
 
 Multiply = Callable[[jax.Array, jax.Array], jax.Array]
@@ -72,8 +71,8 @@ def _forms(setting: Setting, rows: int) -> dict[str, Multiply]:
         forms["blocked"] = projections.blocked
         if rows == 1:  # of more rows it is `plain`
             forms["two_rows"] = projections.two_rows
-        if has_kernels():
-            forms["native"] = projections.FORMS["native"]
+        if kernels.has_kernels():
+            forms["native"] = lambda x, weight: kernels.linears(x, weight)[0]
     return forms
 
 
@@ -102,35 +101,46 @@ def _time_product(
 
 
 def fused(setting: Setting) -> Iterator[Trial]:
-    """Time a layer's products: seven apart, against q, k, v in one and gate, up in one."""
+    """Time a layer's products: q, k, v and gate, up apart, in one call, or joined at load."""
     c = setting.config
     sizes = weights_of(c)
     del sizes["lm_head"]
     weights = sum(map(math.prod, sizes.values()))
     for rows in [rows for rows in setting.size.rows if rows in (1, max(setting.size.rows))]:
         for dtype in setting.dtypes:
-            for form in ("seven", "four"):
+            for way in ("one by one", "several in a call", "joined"):
                 yield Trial(
                     {"rows": rows, "dtype": dtype},
-                    form,
-                    functools.partial(_time_layers, setting, form == "four", rows, dtype),
+                    way,
+                    functools.partial(_time_layers, setting, way, rows, dtype),
                     Cost(2 * rows * weights, weights * ITEM_BYTES[dtype]),
                     dtype,
                 )
 
 
-def _time_layers(setting: Setting, joined: bool, rows: int, dtype: str) -> float:
+def _time_layers(setting: Setting, way: str, rows: int, dtype: str) -> float:
     """Return the seconds of one layer's norms and products, in a program of several layers."""
     c, sizes = setting.config, weights_of(setting.config)
     plan = choose_plan(c, dtype)
     multiply = projections.FORMS[plan.forms.projection]
+
+    def split(
+        x: jax.Array, weights: list[jax.Array], widths: tuple[int, ...]
+    ) -> Sequence[jax.Array]:
+        if way == "joined":
+            ends = [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
+            return jnp.split(multiply(x, *weights)[0], ends, axis=1)
+        if way == "several in a call":
+            return multiply(x, *weights)
+        return [multiply(x, weight)[0] for weight in weights]
+
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     apart = {
         "qkv": [(queries, c.dim), (keys, c.dim), (keys, c.dim)],
         "gate_up": [(c.ffn_dim, c.dim)] * 2,
     }
     layer = {
-        name: [sizes[name]] if joined else apart.get(name, [sizes[name]])
+        name: [sizes[name]] if way == "joined" else apart.get(name, [sizes[name]])
         for name in ("qkv", "o", "gate_up", "down")
     }
     layers = [
@@ -150,21 +160,11 @@ def _time_layers(setting: Setting, joined: bool, rows: int, dtype: str) -> float
     def run(x: jax.Array, layers: list[dict[str, list[jax.Array]]]) -> Any:
         kept = []
         for weights in layers:
-            qkv = _split(normed(x), weights["qkv"], (queries, keys, keys), multiply)
+            qkv = split(normed(x), weights["qkv"], (queries, keys, keys))
             kept += qkv[1:]  # as a cache does
-            x = x + multiply(qkv[0], weights["o"][0])
-            gate, up = _split(normed(x), weights["gate_up"], (c.ffn_dim,) * 2, multiply)
-            x = x + multiply(jax.nn.silu(gate) * up, weights["down"][0])
+            x = x + multiply(qkv[0], weights["o"][0])[0]
+            gate, up = split(normed(x), weights["gate_up"], (c.ffn_dim,) * 2)
+            x = x + multiply(jax.nn.silu(gate) * up, weights["down"][0])[0]
         return x, kept
 
     return time_call(lambda: run(x, layers), setting.size.seconds, parts=len(layers))
-
-
-def _split(
-    x: jax.Array, weights: list[jax.Array], widths: tuple[int, ...], multiply: Multiply
-) -> list[jax.Array]:
-    """Return the products with weights of these many outputs, held apart or in one."""
-    if len(weights) > 1:
-        return [multiply(x, weight) for weight in weights]
-    ends = [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
-    return jnp.split(multiply(x, weights[0]), ends, axis=1)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
-from transformers import FlaxLlamaForCausalLM, LlamaConfig  # pyright: ignore
+from transformers import FlaxLlamaForCausalLM, LlamaConfig  # pyright: ignore (gone from transformers 5)
 
 from benchmarks.engines import protocol
 

@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import gguf  # pyright: ignore[reportMissingImports]
-import llama_cpp  # pyright: ignore[reportMissingImports]
+import gguf  # pyright: ignore[reportMissingImports] (in the bench extra alone)
+import llama_cpp  # pyright: ignore[reportMissingImports] (as gguf)
 import numpy as np
 
 from benchmarks.engines import protocol
