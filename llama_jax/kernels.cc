@@ -44,9 +44,6 @@ constexpr int64_t kLanes = 16;
 inline Sum Zero() { return _mm512_setzero_ps(); }
 inline Sum Load(const float* p) { return _mm512_loadu_ps(p); }
 inline Sum Add(Sum a, Sum x, Sum w) { return _mm512_fmadd_ps(x, w, a); }
-inline __m256 Half(Sum a) {
-  return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
-}
 inline Sum Spread(float x) { return _mm512_set1_ps(x); }
 inline Sum Max(Sum a, Sum b) { return _mm512_max_ps(a, b); }
 inline Sum Round(Sum a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
@@ -65,6 +62,16 @@ inline Sum LoadBfloat(const uint16_t* p) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+// Returns the sums over the lanes of a, b, c and d.
+inline __m128 SumLanes(Sum a, Sum b, Sum c, Sum d) {
+  const Sum ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  const Sum cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+  Sum s = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));
+  s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));
+  const __m512i firsts = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
+  return _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, s));
+}
 
 #else  // AVX2
 
@@ -76,7 +83,6 @@ constexpr int64_t kLanes = 8;
 inline Sum Zero() { return _mm256_setzero_ps(); }
 inline Sum Load(const float* p) { return _mm256_loadu_ps(p); }
 inline Sum Add(Sum a, Sum x, Sum w) { return _mm256_fmadd_ps(x, w, a); }
-inline __m256 Half(Sum a) { return a; }
 inline Sum Spread(float x) { return _mm256_set1_ps(x); }
 inline Sum Max(Sum a, Sum b) { return _mm256_max_ps(a, b); }
 inline Sum Round(Sum a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT); }
@@ -95,13 +101,12 @@ inline Sum LoadBfloat(const uint16_t* p) {
   __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
-
-#endif
-
 inline __m128 SumLanes(Sum a, Sum b, Sum c, Sum d) {
-  __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(Half(a), Half(b)), _mm256_hadd_ps(Half(c), Half(d)));
+  const Sum s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
   return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
+
+#endif
 
 // exp(x) for x <= 0, to within 2 units in the last place; 0 where it would be subnormal.
 inline Sum Exp(Sum x) {
@@ -203,9 +208,13 @@ void Tile(const typename Type::Input* in, const typename Type::Weight* w, int64_
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) {
       weights[o] = Type::LoadWeight(at[o]);
-      if (kTileRows == 1) {  // with more, the arithmetic leaves the hardware time enough
-        _mm_prefetch(reinterpret_cast<const char*>(at[o]) + kPrefetch, _MM_HINT_T0);
-      }
+      // With one row from memory; with a whole tile of widened weights the next outputs' from the
+      // L2 cache. Elsewhere the hardware does as well by itself.
+      constexpr bool kNext =
+          kTileRows > kWideRows && sizeof(*at[o]) < sizeof(typename Type::Input);
+      const char* ahead = reinterpret_cast<const char*>(at[o]) + kPrefetch;
+      if (kNext) ahead = reinterpret_cast<const char*>(at[o] + kOutputs * terms);
+      if (kTileRows == 1 || kNext) _mm_prefetch(ahead, _MM_HINT_T0);
       at[o] += kStep;
     }
 #pragma GCC unroll 6
