@@ -1,4 +1,4 @@
-// The two kernels that a CPU needs beside XLA: products with weights, and attention over a cache.
+// The kernels that a CPU needs beside XLA: products with weights, attention over a cache, the norm.
 //
 // XLA's own 16-bit products on a CPU first widen the whole matrix to float32, which takes ten times
 // as long as reading it. Here weights, keys and values are widened in registers as they stream by.
@@ -491,6 +491,27 @@ struct Attention {
   }
 };
 
+// ---- The norm: y = x weight / sqrt(mean(x x) + eps), for one row.
+
+template <class Type>
+void NormalizeRow(const float* x, const typename Type::Weight* weight, int64_t width, float eps,
+                  float* y) {
+  const int64_t whole = width / kLanes * kLanes, left = width - whole;
+  float rest[kLanes] = {};
+  std::memcpy(rest, x + whole, left * sizeof(float));
+  Sum squares = Load(rest) * Load(rest);
+  for (int64_t i = 0; i < whole; i += kLanes) squares = Add(squares, Load(x + i), Load(x + i));
+  const float total = _mm_cvtss_f32(SumLanes(squares, squares, squares, squares));
+  const Sum scale = Spread(1 / std::sqrt(total / width + eps));
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    Store(y + i, Load(x + i) * scale * Type::Widen(weight + i));
+  }
+  typename Type::Weight last[kLanes] = {};
+  std::memcpy(last, weight + whole, left * sizeof(last[0]));
+  Store(rest, Load(rest) * scale * Type::Widen(last));
+  std::memcpy(y + whole, rest, left * sizeof(float));
+}
+
 // ---- The interface to XLA.
 
 template <class Type>
@@ -580,6 +601,35 @@ ffi::Error AttendCache(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBu
   }
 }
 
+// x, y: float32 [..., D]; weight: [D].
+ffi::Error Normalize(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight,
+                     float eps, ffi::ResultBuffer<ffi::F32> y) {
+  const int64_t width = weight.element_count(), size = x.element_count();
+  if (x.dimensions().size() == 0 || width == 0 || x.dimensions().back() != width ||
+      y->dimensions() != x.dimensions()) {
+    return ffi::Error::InvalidArgument("expected x and y [..., D], weight [D]");
+  }
+  const auto run = [&](auto type) {
+    using Weight = typename decltype(type)::Weight;
+    constexpr int64_t kBlock = 8;  // rows that a thread takes at a time
+    const int64_t rows = size / width;
+    Parallel(pool, (rows + kBlock - 1) / kBlock, [&](int64_t block) {
+      for (int64_t r = block * kBlock; r < std::min(rows, (block + 1) * kBlock); ++r) {
+        NormalizeRow<decltype(type)>(x.typed_data() + r * width,
+                                     static_cast<const Weight*>(weight.untyped_data()), width, eps,
+                                     y->typed_data() + r * width);
+      }
+    });
+    return ffi::Error::Success();
+  };
+  switch (weight.element_type()) {
+    case ffi::F32: return run(Float32());
+    case ffi::F16: return run(Float16());
+    case ffi::BF16: return run(Bfloat16());
+    default: return ffi::Error::InvalidArgument("expected float32, float16 or bfloat16 weights");
+  }
+}
+
 }  // namespace
 
 // Returns the version of this interface, for kernels.py to compare, or 0 if this CPU lacks a thing.
@@ -594,7 +644,7 @@ extern "C" int LlamaJaxInterface() {
 #ifdef __AVX512BF16__
   has = has && __builtin_cpu_supports("avx512bf16");
 #endif
-  return has ? 1 : 0;
+  return has ? 2 : 0;
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LlamaJaxLinear, Linear,
@@ -612,4 +662,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LlamaJaxAttention, AttendCache,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LlamaJaxNorm, Normalize,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Attr<float>("eps")
                                   .Ret<ffi::Buffer<ffi::F32>>());

@@ -14,13 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt16
 
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2")
 """What kernels.cc is compiled for, best first."""
 
-INTERFACE = 1
+INTERFACE = 2
 """What kernels.cc must say; both change when the arguments of a kernel do."""
 
 REMEDY = "install llama_jax again to have them"
@@ -70,16 +70,15 @@ def attention(
 def rms_norm(
     x: Float[Array, "B T D"], weight: Float[Array, "D"], eps: float
 ) -> Float[Array, "B T D"]:
-    """Normalise as `ops.rms_norm`; the kernel sums the squares, so the row's bits are its own."""
-    width = x.shape[-1]
-    (total,) = linears(jnp.square(x), jnp.ones((1, width), jnp.float32))
-    return x * lax.rsqrt(total / width + eps) * weight.astype(jnp.float32)[None, None, :]
+    """Normalise as `ops.rms_norm`, but a row's bits depend on nothing but the row."""
+    out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return _call("Norm", out, x, weight, eps=np.float32(eps))
 
 
-def _call(kernel: str, out: Any, *args: Array) -> Any:
+def _call(kernel: str, out: Any, *args: Array, **attributes: np.float32) -> Any:
     instruction_set = _register()
     assert instruction_set is not None, "no kernel was built for this CPU"
-    return jax.ffi.ffi_call(f"llama_jax_{kernel}_{instruction_set}", out)(*args)
+    return jax.ffi.ffi_call(f"llama_jax_{kernel}_{instruction_set}", out)(*args, **attributes)
 
 
 @functools.cache
@@ -108,7 +107,7 @@ def _register() -> str | None:
             library = ctypes.CDLL(spec.origin)
             interface = library.LlamaJaxInterface()
             if interface == INTERFACE:
-                for kernel in ("Linear", "Attention"):
+                for kernel in ("Linear", "Attention", "Norm"):
                     handler = jax.ffi.pycapsule(getattr(library, f"LlamaJax{kernel}"))
                     jax.ffi.register_ffi_target(
                         f"llama_jax_{kernel}_{name}", handler, platform="cpu"

@@ -101,7 +101,8 @@ class FeedForward(_Layer):
         c = self.config
         gate, up = self.weight("gate", c.ffn_dim, c.dim), self.weight("up", c.ffn_dim, c.dim)
         down = self.weight("down", c.dim, c.ffn_dim)
-        return ops.swiglu(x, gate, up, down, self.linears)
+        to_float16 = projection.rounds_to_float16(self.forms.projection, down)
+        return ops.swiglu(x, gate, up, down, self.linears, to_float16=to_float16)
 
 
 class Block(_Layer):

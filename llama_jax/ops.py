@@ -72,20 +72,24 @@ def swiglu(
     up: Float[Array, "F D"],
     down: Float[Array, "D F"],
     linears: Linears,
+    *,
+    to_float16: bool,
 ) -> Float[Array, "B T D"]:
     """Return down(silu(gate(x)) * up(x)) (arXiv:2002.05202) in float32.
 
-    The product can exceed float16's 65,504 (Llama-2-7B does so at layer 30 on some prompts). It is
-    then brought into range by a power of two per token, which is exact, and back after `down`.
+    The product can exceed float16's 65,504 (Llama-2-7B does so at layer 30 on some prompts). Where
+    it is rounded to that, it is first brought into range by a power of two per token, which is
+    exact, and back after `down`.
 
     Args:
         x: normalised activations.
         gate, up, down: weights, one row per output.
         linears: multiplies the same rows by several weights; one of `projection.FORMS`.
+        to_float16: whether it rounds the rows to float16; see `projection.rounds_to_float16`.
     """
     gated, upped = linears(x, gate, up)
     hidden = jax.nn.silu(gated) * upped
-    if down.dtype != jnp.float16:
+    if not to_float16:
         (out,) = linears(hidden, down)
         return out
     _, exponent = jnp.frexp(jnp.max(jnp.abs(hidden), axis=-1, keepdims=True))

@@ -64,6 +64,11 @@ def _one_by_one(multiply: Callable[[Array, Array], Array]) -> Callable[..., list
     return lambda x, *weights: [multiply(x, weight) for weight in weights]
 
 
+def rounds_to_float16(form: str, weight: Float[Array, "o i"]) -> bool:
+    """Return whether a form rounds x to float16, which ends at 65,504, for such a weight."""
+    return weight.dtype == jnp.float16 and form not in ("native", "blocked")
+
+
 FORMS: dict[str, Callable[..., list[Array]]] = {
     "native": kernels.linears,
     **{form.__name__: _one_by_one(form) for form in (plain, two_rows, blocked)},

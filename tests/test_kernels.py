@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import kernels
+from llama_jax import kernels, ops
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_library_of_another_version_is_done_without(anew, monkeypatch, caplog)
     monkeypatch.setattr(kernels, "INTERFACE", 999)
     with caplog.at_level(logging.WARNING):
         assert not kernels.has_kernels()
-    assert "interface 1, expected 999" in caplog.text
+    assert "interface 2, expected 999" in caplog.text
 
 
 def test_no_library_is_said_once(anew, monkeypatch, caplog):
@@ -69,6 +69,8 @@ def test_every_instruction_set_computes(anew, monkeypatch, name):
         exact = np.asarray(x, np.float64) @ np.asarray(weight.astype(jnp.float32), np.float64).T
         np.testing.assert_allclose(y, exact, atol=atol)
         np.testing.assert_array_equal(kernels.linears(x[4:5], weight)[0][0], y[4])
+        normed = kernels.rms_norm(x[None], weight[0], 1e-5)[0]
+        np.testing.assert_allclose(normed, ops.rms_norm(x[None], weight[0], 1e-5)[0], rtol=1e-5)
         q = jnp.asarray(rng.normal(size=(1, 7, 6, 40)), jnp.float32)
         k, v = (jnp.asarray(rng.normal(size=(1, 2, 99, 40)), dtype) for _ in range(2))
         positions = 80 + jnp.arange(7, dtype=jnp.int32)[None]

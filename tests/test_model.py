@@ -161,22 +161,23 @@ def test_last_selects_one_position():
     np.testing.assert_allclose(logits[0], whole[5:6], atol=1e-5)
 
 
-def test_swiglu_survives_float16_overflow():
+@pytest.mark.parametrize("form", ["plain", "two_rows", "blocked", "native"])
+def test_swiglu_survives_float16_overflow(form, request):
     """The product reaches 4e6: float16's largest is 65,504."""
+    if form == "native":
+        request.getfixturevalue("native_kernels")
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(1, 3, 16)).astype(np.float32)
+    x = rng.normal(size=(1, 3, 16)).astype(np.float16)
     gate, up = (rng.normal(size=(24, 16)).astype(np.float16) * 100 for _ in range(2))
     down = rng.normal(size=(16, 24)).astype(np.float16)
-    g, u = (x.astype(np.float16).astype(np.float64) @ w.astype(np.float64).T for w in (gate, up))
+    g, u = (x.astype(np.float64) @ w.astype(np.float64).T for w in (gate, up))
     product = g / (1 + np.exp(-g.clip(-700))) * u
     assert np.abs(product).max() > 65504
     oracle = product @ down.astype(np.float64).T
-    ours = np.asarray(
-        ops.swiglu(
-            *(jnp.asarray(a) for a in (x, gate, up, down)),
-            projection.FORMS["plain"],
-        )
-    )
+    weights = [jnp.asarray(a) for a in (gate, up, down)]
+    to_float16 = projection.rounds_to_float16(form, weights[2])
+    linears = projection.FORMS[form]
+    ours = ops.swiglu(jnp.asarray(x, jnp.float32), *weights, linears, to_float16=to_float16)
     assert np.isfinite(ours).all()
     np.testing.assert_allclose(ours, oracle, atol=2e-3 * np.abs(oracle).max())
 
