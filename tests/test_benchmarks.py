@@ -186,6 +186,7 @@ def check_rows(results):
         assert row["flop_per_s"] == row["flops"] / row["seconds"]
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path):
     done = benchmark(*SMALL, f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -251,6 +252,7 @@ def against(peer, tmp_path):
         assert row["ours_over_this"] == {"ours:float32": ratio}
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_hugging_face(tmp_path):
     against("hf", tmp_path)

@@ -12,6 +12,7 @@ from test_model import random_params
 from llama_jax import decode, sampling
 from llama_jax.decode import NO_TOKEN
 from llama_jax.executor import Executor
+from llama_jax.kernels import has_kernels
 from llama_jax.model import Forms
 from llama_jax.plan import Plan, choose_plan
 
@@ -45,7 +46,11 @@ def run(ex, prompt, limit, *, row=0, state=None, stop=NO_TOKEN, **params):
     return column[column != NO_TOKEN].tolist()
 
 
-@pytest.fixture(scope="module", params=["pure", "native"])
+# Where it is not the one in use, the pure one compiles twice as long for the same laws.
+PURE_MARKS = [pytest.mark.slow] if has_kernels() else []
+
+
+@pytest.fixture(scope="module", params=[pytest.param("pure", marks=PURE_MARKS), "native"])
 def plan(request):
     """Both of the plans that a CPU may have: every law holds for each."""
     if request.param == "native":
