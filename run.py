@@ -52,6 +52,7 @@ flags.DEFINE_float("presence_penalty", 0.0, "0 to 2, once for what occurs in the
 flags.DEFINE_bool("stream", True, "Print the text as it is generated (with --output=text).")
 flags.DEFINE_enum("dtype", None, DTYPES, "Of weights and cache; default: as stored.")
 flags.DEFINE_integer("context", None, "Tokens of prompt plus output; default: the model's most.")
+flags.DEFINE_bool("verify", False, "First compare all weights with the checkpoint's digests.")
 flags.DEFINE_bool("ignore_eos", False, "Go on to max_tokens, past the end-of-sequence token.")
 flags.DEFINE_enum("output", "text", ["text", "json"], "What goes to stdout.")
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
@@ -84,7 +85,13 @@ def load() -> Llama:
     path = FLAGS.checkpoint if FLAGS.checkpoint is not None else default_checkpoint()
     if path == DEMO_CHECKPOINT:
         note("no --checkpoint: running the embedded demo model, which knows only its small corpus")
-    return Llama.load(path, dtype=FLAGS.dtype, context=FLAGS.context)
+    return Llama.load(
+        path,
+        dtype=FLAGS.dtype,
+        context=FLAGS.context,
+        verify=FLAGS.verify,
+        progress=sys.stderr.isatty(),
+    )
 
 
 def read_request() -> GenerationRequest:

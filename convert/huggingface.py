@@ -1,20 +1,24 @@
-"""Read a Llama 2 in the Hugging Face layout: config.json and safetensors."""
+"""Read a Llama 2 in the Hugging Face layout: config.json, and safetensors or PyTorch's pickles."""
 
 import pathlib
 import reprlib
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from convert import source
+from convert.damage import abbreviate
 from convert.names import names
+from convert.tensors import Header, read_headers
 from llama_jax.config import ModelConfig, as_float
 from llama_jax.errors import InputError, one_line
 from llama_jax.files import read_json
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+# The weights in one file, and the index of several; in the order that transformers prefers.
+_WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 
 # transformers' LlamaConfig: what a key that config.json leaves out stands for.
 _DEFAULTS = {
@@ -42,32 +46,31 @@ _FIXED = {
 # What may stand beside rope_theta in rope_scaling and rope_parameters: no scaling at all.
 _ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 _ROPE_THETA = 10000.0
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def open_source(folder: pathlib.Path) -> source.Source:
-    """Open a folder of config.json and model.safetensors, or its index and shards.
+    """Open a folder of config.json and its weights: one file, or an index and its shards.
 
     Raises:
         InputError: a file is missing or damaged, or the model is no Llama 2.
     """
-    source.check_folder(folder, ("config.json",), (_WEIGHTS, _INDEX))
+    source.check_folder(folder, ("config.json",), tuple(n for pair in _WEIGHTS for n in pair))
     config = read_config(folder / "config.json")
-    files = _open_tensors(folder)
-    headers = {name: _header(file, name) for name, file in files.items()}
+    found = _read_headers(folder)
     rows = {row.ours: row.huggingface for row in names(config.num_layers)}
     copy = rows.pop("lm_head") if config.tie_embeddings else ""
-    headers.pop(copy, None)
+    headers = {name: header for name, (_, header) in found.items() if name != copy}
 
-    def read(path: str) -> np.ndarray:
-        array = files[rows[path]].get_tensor(rows[path])
-        tied = path == "embed" and copy in files
-        if tied and not source.same_bits(array, files[copy].get_tensor(copy)):
-            raise InputError(
-                f"{folder}: {copy} differs from {rows[path]}, but tie_word_embeddings is true; "
-                "set it to false in config.json if the model has an output layer of its own"
-            )
-        return array
+    def read(path: str) -> tuple[np.ndarray, list[source.Part]]:
+        array, part = source.read_part(found[rows[path]][0], rows[path])
+        if path == "embed" and copy in found:
+            other, _ = source.read_part(found[copy][0], copy)
+            if not source.same_bits(array, other):
+                raise InputError(
+                    f"{folder}: {copy} differs from {rows[path]}, but tie_word_embeddings is true; "
+                    "set it to false in config.json if the model has an output layer of its own"
+                )
+        return array, [part]
 
     return source.Source(folder, config, rows, headers, read)
 
@@ -136,21 +139,31 @@ def _rope_theta(values: dict[str, Any]) -> tuple[Any, list[str]]:
     return theta[0], problems
 
 
-def _open_tensors(folder: pathlib.Path) -> dict[str, Any]:
-    """Return, for each tensor, the open file that holds it."""
-    if (folder / _WEIGHTS).exists():  # the one that transformers prefers too
-        file = _open_file(folder / _WEIGHTS)
-        return {name: file for name in file.keys() if not _is_buffer(name)}  # noqa: SIM118 (no dict)
-    index = folder / _INDEX
+def _read_headers(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, Header]]:
+    """Return, for each tensor, the file that holds it and its header."""
+    for weights, index in _WEIGHTS:
+        if (folder / weights).exists():
+            headers = read_headers(folder / weights)
+            return {
+                name: (folder / weights, header)
+                for name, header in headers.items()
+                if not _is_buffer(name)
+            }
+        if (folder / index).exists():
+            return _read_shards(folder / index)
+    raise AssertionError("check_folder found one")
+
+
+def _read_shards(index: pathlib.Path) -> dict[str, tuple[pathlib.Path, Header]]:
     placed = _weight_map(index)
-    paths = {name: folder / name for name in sorted(set(placed.values()))}
+    paths = {name: index.parent / name for name in sorted(set(placed.values()))}
     missing = [name for name, path in paths.items() if not path.exists()]
     if missing:
         raise InputError(
-            f"{index} names files that are missing: {source.abbreviate(missing)}; download them"
+            f"{index} names files that are missing: {abbreviate(missing)}; download them"
         )
-    opened = {name: _open_file(path) for name, path in paths.items()}
-    held = {(name, file) for file, handle in opened.items() for name in handle.keys()}  # noqa: SIM118 (no dict)
+    headers = {file: read_headers(path) for file, path in paths.items()}
+    held = {(name, file) for file, tensors in headers.items() for name in tensors}
     problems = [f"{name} is not in {file}" for name, file in sorted(placed.items() - held)]
     problems += [
         f"{file} holds {name}, which the index places in {placed.get(name, 'no file')}"
@@ -159,10 +172,14 @@ def _open_tensors(folder: pathlib.Path) -> dict[str, Any]:
     ]
     if problems:
         raise InputError(
-            f"{index} does not match its files: {source.abbreviate(problems)}; "
+            f"{index} does not match its files: {abbreviate(problems)}; "
             "download the whole folder again"
         )
-    return {name: opened[file] for name, file in placed.items() if not _is_buffer(name)}
+    return {
+        name: (paths[file], headers[file][name])
+        for name, file in placed.items()
+        if not _is_buffer(name)
+    }
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
@@ -176,7 +193,7 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     ]
     if strange:
         raise InputError(
-            f"{index}: weight_map names {source.abbreviate(strange)}, expected files beside it"
+            f"{index}: weight_map names {abbreviate(strange)}, expected files beside it"
         )
     return placed
 
@@ -184,16 +201,3 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
 def _is_buffer(name: str) -> bool:
     """Tell whether a tensor is the table of frequencies that old versions of transformers saved."""
     return name.endswith(".rotary_emb.inv_freq")
-
-
-def _open_file(path: pathlib.Path) -> Any:
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError):
-        raise source.damaged(path, "safetensors file") from None
-
-
-def _header(file: Any, name: str) -> source.Header:
-    view = file.get_slice(name)
-    dtype = str(view.get_dtype())
-    return source.Header(tuple(view.get_shape()), _DTYPES.get(dtype, dtype))

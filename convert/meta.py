@@ -1,18 +1,15 @@
-"""Read a Llama 2 in Meta's layout: params.json and model-parallel shards of PyTorch's .pth.
-
-The only module that needs PyTorch, and it imports it when called. Nothing in a .pth is executed.
-"""
+"""Read a Llama 2 in Meta's layout: params.json and model-parallel shards of PyTorch's .pth."""
 
 import pathlib
-import pickle
 import re
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from convert import source
+from convert.damage import abbreviate
 from convert.names import Name, names
+from convert.tensors import Header, read_headers
 from llama_jax.config import ModelConfig, as_float
 from llama_jax.errors import InputError, one_line
 from llama_jax.files import read_json
@@ -35,8 +32,8 @@ _DEFAULTS = {
     "use_scaled_rope": False,
 }
 
-Shards = dict[str, dict[str, Any]]
-"""From each file's name to its tensors by name, mapped from disk and not yet read."""
+Shards = dict[str, dict[str, Header]]
+"""From each file's name to what it holds, by name."""
 
 
 def open_source(folder: pathlib.Path, max_seq_len: int) -> source.Source:
@@ -61,8 +58,8 @@ def open_source(folder: pathlib.Path, max_seq_len: int) -> source.Source:
     config = _config(folder / _PARAMS, values, max_seq_len)
     paths = {path: row.meta for path, row in rows.items()}
 
-    def read(path: str) -> np.ndarray:
-        return _read(rows[path], shards, config.head_dim)
+    def read(path: str) -> tuple[np.ndarray, list[source.Part]]:
+        return _read(folder, rows[path], list(shards), config.head_dim)
 
     return source.Source(folder, config, paths, headers, read)
 
@@ -124,7 +121,7 @@ def _check_ffn_dim(folder: pathlib.Path, values: dict[str, Any], name: str, rows
         )
 
 
-def _rows(folder: pathlib.Path, headers: dict[str, source.Header], row: Name) -> int:
+def _rows(folder: pathlib.Path, headers: dict[str, Header], row: Name) -> int:
     header = headers.get(row.meta)
     if header is None or len(header.shape) != 2:
         got = "missing" if header is None else f"of shape {list(header.shape)}"
@@ -144,11 +141,16 @@ def _open_shards(folder: pathlib.Path) -> Shards:
             f"{folder}: shards are not numbered from 00 without a gap: {one_line(problems)}; "
             "download what is missing"
         )
-    shards = {path.name: _open_shard(path) for path in paths}
+    shards = {
+        path.name: {
+            name: header for name, header in read_headers(path).items() if name != _FREQUENCIES
+        }
+        for path in paths
+    }
     first, *others = shards
     problems = [
-        f"{other} has {source.abbreviate(sorted(shards[other].keys() - shards[first].keys()))} "
-        f"more and {source.abbreviate(sorted(shards[first].keys() - shards[other].keys()))} less"
+        f"{other} has {abbreviate(sorted(shards[other].keys() - shards[first].keys()))} "
+        f"more and {abbreviate(sorted(shards[first].keys() - shards[other].keys()))} less"
         for other in others
         if shards[other].keys() != shards[first].keys()
     ]
@@ -159,42 +161,9 @@ def _open_shards(folder: pathlib.Path) -> Shards:
     return shards
 
 
-def _open_shard(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        import torch
-    except ImportError:
-        raise InputError(
-            "reading Meta's .pth needs PyTorch; install the convert extra: "
-            "pip install -e '.[convert]'"
-        ) from None
-    try:
-        loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{path} holds Python objects other than tensors, or a damaged pickle; nothing in it "
-            "was run; download it again from Meta"
-        ) from None
-    except Exception:  # damaged bytes fail in any way: RuntimeError, KeyError, EOFError, ...
-        raise source.damaged(path, "PyTorch zip file") from None
-    if not isinstance(loaded, dict):
-        raise InputError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors")
-    strange = [
-        repr(name)
-        for name, tensor in loaded.items()
-        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor))
-        or tensor.layout != torch.strided
-    ]
-    if strange:
-        raise InputError(
-            f"{path}: {source.abbreviate(strange)} is no dense tensor with a name; download it "
-            "again from Meta"
-        )
-    return {name: tensor.detach() for name, tensor in loaded.items() if name != _FREQUENCIES}
-
-
 def _merged_headers(
     folder: pathlib.Path, shards: Shards, rows: dict[str, Name]
-) -> dict[str, source.Header]:
+) -> dict[str, Header]:
     """Return each tensor's shape and dtype once its shards are put together."""
     axes = {row.meta: row.shard_axis for row in rows.values()}
     headers, problems = {}, []
@@ -207,36 +176,30 @@ def _merged_headers(
         if len({(part.shape, part.dtype) for part in parts}) > 1:
             seen = ", ".join(f"{list(part.shape)} {part.dtype}" for part in parts)
             problems.append(f"{name} is {seen}")
-        headers[name] = source.Header(tuple(shape), str(parts[0].dtype).removeprefix("torch."))
+        headers[name] = Header(tuple(shape), parts[0].dtype)
     if problems:
         raise InputError(
-            f"{folder}: shards have different shapes or dtypes: {source.abbreviate(problems)}; "
+            f"{folder}: shards have different shapes or dtypes: {abbreviate(problems)}; "
             "download the whole folder again"
         )
     return headers
 
 
-def _read(row: Name, shards: Shards, head_dim: int) -> np.ndarray:
-    parts = {file: _as_numpy(shard[row.meta]) for file, shard in shards.items()}
-    first, *others = parts.items()
+def _read(
+    folder: pathlib.Path, row: Name, files: list[str], head_dim: int
+) -> tuple[np.ndarray, list[source.Part]]:
+    read = [source.read_part(folder / file, row.meta) for file in files]
+    arrays, parts = [array for array, _ in read], [part for _, part in read]
     if row.shard_axis is None:
-        for file, part in others:
-            if not source.same_bits(part, first[1]):
+        for array, part in read:
+            if not source.same_bits(array, arrays[0]):
                 raise InputError(
-                    f"{row.meta} of {file} differs from that of {first[0]}, expected a copy: the "
-                    "shards belong to different models; download the whole folder again"
+                    f"{row.meta} of {part['file']} differs from that of {files[0]}, expected a "
+                    "copy: the shards belong to different models; download the whole folder again"
                 )
-        return first[1]
-    array = np.concatenate(list(parts.values()), row.shard_axis) if others else first[1]
-    return _halves(array, head_dim) if row.rotary else array
-
-
-def _as_numpy(tensor: Any) -> np.ndarray:
-    """View a tensor as NumPy, which PyTorch refuses to do for bfloat16."""
-    import torch
-
-    name = str(tensor.dtype).removeprefix("torch.")
-    return tensor.contiguous().view(torch.uint8).numpy().view(jnp.dtype(name))
+        return arrays[0], parts
+    array = np.concatenate(arrays, row.shard_axis) if len(arrays) > 1 else arrays[0]
+    return _halves(array, head_dim) if row.rotary else array, parts
 
 
 def _halves(weight: np.ndarray, head_dim: int) -> np.ndarray:

@@ -3,27 +3,27 @@
 import collections
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.checkpoint import DTYPES
+from convert.damage import abbreviate
+from convert.tensors import Header, read_tensor
+from llama_jax.checkpoint import DTYPES, Tensor
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
-from llama_jax.model import Params, param_shapes
+from llama_jax.manifest import array_digest
+from llama_jax.model import param_shapes
 from llama_jax.tokenizer import Tokenizer
 
-_LISTED = 8  # of many names, an error shows these
+ROUNDING = ("rounded", "subnormal", "to zero", "beyond the largest")
+"""What becomes of values in a narrower dtype. Subnormal: smaller than the dtype holds with its full
+precision; of those and of the ones beyond the largest, `rounded` counts what changed."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """A tensor as its file declares it; the data is not read."""
-
-    shape: tuple[int, ...]
-    dtype: str
+_BLOCK = 2**22  # values cast at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,31 @@ class Source:
     """From each parameter's path, such as `layer_0/attention/q`, to the source's name for it."""
     headers: dict[str, Header]
     """Every tensor found, by the source's name, its shards taken together."""
-    read: Callable[[str], np.ndarray]
-    """Read the parameter of one path, in our layout and the source's dtype."""
+    read: Callable[[str], tuple[np.ndarray, list["Part"]]]
+    """Read the parameter of one path, in our layout and the source's dtype; and say from where."""
+
+
+class Part(TypedDict):
+    """A tensor of a file that a parameter was read from: a row of the manifest's `sources`."""
+
+    file: str
+    name: str
+    shape: list[int]
+    dtype: str
+    sha256: str
+    """Of its bytes there."""
+
+
+def read_part(path: pathlib.Path, name: str) -> tuple[np.ndarray, Part]:
+    """Read one tensor of one file."""
+    array = read_tensor(path, name)
+    return array, Part(
+        file=path.name,
+        name=name,
+        shape=list(array.shape),
+        dtype=str(array.dtype),
+        sha256=array_digest(array),
+    )
 
 
 def check_folder(folder: pathlib.Path, *needed: tuple[str, ...]) -> None:
@@ -63,36 +86,6 @@ def check_folder(folder: pathlib.Path, *needed: tuple[str, ...]) -> None:
     ]
     if missing:
         raise InputError(f"{folder} has {' and '.join(missing)}; {expected}")
-
-
-def damaged(path: pathlib.Path, kind: str) -> InputError:
-    """Return the error for a file that its format's reader refused, saying what it looks like."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        return InputError(f"{path}: cannot read it ({error.strerror})")
-    if not start:
-        return InputError(f"{path} is empty; download it again")
-    if start.startswith(b"version https://git-lfs"):
-        return InputError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull`")
-    if start.lstrip().startswith(b"<"):
-        return InputError(
-            f"{path} is an HTML page, not weights: the download link expired or wanted a login; "
-            "download it again"
-        )
-    return InputError(
-        f"{path} is no {kind} or is cut short ({size:,} bytes, starts with {start[:8]!r}); "
-        "download it again"
-    )
-
-
-def abbreviate(items: Iterable[str]) -> str:
-    """Join the first few items and count the rest."""
-    items = list(items)
-    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-    return ", ".join(items[:_LISTED]) + more
 
 
 def check_tensors(source: Source) -> None:
@@ -158,22 +151,22 @@ def find_tokenizer(source: Source, *folders: pathlib.Path) -> pathlib.Path | Non
     return path
 
 
-def read_params(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each parameter's path and its array in `dtype`, reading one tensor at a time."""
+def read_params(source: Source, dtype: str, *, saturate: bool = False) -> Iterator[Tensor]:
+    """Yield each parameter in `dtype`, reading one tensor at a time.
+
+    Args:
+        source: where from.
+        dtype: one of DTYPES.
+        saturate: store the largest value there is for what exceeds it, instead of refusing.
+    """
     for path, name in source.names.items():
-        yield path, _cast(name, source.read(path), jnp.dtype(dtype))
+        yield _read_param(source, path, name, jnp.dtype(dtype), saturate)
 
 
-def nest(params: Iterable[tuple[str, np.ndarray]]) -> Params:
-    """Build the model's nested dict from paths and arrays."""
-    tree: Params = {}
-    for path, array in params:
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = array
-    return tree
+def _read_param(source: Source, path: str, name: str, dtype: np.dtype, saturate: bool) -> Tensor:
+    array, parts = source.read(path)
+    cast, rounding = _cast(name, array, dtype, saturate)
+    return Tensor(path, cast, {"sources": parts} | ({"rounding": rounding} if rounding else {}))
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
@@ -184,20 +177,43 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(np.array_equal(a.view(np.uint8), b.view(np.uint8)))
 
 
-def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    finite = np.isfinite(array)
-    if not finite.all():
-        count = array.size - np.count_nonzero(finite)
+def _cast(
+    name: str, array: np.ndarray, dtype: np.dtype, saturate: bool
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Return the array in `dtype`, and how many of its values that changed, by how (ROUNDING)."""
+    source = np.ascontiguousarray(array).reshape(-1)
+    exact = np.can_cast(source.dtype, dtype) or dtype == np.float32
+    stored = source if dtype == source.dtype else np.empty(source.shape, dtype)
+    limits = jnp.finfo(dtype)
+    largest, smallest = float(limits.max), float(limits.smallest_normal)
+    counts: collections.Counter[str] = collections.Counter()
+    damaged, highest = 0, 0.0
+    for start in range(0, source.size, _BLOCK):
+        block = source[start : start + _BLOCK].astype(np.float32)
+        damaged += block.size - int(np.count_nonzero(np.isfinite(block)))
+        if stored is source:
+            continue
+        with np.errstate(over="ignore"):  # counted below
+            cast = block.astype(dtype)
+        if not exact:
+            size, wide = np.abs(block), cast.astype(np.float32)
+            beyond = ~np.isfinite(wide)
+            highest = max(highest, float(size.max()))
+            if beyond.any():
+                cast = np.where(beyond, np.copysign(largest, block), wide).astype(dtype)
+            counts["rounded"] += int(np.count_nonzero(wide != block))
+            counts["subnormal"] += int(np.count_nonzero((size < smallest) & (wide != 0)))
+            counts["to zero"] += int(np.count_nonzero((wide == 0) & (block != 0)))
+            counts["beyond the largest"] += int(np.count_nonzero(beyond))
+        stored[start : start + _BLOCK] = cast
+    if damaged:
         raise InputError(
-            f"{name} holds NaN or infinity in {count:,} of {array.size:,} values; "
+            f"{name} holds NaN or infinity in {damaged:,} of {source.size:,} values; "
             "the file is damaged, download it again"
         )
-    with np.errstate(over="ignore"):  # checked below, with a message that names the tensor
-        cast = np.ascontiguousarray(array).astype(dtype, copy=False)
-    if dtype != array.dtype and not np.isfinite(cast).all():
-        largest = np.abs(array.astype(np.float32)).max()
+    if counts["beyond the largest"] and not saturate:
         raise InputError(
-            f"{name} does not fit {dtype}: its largest value is {largest:,.8g}, {dtype} ends at "
-            f"{float(jnp.finfo(dtype).max):,.8g}; choose another --dtype"
+            f"{name} does not fit {dtype}: its largest value is {highest:,.8g}, {dtype} ends at "
+            f"{largest:,.8g}; choose another --dtype, or --saturate to store {largest:,.8g}"
         )
-    return cast
+    return stored.reshape(array.shape), {what: counts[what] for what in ROUNDING if counts[what]}

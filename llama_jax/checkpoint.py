@@ -1,30 +1,34 @@
 """Checkpoints in the project's own format: one layout, one version number.
 
-DST/params/         Orbax, one array per parameter, none stacked over layers
-DST/config.json     ModelConfig
-DST/tokenizer.model SentencePiece; absent if the source had none
-DST/manifest.json   format version, dtype, where the weights came from
+DST/params/00000 ..   Orbax, some 128 MB of parameters each: one array each, none stacked
+DST/config.json       ModelConfig
+DST/tokenizer.model   SentencePiece; absent if the source had none
+DST/manifest.json     what all this is, by digest; see manifest.py
 """
 
 import dataclasses
-import json
 import logging
+import math
 import pathlib
 import shutil
-import tempfile
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
+from llama_jax.draft import draft
 from llama_jax.errors import InputError, one_line
-from llama_jax.files import read_json
+from llama_jax.manifest import NAME, array_digest, read_manifest, write_manifest
 from llama_jax.model import Params, param_shapes
 
-FORMAT_VERSION = 1
 DTYPES = ("float16", "bfloat16", "float32")
+SHARD_BYTES = 2**27
+"""A shard is full when it has so many: little is in memory at a time, of any model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,132 +42,219 @@ class Checkpoint:
     tokenizer: pathlib.Path | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A parameter to store."""
+
+    path: str
+    """Such as layer_0/attention/q."""
+    array: np.ndarray
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What else its row of the manifest is to say."""
+
+
+def tensors(params: Params) -> Iterator[Tensor]:
+    """Yield every parameter of a tree."""
+    for path, leaf in _by_path(params).items():
+        yield Tensor(path, np.asarray(leaf))
+
+
 def save_checkpoint(
     path: str | pathlib.Path,
-    params: Params,
+    tensors: Iterable[Tensor],
     config: ModelConfig,
     *,
     tokenizer: str | pathlib.Path | None = None,
-    origin: dict[str, str] | None = None,
+    origin: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint that is either whole or not there.
 
     Args:
         path: a folder that does not exist yet.
-        params: the model's parameters, NumPy or JAX arrays of one of DTYPES.
+        tensors: every parameter, of one of DTYPES; asked for one by one and soon let go.
         config: the shape they have.
         tokenizer: the tokenizer.model to copy.
         origin: where the weights came from, for the manifest.
 
     Raises:
-        InputError: `path` exists.
+        InputError: `path` exists, or another process is writing it.
+        OSError: it cannot be written: a full disk, no permission.
     """
-    path = pathlib.Path(path).absolute()
-    check_absent(path)
-    expected = jax.tree.map(lambda a: a.shape, param_shapes(config))
-    assert jax.tree.map(lambda a: a.shape, params) == expected, "parameters unlike the config"
-    (dtype,) = {str(array.dtype) for array in jax.tree.leaves(params)}
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside the goal and renamed at the end: an interrupted run leaves no half checkpoint.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.partial-") as partial:
-        draft = pathlib.Path(partial) / path.name
-        with _checkpointer() as checkpointer:
-            checkpointer.save(draft / "params", args=ocp.args.PyTreeSave(params))
-        # Orbax's own mark of success names the draft's path; here the rename below is the mark.
-        (draft / "params" / "commit_success.txt").unlink(missing_ok=True)
-        (draft / "config.json").write_text(config.to_json(), encoding="utf-8")
+    with draft(path) as folder:
+        rows: dict[str, dict[str, Any]] = {}
+        dtypes = set()
+        for i, shard in enumerate(shards(tensors, SHARD_BYTES)):
+            _write_shard(folder / "params" / f"{i:05}", shard)
+            dtypes |= {str(t.array.dtype) for t in shard}
+            rows |= {t.path: _row(t, f"{i:05}") for t in shard}
+            del shard  # before the next is read
+        shapes = {name: leaf.shape for name, leaf in _by_path(param_shapes(config)).items()}
+        assert {name: row["shape"] for name, row in rows.items()} == shapes, "unlike the config"
+        (dtype,) = dtypes
+        (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, draft / "tokenizer.model")
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "dtype": dtype,
-            "origin": origin or {},
-            "files": _file_sizes(draft),
-        }
-        text = json.dumps(manifest, indent=2) + "\n"
-        (draft / "manifest.json").write_text(text, encoding="utf-8")
-        draft.rename(path)
+            shutil.copyfile(tokenizer, folder / "tokenizer.model")
+        write_manifest(folder, rows, dtype, origin or {})
 
 
-def _file_sizes(folder: pathlib.Path) -> dict[str, int]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+def _row(tensor: Tensor, shard: str) -> dict[str, Any]:
+    digest = array_digest(tensor.array)
+    return {"shape": tensor.array.shape, "sha256": digest, "shard": shard} | tensor.notes
 
 
-def check_absent(path: str | pathlib.Path) -> None:
-    """Refuse to write over what exists."""
-    if pathlib.Path(path).exists():
-        raise InputError(f"{path} already exists; remove it or name another folder")
+def shards(tensors: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Group tensors, in order, into lists of `size` bytes, or somewhat more."""
+    shard: list[Tensor] = []
+    for tensor in tensors:
+        shard.append(tensor)
+        if sum(t.array.nbytes for t in shard) >= size:
+            yield shard
+            shard = []
+        del tensor
+    if shard:
+        yield shard
 
 
-def load_checkpoint(path: str | pathlib.Path, dtype: str | None = None) -> Checkpoint:
+def _write_shard(folder: pathlib.Path, shard: list[Tensor]) -> None:
+    with _checkpointer() as checkpointer:
+        try:
+            tree = _nest({t.path: t.array for t in shard})
+            checkpointer.save(folder, args=ocp.args.PyTreeSave(tree))
+        except Exception as error:  # Orbax has no type of its own for a disk that refuses
+            said = str(error).strip().partition("\n")[0]
+            raise OSError(f"{folder} cannot be written: is the disk full? Orbax: {said}") from error
+    # Orbax's own mark of success names the draft's path; here the rename is the mark.
+    (folder / "commit_success.txt").unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    path: str | pathlib.Path,
+    dtype: str | None = None,
+    *,
+    verify: bool = False,
+    progress: bool = False,
+) -> Checkpoint:
     """Restore a checkpoint onto the default device.
 
     Args:
         path: the folder `save_checkpoint` or `python -m convert` wrote.
         dtype: one of DTYPES, to cast the weights to; None keeps the stored one (on a TPU, which
             has no float16 products, bfloat16 in its place).
+        verify: first read everything and compare its digests; else sizes and small files only.
+        progress: show bars on stderr if it takes over a second.
 
     Raises:
-        InputError: the folder is missing, a file, empty, half there, of another version, or its
-            arrays are not those that its config asks for.
+        InputError: the folder is missing, a file, empty, half there, of another version, changed
+            after it was written, or its arrays are not those that its config asks for.
     """
     path = pathlib.Path(path).expanduser().absolute()
-    stored_dtype = _check_layout(path)
-    config = ModelConfig.load(path / "config.json")
-    dtype = _run_dtype(dtype or stored_dtype, asked=dtype is not None)
-    params = _restore(path, config, dtype)
+    if verify:
+        verify_checkpoint(path, progress=progress)
+    values, config = open_checkpoint(path)
+    dtype = _run_dtype(dtype or values["dtype"], asked=dtype is not None)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    restored: dict[str, jax.Array] = {}
+    for shard, rows in _read_shards(path, values, "loading", progress):
+        abstract = {
+            name: jax.ShapeDtypeStruct(row["shape"], jnp.dtype(dtype), sharding=device)
+            for name, row in rows.items()
+        }
+        restored |= _restore(shard, abstract, ocp.checkpoint_utils.construct_restore_args)
     tokenizer = path / "tokenizer.model"
-    return Checkpoint(config, params, dtype, tokenizer if tokenizer.exists() else None)
+    return Checkpoint(config, _nest(restored), dtype, tokenizer if tokenizer.exists() else None)
 
 
-def _check_layout(path: pathlib.Path) -> str:
-    """Return the stored dtype of a folder that looks whole."""
+def verify_checkpoint(path: str | pathlib.Path, *, progress: bool = False) -> str:
+    """Read all of a checkpoint and compare it with its manifest; return the root digest.
+
+    Raises:
+        InputError: as `load_checkpoint`, or naming every tensor that differs.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    values, _ = open_checkpoint(path)
+    problems: list[str] = []
+    for _ in _read_stored(path, values, "verifying", progress, problems):
+        pass
+    if problems:
+        raise InputError(
+            f"checkpoint {path} is damaged: {one_line(problems[:8])}"
+            + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
+            + "; copy or convert it again"
+        )
+    return values["root"]
+
+
+def read_tensors(path: str | pathlib.Path, *, progress: bool = False) -> Iterator[Tensor]:
+    """Yield every parameter as it is stored, as NumPy arrays; few are in memory at a time.
+
+    Raises:
+        InputError: as `load_checkpoint`, or at the first tensors that differ from the manifest.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    values, _ = open_checkpoint(path)
+    problems: list[str] = []
+    for tensor in _read_stored(path, values, "reading", progress, problems):
+        if problems:
+            break
+        yield tensor
+    if problems:
+        raise InputError(f"checkpoint {path} is damaged: {one_line(problems[:8])}")
+
+
+def _read_stored(
+    path: pathlib.Path, values: dict[str, Any], label: str, progress: bool, problems: list[str]
+) -> Iterator[Tensor]:
+    """Yield the tensors that are what the manifest says; describe the others in `problems`."""
+    for shard, rows in _read_shards(path, values, label, progress):
+        abstract = {
+            name: jax.ShapeDtypeStruct(row["shape"], jnp.dtype(values["dtype"]))
+            for name, row in rows.items()
+        }
+        try:
+            found = _restore(shard, abstract, _as_numpy)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        for name, row in rows.items():
+            if array_digest(found[name]) == row["sha256"]:
+                yield Tensor(name, found.pop(name))
+            else:
+                problems.append(f"{name} is not what was written (params/{row['shard']})")
+
+
+def open_checkpoint(path: pathlib.Path) -> tuple[dict[str, Any], ModelConfig]:
+    """Return the manifest and config of a folder that looks whole.
+
+    Raises:
+        InputError: as `load_checkpoint`.
+    """
     try:
         if not path.exists():
             raise InputError(f"checkpoint {path} does not exist; check the path")
         if not path.is_dir():
             raise InputError(f"checkpoint {path} is a file, expected the folder convert wrote")
-        missing = [n for n in ("manifest.json", "config.json", "params") if not (path / n).exists()]
-        remedy = _missing_remedy(path) if missing else ""
-        sizes = _file_sizes(path)
+        missing = [n for n in (NAME, "config.json", "params") if not (path / n).exists()]
+        if missing:
+            raise InputError(f"checkpoint {path} has no {', '.join(missing)}; {_remedy(path)}")
+        values = read_manifest(path)
     except OSError as error:
         raise InputError(
             f"checkpoint {str(path)[:200]} cannot be read ({error.strerror}); "
             "check the path and its permissions"
         ) from None
-    if missing:
-        raise InputError(f"checkpoint {path} has no {', '.join(missing)}; {remedy}")
-    manifest = read_json(path / "manifest.json")
-    version, dtype, files = (manifest.get(key) for key in ("format_version", "dtype", "files"))
-    if version != FORMAT_VERSION:
+    config = ModelConfig.load(path / "config.json")
+    shapes = {name: list(leaf.shape) for name, leaf in _by_path(param_shapes(config)).items()}
+    if {name: row["shape"] for name, row in values["tensors"].items()} != shapes:
         raise InputError(
-            f"checkpoint {path} has format version {version!r}, this program reads "
-            f"{FORMAT_VERSION}; convert the weights again"
+            f"checkpoint {path}: the arrays do not fit config.json; convert the weights again"
         )
-    if dtype not in DTYPES or not isinstance(files, dict):
-        raise InputError(
-            f"{path / 'manifest.json'} is damaged: dtype is {dtype!r}, expected one of "
-            f"{', '.join(DTYPES)}, and files is {files!r:.40}, expected an object; "
-            "convert the weights again"
-        )
-    problems = [
-        f"{name} {f'has {sizes[name]} of {size} bytes' if name in sizes else 'is missing'}"
-        for name, size in files.items()
-        if sizes.get(name) != size
-    ]
-    if problems:
-        raise InputError(
-            f"checkpoint {path} is incomplete: {one_line(problems)}; copy or convert it again"
-        )
-    return dtype
+    return values, config
 
 
-def _missing_remedy(path: pathlib.Path) -> str:
+def _remedy(path: pathlib.Path) -> str:
     if any(path.glob("consolidated.*.pth")):
         return f"these are Meta's weights: run `python -m convert meta {path} DST` first"
-    if any(path.glob("*.safetensors")):
+    if any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")):
         return f"these are Hugging Face's weights: run `python -m convert hf {path} DST` first"
     if not any(path.iterdir()):
         return "the folder is empty; name the one that convert wrote"
@@ -184,54 +275,48 @@ def _run_dtype(dtype: str, *, asked: bool) -> str:
     return "bfloat16"
 
 
-def _restore(path: pathlib.Path, config: ModelConfig, dtype: str) -> Params:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, jnp.dtype(dtype), sharding=device),
-        param_shapes(config),
-    )
+def _read_shards(
+    path: pathlib.Path, values: dict[str, Any], label: str, progress: bool
+) -> Iterator[tuple[pathlib.Path, dict[str, Any]]]:
+    """Yield each shard's folder and its rows of the manifest."""
+    shards: dict[str, dict[str, Any]] = {}
+    for name, row in values["tensors"].items():
+        shards.setdefault(row["shard"], {})[name] = row
+    width = jnp.dtype(values["dtype"]).itemsize
+    sizes = {
+        shard: sum(width * math.prod(row["shape"]) for row in rows.values())
+        for shard, rows in shards.items()
+    }
+    with tqdm(
+        total=sum(sizes.values()),
+        desc=label,
+        unit="B",
+        unit_scale=True,
+        delay=1,
+        disable=not progress,
+    ) as bar:
+        for shard, rows in shards.items():
+            yield path / "params" / shard, rows
+            bar.update(sizes[shard])
+
+
+def _restore(
+    shard: pathlib.Path, abstract: dict[str, jax.ShapeDtypeStruct], restore_args: Any
+) -> dict[str, Any]:
+    item = _nest(abstract)
     with _checkpointer() as checkpointer:
         try:
-            stored = checkpointer.metadata(path / "params").item_metadata.tree
-            _check_shapes(path, stored, abstract)
-            return checkpointer.restore(
-                path / "params",
-                args=ocp.args.PyTreeRestore(
-                    item=abstract,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                ),
-            )
-        except InputError:
-            raise
+            args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args(item))
+            return _by_path(checkpointer.restore(shard, args=args))
         except Exception as error:  # Orbax has no type of its own for damage, not even one base
             raise InputError(
-                f"checkpoint {path}: params are damaged (Orbax: {type(error).__name__}); "
-                "copy or convert them again"
+                f"{shard} ({', '.join(list(abstract)[:3])}, ...) is damaged "
+                f"(Orbax: {type(error).__name__}); copy or convert the checkpoint again"
             ) from error
 
 
-def _check_shapes(path: pathlib.Path, stored: Any, expected: Params) -> None:
-    def flat(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-        return {
-            jax.tree_util.keystr(keys, simple=True, separator="/"): tuple(leaf.shape)
-            for keys, leaf in leaves
-        }
-
-    have, want = flat(stored), flat(expected)
-    problems = [f"missing {name}" for name in sorted(want.keys() - have.keys())]
-    problems += [f"unexpected {name}" for name in sorted(have.keys() - want.keys())]
-    problems += [
-        f"{name} is {have[name]}, expected {want[name]}"
-        for name in sorted(want.keys() & have.keys())
-        if have[name] != want[name]
-    ]
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise InputError(
-            f"checkpoint {path}: arrays do not fit config.json: {one_line(problems[:8])}{more}; "
-            "convert the weights again"
-        )
+def _as_numpy(item: Params) -> Any:
+    return jax.tree.map(lambda a: ocp.RestoreArgs(restore_type=np.ndarray, dtype=a.dtype), item)
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -240,3 +325,21 @@ def _checkpointer() -> ocp.Checkpointer:
         use_ocdbt=True, use_zarr3=True, save_concurrent_gb=2, restore_concurrent_gb=2
     )
     return ocp.Checkpointer(handler)
+
+
+def _by_path(params: Params) -> dict[str, Any]:
+    """Return a tree's leaves by their paths, such as layer_0/attention/q."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
+
+
+def _nest(leaves: dict[str, Any]) -> Params:
+    """Return the tree of leaves by their paths."""
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree

@@ -58,6 +58,8 @@ class Llama:
         *,
         dtype: str | None = None,
         context: int | None = None,
+        verify: bool = False,
+        progress: bool = False,
     ) -> "Llama":
         """Restore a checkpoint; from then on, programs compiled are kept (`use_compile_cache`).
 
@@ -66,13 +68,16 @@ class Llama:
             dtype: float16, bfloat16 or float32, for weights and cache; None: as stored.
             context: tokens of prompt plus output to hold, at most (and by default) the model's
                 max_seq_len. A smaller cache takes less memory.
+            verify: first compare all weights with the checkpoint's digests.
+            progress: show bars on stderr if it takes over a second.
 
         Raises:
             InputError: see `load_checkpoint`; context out of range; a tokenizer of another model.
         """
         use_compile_cache()
         began = time.perf_counter()
-        checkpoint = load_checkpoint(default_checkpoint() if path is None else path, dtype)
+        path = default_checkpoint() if path is None else path
+        checkpoint = load_checkpoint(path, dtype, verify=verify, progress=progress)
         jax.block_until_ready(checkpoint.params)
         return cls(checkpoint, context=context, load_s=time.perf_counter() - began)
 

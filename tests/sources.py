@@ -134,8 +134,8 @@ def read_hf(folder: pathlib.Path) -> tuple[ModelConfig, Weights]:
 
 def read_all(opened: source.Source, dtype: str = "source") -> tuple[ModelConfig, Weights]:
     source.check_tensors(opened)
-    params = source.nest(source.read_params(opened, source.target_dtype(opened, dtype)))
-    return opened.config, flat(params)
+    tensors = source.read_params(opened, source.target_dtype(opened, dtype))
+    return opened.config, {tensor.path: tensor.array for tensor in tensors}
 
 
 def assert_same(got: Weights, expected: Weights):

@@ -254,7 +254,11 @@ def test_cli_error_is_one_line_and_exit_2(tmp_path):
 @pytest.mark.parametrize(
     ("layout", "looked_for"),
     [
-        ("hf", "no config.json and no model.safetensors or model.safetensors.index.json;"),
+        (
+            "hf",
+            "no config.json and no model.safetensors or model.safetensors.index.json or "
+            "pytorch_model.bin or pytorch_model.bin.index.json;",
+        ),
         ("meta", "no params.json and no consolidated.*.pth;"),
     ],
 )

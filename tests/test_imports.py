@@ -8,8 +8,8 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     {"errors", "version"},
-    {"compile_cache", "files", "kernels"},
-    {"config", "ops", "projection", "sampling", "tokenizer"},
+    {"compile_cache", "draft", "files", "kernels"},
+    {"config", "manifest", "ops", "projection", "sampling", "tokenizer"},
     {"cache", "chat"},
     {"attention"},
     {"model"},

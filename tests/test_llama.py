@@ -10,7 +10,7 @@ import pytest
 import reference
 
 from llama_jax import InputError, Llama, Stream
-from llama_jax.checkpoint import load_checkpoint, save_checkpoint
+from llama_jax.checkpoint import load_checkpoint, save_checkpoint, tensors
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.llama import CHECKPOINT_VARIABLE, default_checkpoint
 from llama_jax.tokenizer import BOS_ID, EOS_ID
@@ -241,7 +241,7 @@ def test_context_out_of_range(context):
 
 def test_without_a_tokenizer_ids_go_in_and_out(tmp_path, llm):
     demo = load_checkpoint(DEMO_CHECKPOINT)
-    save_checkpoint(tmp_path / "bare", demo.params, demo.config)
+    save_checkpoint(tmp_path / "bare", tensors(demo.params), demo.config)
     bare = Llama.load(tmp_path / "bare")
     whole = llm.generate(**QUESTION)
     stream = bare.stream(prompt_tokens=whole.prompt_tokens, seed=1)
@@ -255,7 +255,7 @@ def test_a_tokenizer_of_another_model(tmp_path):
     demo = load_checkpoint(DEMO_CHECKPOINT)
     config = dataclasses.replace(demo.config, vocab_size=100)
     params = demo.params | {name: demo.params[name][:100] for name in ("embed", "lm_head")}
-    save_checkpoint(tmp_path / "odd", params, config, tokenizer=demo.tokenizer)
+    save_checkpoint(tmp_path / "odd", tensors(params), config, tokenizer=demo.tokenizer)
     with pytest.raises(InputError, match="has 1024 pieces, the model's vocabulary 100"):
         Llama.load(tmp_path / "odd")
 

@@ -23,7 +23,7 @@ from absl import app, flags, logging
 
 from llama_jax import cache as kv
 from llama_jax.chat import Message, encode_dialog
-from llama_jax.checkpoint import save_checkpoint
+from llama_jax.checkpoint import save_checkpoint, tensors
 from llama_jax.config import ModelConfig
 from llama_jax.model import Llama, forward, init_params
 from llama_jax.tokenizer import BOS_ID, EOS_ID, Tokenizer
@@ -206,7 +206,7 @@ def main(_: list[str]) -> None:
         shutil.rmtree(out, ignore_errors=True)
         params = jax.tree.map(np.asarray, params)
         origin = {"source": "tools/train_demo.py", "answers_right": f"{right} of {total}"}
-        save_checkpoint(out, params, CONFIG, tokenizer=path, origin=origin)
+        save_checkpoint(out, tensors(params), CONFIG, tokenizer=path, origin=origin)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""Write a checkpoint in the Hugging Face layout: config.json, safetensors, tokenizer.model."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import safetensors.numpy
+
+from convert.names import names
+from llama_jax.checkpoint import open_checkpoint, read_tensors, shards
+from llama_jax.config import ModelConfig
+from llama_jax.draft import draft
+from llama_jax.tokenizer import BOS_ID, EOS_ID
+
+_FILE_BYTES = 2**29  # little in memory at a time
+
+
+def export_hf(path: pathlib.Path, out: pathlib.Path, *, progress: bool = False) -> int:
+    """Export a checkpoint as a folder that transformers loads: whole, or not there.
+
+    Every tensor is compared with the manifest's digest on the way.
+
+    Args:
+        path: a checkpoint.
+        out: a folder that does not exist yet.
+        progress: show a bar on stderr.
+
+    Returns:
+        The number of bytes of weights.
+
+    Raises:
+        InputError: as `load_checkpoint`; `out` exists; a tensor differs from the manifest.
+    """
+    with draft(out) as folder:
+        values, config = open_checkpoint(path)
+        rows = {row.ours: row.huggingface for row in names(config.num_layers)}
+        placed, total = {}, 0
+        drafts: list[pathlib.Path] = []
+        for shard in shards(read_tensors(path, progress=progress), _FILE_BYTES):
+            file = folder / f"{len(drafts):05}"
+            named = {rows[t.path]: t.array for t in shard}
+            safetensors.numpy.save_file(named, file, metadata={"format": "pt"})
+            drafts.append(file)
+            placed |= dict.fromkeys(named, len(drafts))
+            total += sum(t.array.nbytes for t in shard)
+        _place(folder, drafts, placed, total)
+        _write_json(folder / "config.json", _config(config, values["dtype"]))
+        special_ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+        _write_json(folder / "generation_config.json", special_ids)
+        if (path / "tokenizer.model").exists():
+            shutil.copyfile(path / "tokenizer.model", folder / "tokenizer.model")
+            _write_json(folder / "tokenizer_config.json", _tokenizer_config(config))
+    return total
+
+
+def _place(
+    folder: pathlib.Path, drafts: list[pathlib.Path], placed: dict[str, int], total: int
+) -> None:
+    """Give the files the names that transformers looks for, now that their number is known."""
+    if len(drafts) == 1:
+        drafts[0].rename(folder / "model.safetensors")
+        return
+    files = [f"model-{i:05}-of-{len(drafts):05}.safetensors" for i, _ in enumerate(drafts, start=1)]
+    for file, name in zip(drafts, files, strict=True):
+        file.rename(folder / name)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: files[i - 1] for name, i in placed.items()},
+    }
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.max_seq_len,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "torch_dtype": dtype,
+    }
+
+
+def _tokenizer_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "model_max_length": config.max_seq_len,
+    }
+
+
+def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,78 @@
+"""What is known of published weights beforehand: Meta's checksums, Llama 2's own numbers."""
+
+import hashlib
+import pathlib
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from convert.damage import abbreviate
+from llama_jax.config import ModelConfig
+from llama_jax.errors import InputError
+
+_PRESETS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+_SHAPE = ("vocab_size", "dim", "ffn_dim", "num_layers", "num_heads", "num_kv_heads")
+_BLOCK = 2**22  # bytes read at a time
+
+
+def check_list(path: pathlib.Path, *, progress: bool = False) -> int:
+    """Compare files with the MD5 sums that Meta publishes beside them.
+
+    Args:
+        path: checklist.chk or tokenizer_checklist.chk: lines of a sum and a file's name.
+        progress: show a bar on stderr.
+
+    Returns:
+        How many files were compared.
+
+    Raises:
+        InputError: the list is no such list, or a file is missing or differs.
+    """
+    sums: dict[str, str] = {}
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        md5, _, name = line.strip().partition(" ")
+        name = name.strip().lstrip("*")
+        if not line.strip() or name == path.name:
+            continue
+        if len(md5) != 32 or pathlib.PurePath(name).name != name or not name:
+            raise InputError(
+                f"{path}: got the line {line[:60]!r}, expected an MD5 sum and a file's name; "
+                "download it again"
+            )
+        sums[name] = md5.lower()
+    files = {name: path.parent / name for name in sums}
+    problems = [f"{name} is missing" for name, file in files.items() if not file.exists()]
+    there = {name: file for name, file in files.items() if file.exists()}
+    total = sum(file.stat().st_size for file in there.values())
+    with tqdm(
+        total=total, desc="checking", unit="B", unit_scale=True, delay=1, disable=not progress
+    ) as bar:
+        for name, file in there.items():
+            bar.set_postfix_str(name, refresh=False)
+            if _md5(file, bar.update) != sums[name]:
+                problems.append(f"{name} is not the published file")
+    if problems:
+        raise InputError(f"{path}: {abbreviate(problems)}; download what is named again")
+    return len(there)
+
+
+def _md5(path: pathlib.Path, tell: Callable[[int], object]) -> str:
+    md5 = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            md5.update(block)
+            tell(len(block))
+    return md5.hexdigest()
+
+
+def differences(config: ModelConfig) -> list[str]:
+    """Say where a config of a Llama 2's shape has other numbers than that Llama 2."""
+    for path in sorted(_PRESETS.glob("*.json")):
+        preset = ModelConfig.load(path)
+        if all(getattr(config, name) == getattr(preset, name) for name in _SHAPE):
+            return [
+                f"{name} is {getattr(config, name)}, {path.stem}'s is {getattr(preset, name)}"
+                for name in ("norm_eps", "rope_theta", "max_seq_len", "tie_embeddings")
+                if getattr(config, name) != getattr(preset, name)
+            ]
+    return []

@@ -1,0 +1,124 @@
+"""Manifest: what a checkpoint holds and where it came from, by SHA-256.
+
+manifest.json has
+  format_version, converter   FORMAT_VERSION; the program that wrote it
+  dtype                       of every tensor
+  origin                      what the writer says of the source
+  root                        digest over all tensors; see `root_digest`
+  tensors                     by path: shape, sha256 of the stored bytes, shard of params/; from a
+                              conversion also sources (file, name, shape, dtype, sha256 of the bytes
+                              there) and rounding (how many values changed, and how)
+  digests                     of config.json and tokenizer.model
+  files                       every other file and its size
+  sha256                      digest of all of the above
+"""
+
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from llama_jax.errors import InputError, one_line
+from llama_jax.files import read_json
+from llama_jax.version import __version__
+
+FORMAT_VERSION = 2
+NAME = "manifest.json"
+_SMALL = ("config.json", "tokenizer.model")  # files that are read whole at every load
+_REMEDY = "copy or convert the checkpoint again"
+
+
+def array_digest(array: np.ndarray) -> str:
+    """Return the SHA-256 of an array's bytes, row-major and little-endian."""
+    contiguous = np.ascontiguousarray(array).reshape(-1)
+    return hashlib.sha256(contiguous.view(np.uint8).data).hexdigest()
+
+
+def root_digest(tensors: dict[str, dict[str, Any]], dtype: str) -> str:
+    """Return one digest for all tensors: of the JSON of [path, dtype, shape, sha256], sorted.
+
+    Equal weights have equal roots, whatever files they came from and however they are sharded.
+    """
+    rows = [[path, dtype, list(t["shape"]), t["sha256"]] for path, t in sorted(tensors.items())]
+    return _json_digest(rows)
+
+
+def write_manifest(
+    folder: pathlib.Path, tensors: dict[str, dict[str, Any]], dtype: str, origin: dict[str, Any]
+) -> None:
+    """Describe what `folder` holds by now in its manifest.json.
+
+    Args:
+        folder: a checkpoint, whole but for the manifest.
+        tensors: by path: shape, sha256 and shard, and what else is to be kept.
+        dtype: theirs.
+        origin: where the weights came from.
+    """
+    values = {
+        "format_version": FORMAT_VERSION,
+        "converter": f"llama_jax {__version__}",
+        "dtype": dtype,
+        "origin": origin,
+        "root": root_digest(tensors, dtype),
+        "digests": {
+            name: file_digest(folder / name) for name in _SMALL if (folder / name).exists()
+        },
+        "files": file_sizes(folder),
+        "tensors": tensors,
+    }
+    text = json.dumps(values | {"sha256": _json_digest(values)}, indent=1) + "\n"
+    (folder / NAME).write_text(text, encoding="utf-8")
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+    """Read a manifest; check it, and by it the size of every file and the digest of small ones.
+
+    Raises:
+        InputError: it is of another version, or something differs; naming everything that does.
+    """
+    values = read_json(folder / NAME)
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"checkpoint {folder} has format version {version!r}, this program reads "
+            f"{FORMAT_VERSION}; convert the weights again"
+        )
+    expected = values.pop("sha256", None)
+    if _json_digest(values) != expected:
+        raise InputError(f"{folder / NAME} was changed after it was written; {_REMEDY}")
+    sizes = file_sizes(folder)
+    problems = [
+        f"{name} {f'has {sizes[name]} of {size} bytes' if name in sizes else 'is missing'}"
+        for name, size in values["files"].items()
+        if sizes.get(name) != size
+    ]
+    if problems:
+        raise InputError(f"checkpoint {folder} is incomplete: {one_line(problems)}; {_REMEDY}")
+    changed = [
+        name for name, digest in values["digests"].items() if file_digest(folder / name) != digest
+    ]
+    if changed:
+        raise InputError(
+            f"checkpoint {folder}: {one_line(changed)} changed after it was written; {_REMEDY}"
+        )
+    return values
+
+
+def file_sizes(folder: pathlib.Path) -> dict[str, int]:
+    """Return the size of each file beneath a folder, by its path there."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+
+def file_digest(path: pathlib.Path) -> str:
+    """Return a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _json_digest(values: Any) -> str:
+    """Return the SHA-256 of values as JSON without spaces, keys sorted."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
