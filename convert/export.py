@@ -3,12 +3,13 @@
 import json
 import pathlib
 import shutil
+from collections.abc import Iterable
 from typing import Any
 
 import safetensors.numpy
 
 from convert.names import names
-from llama_jax.checkpoint import open_checkpoint, read_tensors, shards
+from llama_jax.checkpoint import Tensor, open_checkpoint, read_tensors, shards
 from llama_jax.config import ModelConfig
 from llama_jax.draft import draft
 from llama_jax.tokenizer import BOS_ID, EOS_ID
@@ -34,23 +35,39 @@ def export_hf(path: pathlib.Path, out: pathlib.Path, *, progress: bool = False) 
     """
     with draft(out) as folder:
         values, config = open_checkpoint(path)
-        rows = {row.ours: row.huggingface for row in names(config.num_layers)}
-        placed, total = {}, 0
-        drafts: list[pathlib.Path] = []
-        for shard in shards(read_tensors(path, progress=progress), _FILE_BYTES):
-            file = folder / f"{len(drafts):05}"
-            named = {rows[t.path]: t.array for t in shard}
-            safetensors.numpy.save_file(named, file, metadata={"format": "pt"})
-            drafts.append(file)
-            placed |= dict.fromkeys(named, len(drafts))
-            total += sum(t.array.nbytes for t in shard)
-        _place(folder, drafts, placed, total)
-        _write_json(folder / "config.json", _config(config, values["dtype"]))
-        special_ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
-        _write_json(folder / "generation_config.json", special_ids)
+        size = write_hf(folder, read_tensors(path, progress=progress), config, values["dtype"])
         if (path / "tokenizer.model").exists():
             shutil.copyfile(path / "tokenizer.model", folder / "tokenizer.model")
             _write_json(folder / "tokenizer_config.json", _tokenizer_config(config))
+    return size
+
+
+def write_hf(
+    folder: pathlib.Path, tensors: Iterable[Tensor], config: ModelConfig, dtype: str
+) -> int:
+    """Write config.json and safetensors into a folder; return the number of bytes of weights.
+
+    Args:
+        folder: an empty one.
+        tensors: every parameter, by our paths; few are in memory at a time.
+        config: their shape.
+        dtype: theirs.
+    """
+    rows = {row.ours: row.huggingface for row in names(config.num_layers)}
+    placed, total = {}, 0
+    drafts: list[pathlib.Path] = []
+    for shard in shards(tensors, _FILE_BYTES):
+        file = folder / f"{len(drafts):05}"
+        named = {rows[t.path]: t.array for t in shard}
+        safetensors.numpy.save_file(named, file, metadata={"format": "pt"})
+        drafts.append(file)
+        placed |= dict.fromkeys(named, len(drafts))
+        total += sum(t.array.nbytes for t in shard)
+        del shard, named  # before the next is read
+    _place(folder, drafts, placed, total)
+    _write_json(folder / "config.json", _config(config, dtype))
+    special_ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+    _write_json(folder / "generation_config.json", special_ids)
     return total
 
 

@@ -153,8 +153,9 @@ def load_checkpoint(
     values, config = open_checkpoint(path)
     dtype = _run_dtype(dtype or values["dtype"], asked=dtype is not None)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
     restored: dict[str, jax.Array] = {}
-    for shard, rows in _read_shards(path, values, "loading", progress):
+    for shard, rows in _shard_rows(path, values, "loading", progress):
         abstract = {
             name: jax.ShapeDtypeStruct(row["shape"], jnp.dtype(dtype), sharding=device)
             for name, row in rows.items()
@@ -205,7 +206,7 @@ def _read_stored(
     path: pathlib.Path, values: dict[str, Any], label: str, progress: bool, problems: list[str]
 ) -> Iterator[Tensor]:
     """Yield the tensors that are what the manifest says; describe the others in `problems`."""
-    for shard, rows in _read_shards(path, values, label, progress):
+    for shard, rows in _shard_rows(path, values, label, progress):
         abstract = {
             name: jax.ShapeDtypeStruct(row["shape"], jnp.dtype(values["dtype"]))
             for name, row in rows.items()
@@ -275,10 +276,10 @@ def _run_dtype(dtype: str, *, asked: bool) -> str:
     return "bfloat16"
 
 
-def _read_shards(
+def _shard_rows(
     path: pathlib.Path, values: dict[str, Any], label: str, progress: bool
 ) -> Iterator[tuple[pathlib.Path, dict[str, Any]]]:
-    """Yield each shard's folder and its rows of the manifest."""
+    """Yield each shard's folder and its rows of the manifest, and show how far that is."""
     shards: dict[str, dict[str, Any]] = {}
     for name, row in values["tensors"].items():
         shards.setdefault(row["shard"], {})[name] = row
@@ -320,9 +321,14 @@ def _as_numpy(item: Params) -> Any:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    # Orbax would by default have up to 96 GB in flight beside the arrays themselves.
+    # Orbax would by default have up to 96 GB in flight beside the arrays themselves. Compression
+    # saves a twentieth of random weights, and takes as long again to read and to write.
     handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=True, use_zarr3=True, save_concurrent_gb=2, restore_concurrent_gb=2
+        use_ocdbt=True,
+        use_zarr3=True,
+        use_compression=False,
+        save_concurrent_gb=2,
+        restore_concurrent_gb=2,
     )
     return ocp.Checkpointer(handler)
 

@@ -418,3 +418,29 @@ def test_the_script_for_gpus(tmp_path):
     assert (tmp_path / "summary.txt").read_text("utf-8") == done.stdout
     for name in ("e2e-one.json", "sweep-demo.json", "compiled-demo-float32.txt", "one.log"):
         assert (tmp_path / name).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_checkpoints_are_measured_at_every_step(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.checkpoints", "--shape=demo"),
+            *("--dtype=float32,float16", f"--folder={tmp_path}", f"--output={tmp_path / 'out'}"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # what was made is removed
+    record = json.loads((tmp_path / "out" / "checkpoints-demo-float32-float16.json").read_text())
+    assert list(record["steps"]) == ["convert", "verify", "load, one token", "export"]
+    assert record["source_bytes"] == 2 * record["stored_bytes"]
+    assert "rounded" in record["steps"]["convert"]["said"]
+    assert "root" in record["steps"]["verify"]["said"]
+    for step in record["steps"].values():
+        assert step["peak_bytes"] > 2**26
+        assert step["seconds"] > 0
+    assert str(tmp_path) not in record["command"]
+    assert "% of the disk's speed" in done.stdout
