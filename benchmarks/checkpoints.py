@@ -33,11 +33,11 @@ from benchmarks.command import command_line, execute, note, output_folder, read_
 from benchmarks.shapes import SHAPES, load_shape
 from benchmarks.worker import EngineError
 from convert.export import write_hf
-from llama_jax.checkpoint import Tensor
 from llama_jax.config import ModelConfig
 from llama_jax.draft import check_absent
 from llama_jax.errors import InputError
 from llama_jax.model import param_shapes
+from llama_jax.shards import Tensor, by_path
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 READ_BYTES = 2**32  # at most, to measure the disk by
@@ -59,10 +59,9 @@ flags.DEFINE_string(
 def random_tensors(config: ModelConfig, dtype: str) -> Iterator[Tensor]:
     """Yield every parameter of a model, drawn from a normal distribution of deviation 0.02."""
     rng = np.random.default_rng(0)
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config)):
+    for path, leaf in by_path(param_shapes(config)).items():
         values = rng.standard_normal(leaf.shape, dtype=np.float32)
         values *= 0.02
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
         yield Tensor(path, values.astype(jnp.dtype(dtype)))
 
 

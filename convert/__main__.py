@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from convert import huggingface, meta, published, source
 from convert.export import export_hf
-from llama_jax.checkpoint import DTYPES, Tensor, save_checkpoint, verify_checkpoint
+from llama_jax.checkpoint import DTYPES, save_checkpoint, verify_checkpoint
 from llama_jax.draft import check_absent
 from llama_jax.errors import InputError
+from llama_jax.shards import Tensor
 
 _MAX_SEQ_LEN = 4096
 _EXAMPLE = """\

@@ -9,9 +9,10 @@ from typing import Any
 import safetensors.numpy
 
 from convert.names import names
-from llama_jax.checkpoint import Tensor, open_checkpoint, read_tensors, shards
+from llama_jax.checkpoint import open_checkpoint, read_tensors
 from llama_jax.config import ModelConfig
 from llama_jax.draft import draft
+from llama_jax.shards import Tensor, group
 from llama_jax.tokenizer import BOS_ID, EOS_ID
 
 _FILE_BYTES = 2**29  # little in memory at a time
@@ -56,7 +57,7 @@ def write_hf(
     rows = {row.ours: row.huggingface for row in names(config.num_layers)}
     placed, total = {}, 0
     drafts: list[pathlib.Path] = []
-    for shard in shards(tensors, _FILE_BYTES):
+    for shard in group(tensors, _FILE_BYTES):
         file = folder / f"{len(drafts):05}"
         named = {rows[t.path]: t.array for t in shard}
         safetensors.numpy.save_file(named, file, metadata={"format": "pt"})

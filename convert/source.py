@@ -6,17 +6,17 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import TypedDict
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from convert.damage import abbreviate
 from convert.tensors import Header, read_tensor
-from llama_jax.checkpoint import DTYPES, Tensor
+from llama_jax.checkpoint import DTYPES
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
 from llama_jax.manifest import array_digest
 from llama_jax.model import param_shapes
+from llama_jax.shards import Tensor, by_path
 from llama_jax.tokenizer import Tokenizer
 
 ROUNDING = ("rounded", "subnormal", "to zero", "beyond the largest")
@@ -94,8 +94,7 @@ def check_tensors(source: Source) -> None:
     Raises:
         InputError: listing all that is missing, unexpected or of another shape.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(param_shapes(source.config))
-    shapes = {jax.tree_util.keystr(k, simple=True, separator="/"): v.shape for k, v in leaves}
+    shapes = {path: leaf.shape for path, leaf in by_path(param_shapes(source.config)).items()}
     assert shapes.keys() == source.names.keys(), "names.py and the model disagree"
     expected = {source.names[path]: shape for path, shape in shapes.items()}
     found = source.headers

@@ -16,8 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
@@ -25,6 +23,7 @@ from llama_jax.draft import draft
 from llama_jax.errors import InputError, one_line
 from llama_jax.manifest import NAME, array_digest, read_manifest, write_manifest
 from llama_jax.model import Params, param_shapes
+from llama_jax.shards import Tensor, by_path, group, nest, read_shard, write_shard
 
 DTYPES = ("float16", "bfloat16", "float32")
 SHARD_BYTES = 2**27
@@ -40,23 +39,6 @@ class Checkpoint:
     dtype: str
     """The dtype of `params`, one of DTYPES."""
     tokenizer: pathlib.Path | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A parameter to store."""
-
-    path: str
-    """Such as layer_0/attention/q."""
-    array: np.ndarray
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What else its row of the manifest is to say."""
-
-
-def tensors(params: Params) -> Iterator[Tensor]:
-    """Yield every parameter of a tree."""
-    for path, leaf in _by_path(params).items():
-        yield Tensor(path, np.asarray(leaf))
 
 
 def save_checkpoint(
@@ -83,12 +65,12 @@ def save_checkpoint(
     with draft(path) as folder:
         rows: dict[str, dict[str, Any]] = {}
         dtypes = set()
-        for i, shard in enumerate(shards(tensors, SHARD_BYTES)):
-            _write_shard(folder / "params" / f"{i:05}", shard)
+        for i, shard in enumerate(group(tensors, SHARD_BYTES)):
+            write_shard(folder / "params" / f"{i:05}", shard)
             dtypes |= {str(t.array.dtype) for t in shard}
             rows |= {t.path: _row(t, f"{i:05}") for t in shard}
             del shard  # before the next is read
-        shapes = {name: leaf.shape for name, leaf in _by_path(param_shapes(config)).items()}
+        shapes = {name: leaf.shape for name, leaf in by_path(param_shapes(config)).items()}
         assert {name: row["shape"] for name, row in rows.items()} == shapes, "unlike the config"
         (dtype,) = dtypes
         (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
@@ -100,31 +82,6 @@ def save_checkpoint(
 def _row(tensor: Tensor, shard: str) -> dict[str, Any]:
     digest = array_digest(tensor.array)
     return {"shape": tensor.array.shape, "sha256": digest, "shard": shard} | tensor.notes
-
-
-def shards(tensors: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """Group tensors, in order, into lists of `size` bytes, or somewhat more."""
-    shard: list[Tensor] = []
-    for tensor in tensors:
-        shard.append(tensor)
-        if sum(t.array.nbytes for t in shard) >= size:
-            yield shard
-            shard = []
-        del tensor
-    if shard:
-        yield shard
-
-
-def _write_shard(folder: pathlib.Path, shard: list[Tensor]) -> None:
-    with _checkpointer() as checkpointer:
-        try:
-            tree = _nest({t.path: t.array for t in shard})
-            checkpointer.save(folder, args=ocp.args.PyTreeSave(tree))
-        except Exception as error:  # Orbax has no type of its own for a disk that refuses
-            said = str(error).strip().partition("\n")[0]
-            raise OSError(f"{folder} cannot be written: is the disk full? Orbax: {said}") from error
-    # Orbax's own mark of success names the draft's path; here the rename is the mark.
-    (folder / "commit_success.txt").unlink(missing_ok=True)
 
 
 def load_checkpoint(
@@ -160,9 +117,9 @@ def load_checkpoint(
             name: jax.ShapeDtypeStruct(row["shape"], jnp.dtype(dtype), sharding=device)
             for name, row in rows.items()
         }
-        restored |= _restore(shard, abstract, ocp.checkpoint_utils.construct_restore_args)
+        restored |= read_shard(shard, abstract)
     tokenizer = path / "tokenizer.model"
-    return Checkpoint(config, _nest(restored), dtype, tokenizer if tokenizer.exists() else None)
+    return Checkpoint(config, nest(restored), dtype, tokenizer if tokenizer.exists() else None)
 
 
 def verify_checkpoint(path: str | pathlib.Path, *, progress: bool = False) -> str:
@@ -212,7 +169,7 @@ def _read_stored(
             for name, row in rows.items()
         }
         try:
-            found = _restore(shard, abstract, _as_numpy)
+            found = read_shard(shard, abstract, to_numpy=True)
         except InputError as error:
             problems.append(str(error))
             continue
@@ -244,7 +201,7 @@ def open_checkpoint(path: pathlib.Path) -> tuple[dict[str, Any], ModelConfig]:
             "check the path and its permissions"
         ) from None
     config = ModelConfig.load(path / "config.json")
-    shapes = {name: list(leaf.shape) for name, leaf in _by_path(param_shapes(config)).items()}
+    shapes = {name: list(leaf.shape) for name, leaf in by_path(param_shapes(config)).items()}
     if {name: row["shape"] for name, row in values["tensors"].items()} != shapes:
         raise InputError(
             f"checkpoint {path}: the arrays do not fit config.json; convert the weights again"
@@ -299,53 +256,3 @@ def _shard_rows(
         for shard, rows in shards.items():
             yield path / "params" / shard, rows
             bar.update(sizes[shard])
-
-
-def _restore(
-    shard: pathlib.Path, abstract: dict[str, jax.ShapeDtypeStruct], restore_args: Any
-) -> dict[str, Any]:
-    item = _nest(abstract)
-    with _checkpointer() as checkpointer:
-        try:
-            args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args(item))
-            return _by_path(checkpointer.restore(shard, args=args))
-        except Exception as error:  # Orbax has no type of its own for damage, not even one base
-            raise InputError(
-                f"{shard} ({', '.join(list(abstract)[:3])}, ...) is damaged "
-                f"(Orbax: {type(error).__name__}); copy or convert the checkpoint again"
-            ) from error
-
-
-def _as_numpy(item: Params) -> Any:
-    return jax.tree.map(lambda a: ocp.RestoreArgs(restore_type=np.ndarray, dtype=a.dtype), item)
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    # Orbax would by default have up to 96 GB in flight beside the arrays themselves. Compression
-    # saves a twentieth of random weights, and takes as long again to read and to write.
-    handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=True,
-        use_zarr3=True,
-        use_compression=False,
-        save_concurrent_gb=2,
-        restore_concurrent_gb=2,
-    )
-    return ocp.Checkpointer(handler)
-
-
-def _by_path(params: Params) -> dict[str, Any]:
-    """Return a tree's leaves by their paths, such as layer_0/attention/q."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
-
-
-def _nest(leaves: dict[str, Any]) -> Params:
-    """Return the tree of leaves by their paths."""
-    tree: Params = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree

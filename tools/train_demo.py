@@ -23,9 +23,10 @@ from absl import app, flags, logging
 
 from llama_jax import cache as kv
 from llama_jax.chat import Message, encode_dialog
-from llama_jax.checkpoint import save_checkpoint, tensors
+from llama_jax.checkpoint import save_checkpoint
 from llama_jax.config import ModelConfig
 from llama_jax.model import Llama, forward, init_params
+from llama_jax.shards import tensors
 from llama_jax.tokenizer import BOS_ID, EOS_ID, Tokenizer
 from tools.demo_corpus import Corpus, read_corpus
 
