@@ -1,12 +1,15 @@
 """Command line: python -m convert meta SRC DST | hf SRC DST | verify DST | export-hf DST OUT."""
 
 import argparse
+import itertools
+import logging
 import math
 import os
 import pathlib
 import shlex
 import shutil
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -205,8 +208,9 @@ def _with_progress(
 ) -> Iterator[Tensor]:
     """Pass tensors on, showing how far it is, and add up how their values changed."""
     with tqdm(total=total, unit="B", unit_scale=True, desc="converting") as bar:
-        for i, tensor in enumerate(params, start=1):
-            bar.set_postfix_str(f"{i}/{count} {tensor.path}", refresh=False)
+        numbers = itertools.count(1)  # enumerate would hold on to the tensor
+        for tensor in params:
+            bar.set_postfix_str(f"{next(numbers)}/{count} {tensor.path}", refresh=False)
             rounding.update(tensor.notes.get("rounding", {}))
             size = tensor.array.nbytes
             yield tensor
@@ -219,6 +223,10 @@ def _tell(message: str) -> None:
 
 
 if __name__ == "__main__":
+    if "--debug" not in sys.argv:
+        # Orbax logs and its threads print, in pages, the error that it also raises here.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        threading.excepthook = sys.unraisablehook = lambda args: None
     # Nothing is computed here: a GPU would only have its memory reserved away from others.
     jax.config.update("jax_platforms", "cpu")
     sys.exit(main())

@@ -7,6 +7,7 @@ DST/manifest.json     what all this is, by digest; see manifest.py
 """
 
 import dataclasses
+import itertools
 import logging
 import math
 import pathlib
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from llama_jax.config import ModelConfig
 from llama_jax.draft import draft
 from llama_jax.errors import InputError, one_line
-from llama_jax.manifest import NAME, array_digest, read_manifest, write_manifest
+from llama_jax.manifest import NAME, array_digest, check_files, read_manifest, write_manifest
 from llama_jax.model import Params, param_shapes
 from llama_jax.shards import Tensor, by_path, group, nest, read_shard, write_shard
 
@@ -65,10 +66,12 @@ def save_checkpoint(
     with draft(path) as folder:
         rows: dict[str, dict[str, Any]] = {}
         dtypes = set()
-        for i, shard in enumerate(group(tensors, SHARD_BYTES)):
-            write_shard(folder / "params" / f"{i:05}", shard)
+        names = (f"{i:05}" for i in itertools.count())  # enumerate would hold on to the shard
+        for shard in group(tensors, SHARD_BYTES):
+            name = next(names)
+            write_shard(folder / "params" / name, shard)
             dtypes |= {str(t.array.dtype) for t in shard}
-            rows |= {t.path: _row(t, f"{i:05}") for t in shard}
+            rows |= {t.path: _row(t, name) for t in shard}
             del shard  # before the next is read
         shapes = {name: leaf.shape for name, leaf in by_path(param_shapes(config)).items()}
         assert {name: row["shape"] for name, row in rows.items()} == shapes, "unlike the config"
@@ -130,8 +133,11 @@ def verify_checkpoint(path: str | pathlib.Path, *, progress: bool = False) -> st
     """
     path = pathlib.Path(path).expanduser().absolute()
     values, _ = open_checkpoint(path)
+    total = sum(file["bytes"] for file in values["files"].values())
+    with _bar(total, "verifying files", progress) as bar:
+        check_files(path, values, tell=bar.update)
     problems: list[str] = []
-    for _ in _read_stored(path, values, "verifying", progress, problems):
+    for _ in _read_stored(path, values, "verifying tensors", progress, problems):
         pass
     if problems:
         raise InputError(
@@ -245,14 +251,12 @@ def _shard_rows(
         shard: sum(width * math.prod(row["shape"]) for row in rows.values())
         for shard, rows in shards.items()
     }
-    with tqdm(
-        total=sum(sizes.values()),
-        desc=label,
-        unit="B",
-        unit_scale=True,
-        delay=1,
-        disable=not progress,
-    ) as bar:
+    with _bar(sum(sizes.values()), label, progress) as bar:
         for shard, rows in shards.items():
             yield path / "params" / shard, rows
             bar.update(sizes[shard])
+
+
+def _bar(total: int, label: str, progress: bool) -> tqdm:
+    """Return a progress bar of bytes, which shows after a second."""
+    return tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=1, disable=not progress)

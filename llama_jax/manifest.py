@@ -8,14 +8,15 @@ manifest.json has
   tensors                     by path: shape, sha256 of the stored bytes, shard of params/; from a
                               conversion also sources (file, name, shape, dtype, sha256 of the bytes
                               there) and rounding (how many values changed, and how)
-  digests                     of config.json and tokenizer.model
-  files                       every other file and its size
+  files                       every file but this one: bytes and sha256
   sha256                      digest of all of the above
 """
 
 import hashlib
 import json
+import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from llama_jax.version import __version__
 
 FORMAT_VERSION = 2
 NAME = "manifest.json"
-_SMALL = ("config.json", "tokenizer.model")  # files that are read whole at every load
+_SMALL = 2**20  # bytes of a file that is compared at every load: the config, Orbax's own tables
 _REMEDY = "copy or convert the checkpoint again"
 
 
@@ -62,10 +63,10 @@ def write_manifest(
         "dtype": dtype,
         "origin": origin,
         "root": root_digest(tensors, dtype),
-        "digests": {
-            name: file_digest(folder / name) for name in _SMALL if (folder / name).exists()
+        "files": {
+            name: {"bytes": size, "sha256": file_digest(folder / name)}
+            for name, size in file_sizes(folder).items()
         },
-        "files": file_sizes(folder),
         "tensors": tensors,
     }
     text = json.dumps(values | {"sha256": _json_digest(values)}, indent=1) + "\n"
@@ -91,19 +92,47 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     sizes = file_sizes(folder)
     problems = [
         f"{name} {f'has {sizes[name]} of {size} bytes' if name in sizes else 'is missing'}"
-        for name, size in values["files"].items()
+        for name, size in ((name, file["bytes"]) for name, file in values["files"].items())
         if sizes.get(name) != size
     ]
     if problems:
         raise InputError(f"checkpoint {folder} is incomplete: {one_line(problems)}; {_REMEDY}")
-    changed = [
-        name for name, digest in values["digests"].items() if file_digest(folder / name) != digest
-    ]
+    check_files(folder, values, at_most=_SMALL)
+    return values
+
+
+def check_files(
+    folder: pathlib.Path,
+    values: dict[str, Any],
+    *,
+    at_most: float = math.inf,
+    tell: Callable[[int], object] = lambda size: None,
+) -> None:
+    """Compare the files of a checkpoint with the digests of its manifest.
+
+    Args:
+        folder: the checkpoint.
+        values: its manifest.
+        at_most: leave out files of more bytes.
+        tell: called with the bytes of each file that was compared.
+
+    Raises:
+        InputError: naming each that differs; of a shard, also what is in it.
+    """
+    changed = []
+    for name, file in values["files"].items():
+        if file["bytes"] > at_most:
+            continue
+        if file_digest(folder / name) != file["sha256"]:
+            shard = name.removeprefix("params/").partition("/")[0]
+            held = [path for path, row in values["tensors"].items() if row["shard"] == shard]
+            more = ", ..." if len(held) > 3 else ""
+            changed.append(name + (f" (of {', '.join(held[:3])}{more})" if held else ""))
+        tell(file["bytes"])
     if changed:
         raise InputError(
-            f"checkpoint {folder}: {one_line(changed)} changed after it was written; {_REMEDY}"
+            f"checkpoint {folder}: changed after being written: {one_line(changed)}; {_REMEDY}"
         )
-    return values
 
 
 def file_sizes(folder: pathlib.Path) -> dict[str, int]:

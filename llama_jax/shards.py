@@ -91,7 +91,7 @@ def read_shard(
 
 def _checkpointer() -> ocp.Checkpointer:
     # Orbax would by default have up to 96 GB in flight beside the arrays themselves. Compression
-    # saves a twentieth of random weights, and takes as long again to read and to write.
+    # would save a tenth of random weights, and take as long again to read.
     handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt=True,
         use_zarr3=True,

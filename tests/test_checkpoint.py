@@ -184,7 +184,7 @@ def test_every_missing_or_shortened_file_is_named(saved, tmp_path):
 def test_a_changed_config_is_refused(copy):
     config = (copy / "config.json").read_text()
     (copy / "config.json").write_text(config.replace('"ffn_dim": 40', '"ffn_dim": 41'))
-    assert "config.json changed after it was written" in refused(copy)
+    assert "changed after being written: config.json" in refused(copy)
 
 
 def test_arrays_of_another_model(copy):

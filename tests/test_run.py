@@ -18,6 +18,7 @@ import run
 from llama_jax import Llama, checkpoint
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.llama import CHECKPOINT_VARIABLE
+from llama_jax.shards import tensors
 
 ROOT = pathlib.Path(__file__).parent.parent
 PARIS = "--prompt=What is the capital of France?"
@@ -38,9 +39,9 @@ def cli(capsys, monkeypatch, demo):
     """Run main() on arguments; return (exit status, stdout, stderr)."""
     load = Llama.load
 
-    def load_once(path, *, dtype=None, context=None):
+    def load_once(path, *, dtype=None, context=None, **how):
         plain = pathlib.Path(path) == DEMO_CHECKPOINT and (dtype, context) == (None, None)
-        return demo if plain else load(path, dtype=dtype, context=context)
+        return demo if plain else load(path, dtype=dtype, context=context, **how)
 
     monkeypatch.setattr(Llama, "load", load_once)
 
@@ -275,12 +276,12 @@ def test_bad_messages(cli, stdin, expected):
     [
         (lambda folder: shutil.rmtree(folder) or folder.mkdir(), "the folder is empty"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "params" / "_METADATA").unlink(), "params/_METADATA is missing"),
+        (lambda folder: (folder / "params/00000/_METADATA").unlink(), "00000/_METADATA is missing"),
         (
             lambda folder: (folder / "manifest.json").write_text(
-                '{"format_version": 2, "dtype": "float32", "files": {}}'
+                '{"format_version": 1, "dtype": "float32", "files": {}}'
             ),
-            "has format version 2, this program reads 1",
+            "has format version 1, this program reads 2",
         ),
     ],
     ids=["empty", "half", "torn", "version"],
@@ -303,7 +304,7 @@ def test_debug_shows_the_traceback():
 
 def test_without_a_tokenizer_ids_are_printed(cli, tmp_path):
     whole = checkpoint.load_checkpoint(DEMO_CHECKPOINT)
-    checkpoint.save_checkpoint(tmp_path / "bare", whole.params, whole.config)
+    checkpoint.save_checkpoint(tmp_path / "bare", tensors(whole.params), whole.config)
     arguments = [f"--checkpoint={tmp_path / 'bare'}", "--prompt_tokens=1,5", "--seed=1"]
     whole = cli(*arguments, "--max_tokens=3", "--nostream", "--ignore_eos")[1]
     streamed = cli(*arguments, "--max_tokens=3", "--ignore_eos")[1]

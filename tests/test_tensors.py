@@ -106,7 +106,7 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path, weights, tokenizer):
         (snapshot / file.name).symlink_to(f"../../blobs/{name}")
     values = converted(snapshot, tmp_path / "out")
     assert values["tensors"] == expected["tensors"]
-    assert values["digests"] == expected["digests"]
+    assert values["files"]["tokenizer.model"] == expected["files"]["tokenizer.model"]
     assert not [file for file in (tmp_path / "out").rglob("*") if file.is_symlink()]
 
 
