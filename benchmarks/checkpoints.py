@@ -5,9 +5,9 @@
 
 A source in the Hugging Face layout is made up first, of random weights of the shape. Every step is
 a process of its own, and reads from the disk what it would find in memory otherwise. --folder needs
-room for three copies of the weights; what is made there is removed. The table goes to stdout,
-progress to stderr, every figure to OUTPUT/NAME.json. Exit status: 0 done, 1 a step failed, 2 a
-mistake in the input.
+room for the weights as given and as stored; what is made there is removed. The table goes to
+stdout, progress to stderr, every figure to OUTPUT/NAME.json. Exit status: 0 done, 1 a step failed,
+2 a mistake in the input.
 """
 
 import json

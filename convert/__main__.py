@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from convert import huggingface, meta, published, source
 from convert.export import export_hf
-from llama_jax.checkpoint import DTYPES, save_checkpoint, verify_checkpoint
-from llama_jax.draft import check_absent
+from llama_jax.checkpoint import DTYPES, open_checkpoint, save_checkpoint, verify_checkpoint
+from llama_jax.draft import check_absent, partial_folder
 from llama_jax.errors import InputError
+from llama_jax.manifest import file_sizes
 from llama_jax.shards import Tensor
 
 _MAX_SEQ_LEN = 4096
@@ -167,6 +168,8 @@ def _verify(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     _check_destination(args.out)
+    values, _ = open_checkpoint(args.dst)
+    _check_room(args.out, sum(file["bytes"] for file in values["files"].values()))
     size = export_hf(args.dst, args.out, progress=True)
     print(f"wrote {tqdm.format_sizeof(size, 'B')} to {args.out}, for transformers to load")
 
@@ -181,6 +184,7 @@ def _check_destination(path: pathlib.Path) -> None:
 
 def _check_room(path: pathlib.Path, size: int) -> None:
     free = shutil.disk_usage(_existing_parent(path)).free
+    free += sum(file_sizes(partial_folder(path)).values())  # what a killed run left will go
     if free < size:
         raise InputError(
             f"{path} needs {size:,} bytes, but its disk has {free:,} left; make room, or name a "

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import safetensors.numpy
+from safetensors import SafetensorError
 
 from convert.names import names
 from llama_jax.checkpoint import open_checkpoint, read_tensors
@@ -34,10 +35,11 @@ def export_hf(path: pathlib.Path, out: pathlib.Path, *, progress: bool = False) 
     Raises:
         InputError: as `load_checkpoint`; `out` exists; a tensor differs from the manifest.
     """
+    path = path.expanduser().absolute()
+    values, config = open_checkpoint(path)
     with draft(out) as folder:
-        values, config = open_checkpoint(path)
         size = write_hf(folder, read_tensors(path, progress=progress), config, values["dtype"])
-        if (path / "tokenizer.model").exists():
+        if "tokenizer.model" in values["files"]:
             shutil.copyfile(path / "tokenizer.model", folder / "tokenizer.model")
             _write_json(folder / "tokenizer_config.json", _tokenizer_config(config))
     return size
@@ -60,7 +62,10 @@ def write_hf(
     for shard in group(tensors, _FILE_BYTES):
         file = folder / f"{len(drafts):05}"
         named = {rows[t.path]: t.array for t in shard}
-        safetensors.numpy.save_file(named, file, metadata={"format": "pt"})
+        try:
+            safetensors.numpy.save_file(named, file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{file} cannot be written: is the disk full? {error}") from error
         drafts.append(file)
         placed |= dict.fromkeys(named, len(drafts))
         total += sum(t.array.nbytes for t in shard)

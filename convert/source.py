@@ -20,8 +20,9 @@ from llama_jax.shards import Tensor, by_path
 from llama_jax.tokenizer import Tokenizer
 
 ROUNDING = ("rounded", "subnormal", "to zero", "beyond the largest")
-"""What becomes of values in a narrower dtype. Subnormal: smaller than the dtype holds with its full
-precision; of those and of the ones beyond the largest, `rounded` counts what changed."""
+"""What becomes of values in a narrower dtype. Rounded: all that changed, so also what went to zero
+or lies beyond the largest. Subnormal: smaller than the dtype holds with its full precision, changed
+or not."""
 
 _BLOCK = 2**22  # values cast at a time
 
@@ -179,7 +180,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 def _cast(
     name: str, array: np.ndarray, dtype: np.dtype, saturate: bool
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Return the array in `dtype`, and how many of its values that changed, by how (ROUNDING)."""
+    """Return the array in `dtype`, and counts of what became of its values (ROUNDING)."""
     source = np.ascontiguousarray(array).reshape(-1)
     exact = np.can_cast(source.dtype, dtype) or dtype == np.float32
     stored = source if dtype == source.dtype else np.empty(source.shape, dtype)

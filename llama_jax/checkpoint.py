@@ -121,8 +121,19 @@ def load_checkpoint(
             for name, row in rows.items()
         }
         restored |= read_shard(shard, abstract)
-    tokenizer = path / "tokenizer.model"
-    return Checkpoint(config, nest(restored), dtype, tokenizer if tokenizer.exists() else None)
+        if dtype == "float16" != values["dtype"]:
+            _check_range({name: restored[name] for name in rows}, values["dtype"])
+    tokenizer = path / "tokenizer.model" if "tokenizer.model" in values["files"] else None
+    return Checkpoint(config, nest(restored), dtype, tokenizer)
+
+
+def _check_range(arrays: dict[str, jax.Array], stored: str) -> None:
+    beyond = [name for name, array in arrays.items() if not jnp.isfinite(array).all()]
+    if beyond:
+        raise InputError(
+            f"{one_line(beyond)}: the {stored} weights exceed float16's 65,504; run in {stored}, "
+            "or convert them with --dtype=float16 --saturate"
+        )
 
 
 def verify_checkpoint(path: str | pathlib.Path, *, progress: bool = False) -> str:
@@ -162,7 +173,9 @@ def read_tensors(path: str | pathlib.Path, *, progress: bool = False) -> Iterato
             break
         yield tensor
     if problems:
-        raise InputError(f"checkpoint {path} is damaged: {one_line(problems[:8])}")
+        raise InputError(
+            f"checkpoint {path} is damaged: {one_line(problems[:8])}; copy or convert it again"
+        )
 
 
 def _read_stored(

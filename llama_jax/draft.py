@@ -5,7 +5,6 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
-from typing import Any
 
 from llama_jax.errors import InputError
 
@@ -28,11 +27,9 @@ def draft(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path).absolute()
     check_absent(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial"
-    partial.mkdir(exist_ok=True)
-    with (partial / "lock").open("w") as lock:
-        _lock(lock, path)
+    partial = partial_folder(path)
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial, path):
         folder = partial / path.name
         try:
             if folder.exists():
@@ -45,20 +42,39 @@ def draft(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
             folder.rename(path)
             _sync(path.parent)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                partial.rmdir()
 
 
-def _lock(file: Any, path: pathlib.Path) -> None:
+def partial_folder(path: pathlib.Path) -> pathlib.Path:
+    """Return where a draft of `path` lies, or what is left of one."""
+    return path.parent / f".{path.name}.partial"
+
+
+@contextlib.contextmanager
+def _locked(partial: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
+    """Have the folder to this process; the system gives it up when the process ends."""
     try:
         import fcntl
     except ImportError:  # Windows: two writers of one folder are not told apart
+        yield
         return
+    descriptor = os.open(partial, os.O_RDONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up when this process ends
-    except BlockingIOError:
-        raise InputError(
-            f"{path} is being written by another process; wait for it, or name another folder"
-        ) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Else the other one finished, and removed the folder that is locked here.
+            ours = os.path.samestat(os.fstat(descriptor), partial.stat())
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            raise InputError(
+                f"{path} is being written by another process; wait for it, or name another folder"
+            )
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: pathlib.Path) -> None:

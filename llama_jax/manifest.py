@@ -7,7 +7,7 @@ manifest.json has
   root                        digest over all tensors; see `root_digest`
   tensors                     by path: shape, sha256 of the stored bytes, shard of params/; from a
                               conversion also sources (file, name, shape, dtype, sha256 of the bytes
-                              there) and rounding (how many values changed, and how)
+                              there) and rounding (what became of values in a narrower dtype)
   files                       every file but this one: bytes and sha256
   sha256                      digest of all of the above
 """

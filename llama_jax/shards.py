@@ -83,9 +83,16 @@ def read_shard(
             args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
             return by_path(checkpointer.restore(folder, args=args))
         except Exception as error:  # Orbax has no type of its own for damage, not even one base
+            said = str(error).strip().partition("\n")[0]
+            held = f"{folder} ({', '.join(list(abstract)[:3])}, ...)"
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said:
+                raise InputError(
+                    f"{held} does not fit into memory ({said[:200]}); use a 16-bit dtype or a "
+                    "larger device"
+                ) from error
             raise InputError(
-                f"{folder} ({', '.join(list(abstract)[:3])}, ...) is damaged "
-                f"(Orbax: {type(error).__name__}); copy or convert the checkpoint again"
+                f"{held} is damaged (Orbax: {type(error).__name__}: {said[:200]}); "
+                "copy or convert the checkpoint again"
             ) from error
 
 

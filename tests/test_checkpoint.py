@@ -66,6 +66,20 @@ def test_16_bit_weights_come_back_bit_for_bit(tmp_path, params, dtype):
     assert_equal(restored.params, half)
 
 
+def test_values_beyond_float16_are_refused_by_name(tmp_path, params):
+    large = jax.tree.map(np.array, params)
+    large["layer_1"]["attention"]["v"][0, 0] = -70_000
+    save_checkpoint(tmp_path / "large", tensors(large), SMALL)
+    with pytest.raises(InputError, match=r"layer_1/attention/v: the float32 weights exceed"):
+        load_checkpoint(tmp_path / "large", "float16")
+    assert load_checkpoint(tmp_path / "large", "bfloat16").dtype == "bfloat16"
+
+
+def test_a_tokenizer_that_was_not_written_with_it_is_not_taken(copy, tokenizer):
+    shutil.copyfile(tokenizer, copy / "tokenizer.model")
+    assert load_checkpoint(copy).tokenizer is None
+
+
 def test_per_layer_arrays_and_config_beside_them(saved):
     names = {path.name for path in saved.iterdir()}
     assert names == {"params", "config.json", "manifest.json"}

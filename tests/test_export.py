@@ -1,5 +1,6 @@
 """export-hf and verify: what was converted goes back, is what it was, and is checked on the way."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,7 +21,8 @@ from llama_jax import Llama, manifest
 from llama_jax.checkpoint import Tensor, load_checkpoint, save_checkpoint
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
-CONFIGS = {"gqa": GQA, "mha": MHA, "tied": TIED}
+OTHER = {"rope_theta": 50_000.0, "norm_eps": 1e-4, "max_seq_len": 96}  # no reader's defaults
+CONFIGS = {"gqa": dataclasses.replace(GQA, **OTHER), "mha": MHA, "tied": TIED}
 
 
 def run(*arguments) -> int:

@@ -1,5 +1,6 @@
 """What goes wrong around a checkpoint: a kill, a full disk, a second writer, changed bytes."""
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -103,7 +104,7 @@ def test_a_killed_conversion_leaves_a_whole_checkpoint_or_none(big, tmp_path, mo
     assert last > 10
 
     rng = random.Random(kills)
-    moments = [rng.randint(1, last) for _ in range(kills)]
+    moments = [rng.randint(1, last if kills > 1 else 2) for _ in range(kills)]
     if kills > 1:
         moments[:2] = [last, last]  # the manifest, fsync and rename
     killed = 0
@@ -175,6 +176,28 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(hf, tmp_path, limit):
     assert line.startswith("error: ")
     assert "/params/00000 cannot be written: is the disk full? " in line
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_export_to_a_full_disk_is_one_line_and_leaves_nothing(saved, tmp_path):
+    setting = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
+    process = subprocess_convert(setting, "export-hf", saved, tmp_path / "out")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert "Traceback" not in err
+    assert "cannot be written: is the disk full? " in err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+def test_what_a_killed_conversion_left_counts_as_room(hf, tmp_path, monkeypatch, capsys):
+    left = tmp_path / ".out.partial" / "out" / "params"
+    left.mkdir(parents=True)
+    (left / "half").write_bytes(bytes(10**6))
+    usage = collections.namedtuple("usage", "free")
+    monkeypatch.setattr(cli.shutil, "disk_usage", lambda path: usage(0))
+    assert convert("hf", hf, tmp_path / "other") == 2
+    assert "make room" in capsys.readouterr().err
+    assert convert("hf", hf, tmp_path / "out") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
 
 
 def test_room_is_checked_beforehand(hf, tmp_path, monkeypatch, capsys):

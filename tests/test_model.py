@@ -120,6 +120,7 @@ def test_padding_changes_no_bit():
     np.testing.assert_array_equal(*outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
 def test_logit_bits_do_not_depend_on_the_bucket(dtype):
     """A prompt's chunk, then one token: what prefill and decode compute."""

@@ -111,6 +111,7 @@ GRID = list(
 )
 
 
+@pytest.mark.slow
 def test_chi_square_over_the_grid():
     """20,000 draws of each of 750 combinations against the exact distribution.
 
