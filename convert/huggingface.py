@@ -1,5 +1,6 @@
 """Read a Llama 2 in the Hugging Face layout: config.json, and safetensors or PyTorch's pickles."""
 
+import os
 import pathlib
 import reprlib
 from typing import Any
@@ -142,14 +143,14 @@ def _rope_theta(values: dict[str, Any]) -> tuple[Any, list[str]]:
 def _read_headers(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, Header]]:
     """Return, for each tensor, the file that holds it and its header."""
     for weights, index in _WEIGHTS:
-        if (folder / weights).exists():
+        if os.path.lexists(folder / weights):  # a broken link is to be named, not passed over
             headers = read_headers(folder / weights)
             return {
                 name: (folder / weights, header)
                 for name, header in headers.items()
                 if not _is_buffer(name)
             }
-        if (folder / index).exists():
+        if os.path.lexists(folder / index):
             return _read_shards(folder / index)
     raise AssertionError("check_folder found one")
 

@@ -148,15 +148,16 @@ def _open_shards(folder: pathlib.Path) -> Shards:
         for path in paths
     }
     first, *others = shards
-    problems = [
-        f"{other} has {abbreviate(sorted(shards[other].keys() - shards[first].keys()))} "
-        f"more and {abbreviate(sorted(shards[first].keys() - shards[other].keys()))} less"
-        for other in others
-        if shards[other].keys() != shards[first].keys()
-    ]
+    problems = []
+    for other in others:
+        lacking = shards[first].keys() - shards[other].keys()
+        strange = shards[other].keys() - shards[first].keys()
+        problems += [f"{other} lacks {abbreviate(sorted(lacking))}"] if lacking else []
+        problems += [f"{other} alone has {abbreviate(sorted(strange))}"] if strange else []
     if problems:
         raise InputError(
-            f"{folder}: shards hold different tensors than {first}: {one_line(problems)}"
+            f"{folder}: shards hold different tensors than {first}: {one_line(problems)}; "
+            "download the whole folder again"
         )
     return shards
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import TypedDict
@@ -139,7 +140,8 @@ def find_tokenizer(source: Source, *folders: pathlib.Path) -> pathlib.Path | Non
         InputError: it is no Llama 2 tokenizer, or another model's.
     """
     candidates = [folder / "tokenizer.model" for folder in folders]
-    path = next((candidate for candidate in candidates if candidate.exists()), None)
+    # A broken link is there too, and refused by its reader.
+    path = next((candidate for candidate in candidates if os.path.lexists(candidate)), None)
     if path is None:
         return None
     pieces = Tokenizer(path).vocab_size

@@ -300,3 +300,14 @@ def test_an_html_page_is_one_line_and_exit_2(hf, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert "model.safetensors is an HTML page, not weights" in line
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model"])
+def test_a_broken_link_is_named(hf, tmp_path, tokenizer, capsys, name):
+    """As a hub cache has them once its blobs are gone."""
+    tokenizer.rename(hf / "tokenizer.model")
+    (hf / name).unlink()
+    (hf / name).symlink_to(tmp_path / "gone")
+    assert main(["hf", str(hf), str(tmp_path / "out")]) == 2
+    assert name in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
