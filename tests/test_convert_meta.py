@@ -205,7 +205,9 @@ def test_strange_shard_name_is_refused(tmp_path, weights):
 def test_shards_must_hold_the_same_names(tmp_path, weights):
     ranks = meta_shards(weights, GQA, 2)
     ranks[1]["surplus"] = ranks[1].pop("norm.weight")
-    with pytest.raises(InputError, match=r"01\.pth lacks norm\.weight; .*01\.pth alone has surplus; download"):
+    with pytest.raises(
+        InputError, match=r"01\.pth lacks norm\.weight; .*01\.pth alone has surplus; download"
+    ):
         read_meta(write_meta(tmp_path / "meta", ranks))
 
 
