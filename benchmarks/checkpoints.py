@@ -1,7 +1,7 @@
 """Measure what is done with checkpoints: convert, verify, load, export; seconds and peak memory.
 
-  python -m benchmarks.checkpoints --folder=/data/tmp
-  python -m benchmarks.checkpoints --shape=demo --dtype=float32,float16 --folder=/tmp/small
+  python -m benchmarks.checkpoints --folder=DIR
+  python -m benchmarks.checkpoints --shape=demo --dtype=float32,float16 --folder=DIR
 
 A source in the Hugging Face layout is made up first, of random weights of the shape. Every step is
 a process of its own, and reads from the disk what it would find in memory otherwise. --folder needs
@@ -146,6 +146,7 @@ def measure(folder: pathlib.Path, shape: str, dtypes: list[str]) -> dict[str, An
         note(name)
         forget(reads)
         steps[name] = run_step(*command)
+        steps[name]["said"] = steps[name]["said"].replace(f"{folder}{os.sep}", "")
 
     step(
         "convert", source, "-m", "convert", "hf", str(source), str(stored), f"--dtype={dtypes[-1]}"

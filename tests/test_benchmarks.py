@@ -118,7 +118,7 @@ def test_a_record_holds_no_path_of_its_machine():
     shown = command_line("benchmarks", ["--flax_python=/home/me/v/bin/python", "--output=here/it"])
     assert shown == "python -m benchmarks --flax_python=python --output=here/it"
     for record in (ROOT / "benchmarks" / "results").glob("*.json"):
-        assert not re.search(r"[= ]/\w", json.loads(record.read_text("utf-8"))["command"]), record
+        assert not re.search(r"""["'= ]/\w""", record.read_text("utf-8")), record
 
 
 def test_limits_are_medians():
@@ -434,7 +434,9 @@ def test_checkpoints_are_measured_at_every_step(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # what was made is removed
-    record = json.loads((tmp_path / "out" / "checkpoints-demo-float32-float16.json").read_text())
+    text = (tmp_path / "out" / "checkpoints-demo-float32-float16.json").read_text()
+    assert str(tmp_path) not in text
+    record = json.loads(text)
     assert list(record["steps"]) == ["convert", "verify", "load, one token", "export"]
     assert record["source_bytes"] == 2 * record["stored_bytes"]
     assert "rounded" in record["steps"]["convert"]["said"]
@@ -442,5 +444,4 @@ def test_checkpoints_are_measured_at_every_step(tmp_path):
     for step in record["steps"].values():
         assert step["peak_bytes"] > 2**26
         assert step["seconds"] > 0
-    assert str(tmp_path) not in record["command"]
     assert "% of the disk's speed" in done.stdout
