@@ -229,7 +229,8 @@ def _tell(message: str) -> None:
 if __name__ == "__main__":
     if "--debug" not in sys.argv:
         # Orbax logs and its threads print, in pages, the error that it also raises here.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         threading.excepthook = sys.unraisablehook = lambda args: None
     # Nothing is computed here: a GPU would only have its memory reserved away from others.
     jax.config.update("jax_platforms", "cpu")
