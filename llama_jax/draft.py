@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator
 
 from llama_jax.errors import InputError
@@ -42,9 +43,7 @@ def draft(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
             folder.rename(path)
             _sync(path.parent)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                partial.rmdir()
+            _remove(partial)
 
 
 def partial_folder(path: pathlib.Path) -> pathlib.Path:
@@ -75,6 +74,21 @@ def _locked(partial: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _remove(partial: pathlib.Path) -> None:
+    """Remove what is left of a draft, once those who still write into it have come to an end.
+
+    After a write has failed, TensorStore's threads go on with the others, and make the folders
+    that they miss.
+    """
+    finished = not any(partial.iterdir())
+    shutil.rmtree(partial, ignore_errors=True)
+    for pause in () if finished else (0.1, 0.2, 0.4, 0.8):
+        time.sleep(pause)
+        if not partial.exists():
+            return
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sync(path: pathlib.Path) -> None:
