@@ -1,18 +1,78 @@
-"""Read small files that people edit, move and damage."""
+"""Read JSON that people edit, move and damage, or that a stranger sends."""
 
 import json
+import math
 import pathlib
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 from llama_jax.errors import InputError
 
+_MAX_DEPTH = 64
+_TOO_DEEP = f"nested deeper than {_MAX_DEPTH}"
+
 
 def parse_json(text: str | bytes, source: str) -> Any:
-    """Parse JSON; an InputError names `source` if it is none, is not UTF-8 or nests too deep."""
+    """Parse JSON strictly; an InputError names `source` and what is wrong.
+
+    Bytes are UTF-8, with or without a byte order mark. What Python's own parser takes and JSON does
+    not have is refused: NaN, infinities and numbers too large for a double. So are a key given
+    twice in one object, of which one value would be lost, and nesting deeper than 64.
+    """
     try:
-        return json.loads(text)
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_float=_number,
+            parse_constant=_refuse_constant,
+        )
+        _check_depth(value)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{source}: not JSON ({error}); mend it or write it again") from None
+        fault = _TOO_DEEP if isinstance(error, RecursionError) else error
+        raise InputError(f"{source}: not JSON ({fault}); mend it or write it again") from None
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r:.40} is given twice")
+    return values
+
+
+def _integer(text: str) -> int:
+    if len(text) > 4300:  # Python's own limit, whose error speaks of a setting of Python's
+        raise ValueError(f"the number {text:.20}... is too large")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"the number {text:.40} is too large")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _check_depth(value: Any) -> None:
+    """Raise ValueError for what nests so deep that work on it could run out of stack."""
+    level = [value]
+    for _ in range(_MAX_DEPTH + 1):
+        level = [item for item in level if isinstance(item, dict | list)]
+        if not level:
+            return
+        level = [child for item in level for child in _children(item)]
+    raise ValueError(_TOO_DEEP)
+
+
+def _children(item: dict | list) -> Iterable[Any]:
+    return item.values() if isinstance(item, dict) else item
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

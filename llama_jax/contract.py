@@ -1,0 +1,146 @@
+"""The card's input contract: a body, checked as Cloudflare's validator checks it.
+
+The service refuses a request with a text of one fixed form. It is met here to the letter, so that
+a client written for the service sees what it knows.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from jsonschema import Draft202012Validator, ValidationError, validators
+
+from llama_jax.card import INPUT_SCHEMA
+from llama_jax.errors import InputError
+from llama_jax.files import parse_json
+from llama_jax.request import GenerationRequest, make_request
+
+
+class SchemaError(InputError):
+    """A body that does not meet the card's schema; the message is Cloudflare's for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CardRequest:
+    """A body that meets the card's schema: what of it takes effect, and what does not."""
+
+    fields: dict[str, Any]
+    """What the matched branch knows and was given, `stream` apart: integers as int, no defaults."""
+    stream: bool
+    ignored: list[str]
+    """Names such as `stop` and `messages[0].name`; a null asks for nothing and is not named."""
+
+    def request(self) -> GenerationRequest:
+        """Return the generation asked for, with its defaults.
+
+        Raises:
+            InputError: what the schema allows and Llama 2 does not, as an order of roles.
+        """
+        return make_request(**self.fields)
+
+
+def parse_body(text: bytes, name: str = "body") -> Any:
+    """Parse the JSON of a request; an InputError says what is wrong with it."""
+    return parse_json(text, name)
+
+
+def check(payload: Any) -> CardRequest:
+    """Check a parsed body against the card's schema; one that is no object counts as empty.
+
+    Raises:
+        SchemaError: it matches none or both of the schema's branches, prompt and messages.
+    """
+    payload = payload if isinstance(payload, dict) else {}
+    failures = [_first_failure(branch, payload) for branch in _BRANCHES]
+    matches = failures.count(None)
+    if matches != 1:
+        details = ", ".join(dict.fromkeys(text for text in failures if text))
+        head = f"oneOf at '/' not met, {matches} matches"
+        raise SchemaError(f"{head}: {details}" if details else head)
+    return _card_request(payload, _BRANCHES[failures.index(None)]["properties"])
+
+
+def _card_request(payload: dict[str, Any], properties: dict[str, Any]) -> CardRequest:
+    """Tell what takes effect of a payload from what does not, by the matched branch's fields."""
+    ignored = _unknown(payload, properties)
+    fields: dict[str, Any] = {
+        name: int(value) if properties[name]["type"] == "integer" else value
+        for name, value in payload.items()
+        if name in properties
+    }
+    if "messages" in fields:
+        known = properties["messages"]["items"]["properties"]
+        for i, message in enumerate(fields["messages"]):
+            ignored += [f"messages[{i}].{name}" for name in _unknown(message, known)]
+        fields["messages"] = [{name: m[name] for name in known} for m in fields["messages"]]
+    return CardRequest(stream=fields.pop("stream", False), fields=fields, ignored=ignored)
+
+
+def _unknown(given: dict[str, Any], known: dict[str, Any]) -> list[str]:
+    return [name for name, value in given.items() if name not in known and value is not None]
+
+
+def _first_failure(branch: dict[str, Any], payload: dict[str, Any]) -> str | None:
+    """Return the text of what a branch finds wrong first, or None if the payload matches it."""
+    arrays = {name for name, schema in branch["properties"].items() if schema["type"] == "array"}
+    given = {  # to the service a list that is a number, a boolean or null was not given
+        name: value
+        for name, value in payload.items()
+        if name not in arrays or isinstance(value, str | list | dict)
+    }
+    error = next(_Validator(branch).iter_errors(given), None)
+    return None if error is None else _text(error)
+
+
+def _text(error: ValidationError) -> str:
+    path = "/" + "/".join(str(step) for step in error.absolute_path)
+    expected: Any = error.validator_value
+    match error.validator:
+        case "type":
+            kinds = ",".join(f"'{kind}'" for kind in _kinds(error.instance))
+            return f"Type mismatch of '{path}', '{expected}' not in {kinds}"
+        case "required":
+            return f"required properties at '{path}' are '{','.join(expected)}'"
+        case "minLength":
+            return f"Length of '{path}' must be >= {expected} not met"
+        case "maxLength":
+            return f"Length of '{path}' must be <= {expected}"
+        case "minimum":
+            return f"'{path}' must be >= {expected}"
+        case "maximum":
+            return f"'{path}' must be <= {expected}"
+    raise NotImplementedError(f"no text for the keyword {error.validator!r}")
+
+
+def _kinds(value: Any) -> tuple[str, ...]:
+    """Name the types of a JSON value as Cloudflare's validator does."""
+    match value:
+        case None:
+            return ("null",)
+        case bool():
+            return ("boolean",)
+        case int() | float():
+            return ("number", "integer") if value % 1 == 0 else ("number",)
+        case str():
+            return ("string",)
+        case list():
+            # it takes for bytes an array whose items, up to the first null, are all of these
+            items = itertools.takewhile(lambda item: item is not None, value)
+            plain = all(type(item) in (str, int, float) for item in items)
+            return ("array", "binary") if plain else ("array",)
+    return ("object",)
+
+
+def _max_length(_validator: Any, bound: int, value: Any, _schema: Any) -> Iterator[ValidationError]:
+    """Measure a string as JavaScript does, in UTF-16 code units.
+
+    The card's one minLength is 1, which is the same in any unit.
+    """
+    if isinstance(value, str) and len(value.encode("utf-16-le", "surrogatepass")) // 2 > bound:
+        yield ValidationError("too long")
+
+
+# JSON Schema and JavaScript agree on the rest: 16.0 is an integer and true is no number
+_Validator = validators.extend(Draft202012Validator, {"maxLength": _max_length})
+_BRANCHES: list[dict[str, Any]] = parse_json(INPUT_SCHEMA, "card/input.json")["oneOf"]

@@ -1,0 +1,352 @@
+import contextlib
+import hashlib
+import json
+import math
+import pathlib
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_jax import InputError
+from llama_jax.card import INPUT_SCHEMA, OUTPUT_SCHEMA
+from llama_jax.contract import CardRequest, SchemaError, check, parse_body
+from llama_jax.request import PARAMETERS
+
+RECORD = json.loads((pathlib.Path(__file__).parent / "data" / "cabidela.json").read_text("utf-8"))
+BRANCHES = json.loads(INPUT_SCHEMA)["oneOf"]
+FIELDS = {name: schema for branch in BRANCHES for name, schema in branch["properties"].items()}
+HI = {"role": "user", "content": "hi"}
+
+NO_PROMPT = "required properties at '/' are 'prompt'"
+NO_MESSAGES = "required properties at '/' are 'messages'"
+NEITHER = f"{NO_PROMPT}, {NO_MESSAGES}"
+
+
+def refusal(payload: Any) -> str | None:
+    """Return the text a payload is refused with, or None if it meets the schema."""
+    try:
+        check(payload)
+    except SchemaError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("schema", "digest"),
+    [
+        (INPUT_SCHEMA, "78ef226edd773441f4ca2b49045172632da19a97723403fffcd46115917417ea"),
+        (OUTPUT_SCHEMA, "96912b4289db3c1e7cf0a20a8142ac420988e454daa60c14f24de0d43294be58"),
+    ],
+)
+def test_the_schemas_are_the_cards_byte_for_byte(schema, digest):
+    assert hashlib.sha256(schema).hexdigest() == digest
+
+
+@pytest.mark.parametrize(
+    ("payload", "failures"),
+    [
+        *((payload, NEITHER) for payload in ({}, [], "hi", None, 5)),
+        ({"prompt": ""}, f"Length of '/prompt' must be >= 1 not met, {NO_MESSAGES}"),
+        (
+            {"prompt": "a" * 131_073},
+            f"Length of '/prompt' must be <= 131072, {NO_MESSAGES}",
+        ),
+        (
+            {"prompt": 5},
+            f"Type mismatch of '/prompt', 'string' not in 'number','integer', {NO_MESSAGES}",
+        ),
+        ({"prompt": "hi", "temperature": 9}, "'/temperature' must be <= 5"),
+        ({"prompt": "hi", "temperature": -1}, "'/temperature' must be >= 0"),
+        *(
+            (
+                {"prompt": "hi", "temperature": value},
+                f"Type mismatch of '/temperature', 'number' not in '{kind}'",
+            )
+            for value, kind in [("1", "string"), (None, "null"), (True, "boolean")]
+        ),
+        ({"prompt": "hi", "top_k": 0}, "'/top_k' must be >= 1"),
+        ({"prompt": "hi", "top_k": 51}, "'/top_k' must be <= 50"),
+        ({"prompt": "hi", "top_k": 2.5}, "Type mismatch of '/top_k', 'integer' not in 'number'"),
+        ({"prompt": "hi", "seed": 0}, "'/seed' must be >= 1"),
+        ({"prompt": "hi", "seed": 10_000_000_000}, "'/seed' must be <= 9999999999"),
+        (
+            {"prompt": "hi", "max_tokens": 1.5},
+            "Type mismatch of '/max_tokens', 'integer' not in 'number'",
+        ),
+        (
+            {"prompt": "hi", "max_tokens": True},
+            "Type mismatch of '/max_tokens', 'integer' not in 'boolean'",
+        ),
+        (
+            {"messages": [{"role": "user"}]},
+            f"{NO_PROMPT}, required properties at '/messages/0' are 'role,content'",
+        ),
+        (
+            {"messages": [HI, {}]},
+            f"{NO_PROMPT}, required properties at '/messages/1' are 'role,content'",
+        ),
+        *(
+            (
+                {"messages": [{"role": "user", "content": content}]},
+                f"{NO_PROMPT}, Type mismatch of '/messages/0/content', 'string' not in {kinds}",
+            )
+            for content, kinds in [
+                (None, "'null'"),
+                ([{"type": "text"}], "'array'"),
+                (["a", 1], "'array','binary'"),
+                ({"type": "text"}, "'object'"),
+            ]
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a" * 131_073}]},
+            f"{NO_PROMPT}, Length of '/messages/0/content' must be <= 131072",
+        ),
+        ({"messages": "hi"}, f"{NO_PROMPT}, Type mismatch of '/messages', 'array' not in 'string'"),
+        ({"messages": None}, NEITHER),
+        # the first failure of a branch in the schema's order, not in the payload's
+        ({"top_k": 0, "temperature": 9, "prompt": "hi"}, "'/temperature' must be <= 5"),
+    ],
+)
+def test_refusals_are_cloudflares_to_the_letter(payload, failures):
+    assert refusal(payload) == f"oneOf at '/' not met, 0 matches: {failures}"
+
+
+@pytest.mark.parametrize("messages", [[], [HI]])
+def test_both_branches_at_once_are_refused(messages):
+    assert refusal({"prompt": "hi", "messages": messages}) == "oneOf at '/' not met, 2 matches"
+
+
+@pytest.mark.parametrize("items", [["x"], [None], [5], [[]], [HI, True]])
+def test_a_message_that_is_no_object_is_refused(items):
+    text = refusal({"messages": items})
+    assert text is not None
+    assert f"Type mismatch of '/messages/{len(items) - 1}', 'object' not in '" in text
+
+
+def is_lax(payload: Any) -> bool:
+    """Tell where that validator skips what JSON Schema checks: `messages`, of wrong containers."""
+    messages = payload.get("messages") if isinstance(payload, dict) else None
+    if isinstance(messages, list):
+        return any(not isinstance(message, dict) for message in messages)
+    return isinstance(messages, dict)
+
+
+def test_agrees_with_the_record_of_cloudflares_validator():
+    cases = [case for case in RECORD["cases"] if not is_lax(case["payload"])]
+    assert len(cases) > 200
+    assert {case["text"] is None for case in cases} == {True, False}
+    for case in cases:
+        assert refusal(case["payload"]) == case["text"], case["payload"]
+
+
+@pytest.mark.parametrize(
+    ("letter", "most"), [("a", 131_072), ("é", 131_072), ("😀", 65_536), ("\ud800", 131_072)]
+)
+def test_lengths_are_utf16_units(letter, most):
+    for make in (
+        lambda text: {"prompt": text},
+        lambda text: {"messages": [{"role": "user", "content": text}]},
+    ):
+        assert refusal(make(letter * most)) is None
+        assert "must be <= 131072" in str(refusal(make(letter * (most + 1))))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("16", 16), ("16.0", 16), ("1e2", 100), ("0", 0), ("-1", -1), ("1e9", 10**9)],
+)
+def test_whole_numbers_are_integers_however_written(text, value):
+    fields = check(parse_body(b'{"prompt":"hi","max_tokens":%s}' % text.encode())).fields
+    assert fields["max_tokens"] == value
+    assert type(fields["max_tokens"]) is int
+
+
+@pytest.mark.parametrize(
+    ("payload", "fields", "ignored"),
+    [
+        ({"prompt": "hi", "raw": True}, {"prompt": "hi", "raw": True}, []),
+        ({"prompt": "hi", "messages": None, "stop": None}, {"prompt": "hi"}, []),
+        ({"prompt": None, "messages": [HI]}, {"messages": [HI]}, []),
+        ({"prompt": "", "messages": [HI]}, {"messages": [HI]}, ["prompt"]),
+        ({"prompt": "hi", "messages": [{"role": "user"}]}, {"prompt": "hi"}, ["messages"]),
+        (
+            {"raw": "yes", "messages": [HI], "stop": [], "top_k": 3.0},
+            {"messages": [HI], "top_k": 3},
+            ["raw", "stop"],
+        ),
+        (
+            {"messages": [HI, HI | {"name": "a", "tool_calls": None}, HI | {"weight": 0}]},
+            {"messages": [HI, HI, HI]},
+            ["messages[1].name", "messages[2].weight"],
+        ),
+        ({"prompt": "hi", "ignore_eos": True}, {"prompt": "hi"}, ["ignore_eos"]),
+        ({"prompt": "hi", "prompt_tokens": [1]}, {"prompt": "hi"}, ["prompt_tokens"]),
+    ],
+)
+def test_what_takes_effect_and_what_is_ignored(payload, fields, ignored):
+    assert check(payload) == CardRequest(fields, stream=False, ignored=ignored)
+
+
+def test_checking_leaves_the_payload_as_it_was():
+    payload = {"messages": [HI | {"name": "a"}], "stream": True, "max_tokens": 16.0}
+    before = json.dumps(payload)
+    check(payload)
+    assert json.dumps(payload) == before
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_stream_is_told_apart(stream):
+    request = check({"prompt": "hi", "stream": stream})
+    assert (request.stream, request.fields) == (stream, {"prompt": "hi"})
+
+
+def test_makes_the_request_with_its_defaults():
+    request = check({"prompt": "hi", "max_tokens": 16.0, "temperature": 1, "seed": 7}).request()
+    assert request.messages == (HI,)
+    assert (request.max_tokens, request.temperature, request.seed) == (16, 1.0, 7)
+    assert (request.top_p, request.top_k, request.repetition_penalty) == (None, None, 1.0)
+    assert check({"prompt": "hi", "raw": True}).request().raw_prompt == "hi"
+
+
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [
+        ({"prompt": "hi", "max_tokens": -1}, "max_tokens is -1, expected an integer from 0 up"),
+        ({"prompt": "[INST] hi"}, "contains the control tag [INST]"),
+        ({"prompt": "\ud800"}, "lone surrogate"),
+        ({"messages": []}, "messages is empty"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0] has the role 'tool'"),
+        ({"messages": [HI, HI]}, "messages[1] has the role user, expected assistant"),
+    ],
+)
+def test_what_the_schema_allows_and_llama_does_not(payload, expected):
+    request = check(payload)
+    with pytest.raises(InputError) as error:
+        request.request()
+    assert expected in str(error.value)
+    assert not isinstance(error.value, SchemaError)
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS.keys() & FIELDS.keys()))
+def test_every_value_of_the_card_is_in_the_requests_range(name):
+    card, ours = FIELDS[name], PARAMETERS[name]
+    assert card["type"] == ours["type"]
+    assert ours.get("maximum", math.inf) >= card.get("maximum", -math.inf)
+    if "minimum" in card:
+        assert ours["minimum"] <= card["minimum"]
+    assert card.get("default", ours.get("default")) == ours.get("default")
+
+
+def test_every_parameter_of_the_card_is_one_of_the_requests():
+    assert FIELDS.keys() - PARAMETERS.keys() == {"prompt", "messages", "raw", "stream"}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b"", "Expecting value: line 1 column 1"),
+        (b"prompt=hi", "Expecting value: line 1 column 1"),
+        (b'{"prompt": "hi"', "Expecting ',' delimiter: line 1 column 16"),
+        (b'{"prompt": "hi" ]', "Expecting ',' delimiter: line 1 column 17"),
+        (b'{"prompt": "hi', "Unterminated string starting at: line 1 column 12"),
+        (b'{"prompt": "a\nb"}', "Invalid control character at: line 1 column 14"),
+        (b'{"\\q": 1}', "Invalid \\escape: line 1 column 3"),
+        (b"{} {}", "Extra data: line 1 column 4"),
+        (b"]", "Expecting value: line 1 column 1"),
+        (b'{"a": 1,\n "top_p": NaN}', "NaN is not a number of JSON"),
+        (b"[Infinity]", "Infinity is not a number of JSON"),
+        (b"[-Infinity]", "-Infinity is not a number of JSON"),
+        (b'{"seed":\n1e999}', "the number 1e999 is too large"),
+        (b"[-1e999]", "the number -1e999 is too large"),
+        (b"[1, %s]" % (b"9" * 4301), "the number 99999999999999999999... is too large"),
+        (b"[1, %s]" % (b"9" * 1_000_000), "the number 99999999999999999999... is too large"),
+        (b'{"a": 1, "b": 2,\n"a": 1}', "the key 'a' is given twice"),
+        (b'[{"a": 1}, {"a": 1, "\\u0061": 2}]', "the key 'a' is given twice"),
+        (b"[" * 65 + b"]" * 65, "nested deeper than 64"),
+        (b'{"a":' * 1_000_000, "nested deeper than 64"),
+        (b'{"prompt":\n"\xff"}', "'utf-8' codec can't decode byte 0xff"),
+        (b'"\xed\xa0\x80"', "'utf-8' codec can't decode byte 0xed"),
+        (json.dumps({"prompt": "hi"}).encode("utf-16"), "'utf-8' codec can't decode byte 0xff"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_bodies_that_are_not_json(body, expected):
+    with pytest.raises(InputError) as error:
+        parse_body(body)
+    assert str(error.value).startswith(f"body: not JSON ({expected}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "value"),
+    [
+        ('\ufeff{"prompt": "é"}', {"prompt": "é"}),
+        ('"[[[ {\\"a\\": NaN, \\"a\\": 1e999"', '[[[ {"a": NaN, "a": 1e999'),
+        ('[{"a": 1}, {"a": {"a": ["a", "a"]}}]', [{"a": 1}, {"a": {"a": ["a", "a"]}}]),
+        ("[" * 64 + "]" * 64, json.loads("[" * 64 + "]" * 64)),
+        ("1" * 4300, int("1" * 4300)),
+        ("[1e308, -0.0, 1E-999]", [1e308, 0.0, 0.0]),
+        ('"\\ud83d\\ude00"', "😀"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_bodies_that_are(body, value):
+    assert parse_body(body.encode()) == value
+
+
+CHARACTERS = st.characters()  # lone surrogates too: JSON can spell them
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(CHARACTERS)
+)
+NAMES = st.sampled_from([*FIELDS, "role", "content", "stop"]) | st.text(CHARACTERS)
+VALUES = st.recursive(SCALARS, lambda v: st.lists(v) | st.dictionaries(NAMES, v), max_leaves=12)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant"]) | VALUES},
+        optional={"content": st.text(CHARACTERS) | VALUES, "name": VALUES},
+    )
+)
+BY_TYPE = {
+    "string": st.text(CHARACTERS, min_size=1),
+    "boolean": st.booleans(),
+    "integer": st.integers(1, 50),
+    "number": st.floats(0, 2),
+    "array": MESSAGES,
+}
+BODIES = VALUES | st.fixed_dictionaries(
+    {}, optional={name: BY_TYPE[s["type"]] | VALUES for name, s in FIELDS.items()}
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(BODIES)
+def test_any_json_is_a_request_or_an_input_error(body):
+    payload = parse_body(json.dumps(body).encode())
+    assert payload == body
+    try:
+        request = check(payload)
+    except SchemaError:
+        return
+    assert set(request.fields) <= FIELDS.keys() & payload.keys()
+    with contextlib.suppress(InputError):
+        request.request()
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(BODIES.map(json.dumps), st.data())
+def test_damaged_json_is_parsed_as_python_does_or_refused(text, data):
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, min(len(text), start + 3)))
+    patch = data.draw(st.text('{}[]",:\\-+.0123456789eEINa \n\x00\xff', max_size=3))
+    damaged = text[:start] + patch + text[end:]
+    try:
+        value = parse_body(damaged.encode())
+    except InputError:
+        return
+    assert json.dumps(value) == json.dumps(json.loads(damaged))
