@@ -5,17 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import sampling
-from llama_jax.decode import NO_TOKEN, DecodeState
+from llama_jax.decode import Admission, DecodeState, make_admission
 from llama_jax.executor import Executor
 
-GREEDY = sampling.make_params(temperature=0.0)
+
+def greedy(run: Executor, prompt: list[int], new_tokens: int) -> Admission:
+    """Return what a row is given to draw `new_tokens` of the likeliest tokens."""
+    params = sampling.make_params(temperature=0.0)
+    return make_admission(params, prompt, run.config.vocab_size, limit=new_tokens)
 
 
 def read_prompt(run: Executor, state: DecodeState, prompt: list[int]) -> DecodeState:
     """Prefill a prompt into row 0 and bring its first token to the host; consumes `state`."""
-    state = run.admit(state, 0, GREEDY, 1, NO_TOKEN)
+    state = run.admit(state, 0, greedy(run, prompt, 1))
     state, first = run.prefill(state, 0, prompt)
-    np.asarray(first)
+    np.asarray(first.tokens)
     return state
 
 
@@ -25,7 +29,7 @@ def set_rows(run: Executor, state: DecodeState, context: int, new_tokens: int) -
     Without a prompt: speed does not depend on the cache's values.
     """
     for row in range(run.batch):
-        state = run.admit(state, row, GREEDY, new_tokens, NO_TOKEN)
+        state = run.admit(state, row, greedy(run, [0], new_tokens))
     state = state._replace(
         positions=jnp.full((run.batch,), context, jnp.int32), done=jnp.zeros((run.batch,), bool)
     )
@@ -35,11 +39,11 @@ def set_rows(run: Executor, state: DecodeState, context: int, new_tokens: int) -
 def draw_tokens(
     run: Executor, state: DecodeState, context: int, new_tokens: int, dispatches: int
 ) -> DecodeState:
-    """Decode as `Llama` does: while one chunk is read, others may run; consumes `state`."""
+    """Decode as the engine does: while one chunk is read, others may run; consumes `state`."""
     pending = []
     for position in range(context, context + new_tokens, run.plan.decode_steps):
-        state, tokens = run.decode(state, position)
-        pending.append(tokens)
+        state, drawn, _ = run.decode(state, range(run.batch), position)
+        pending.append(drawn.tokens)
         if len(pending) == dispatches:
             np.asarray(pending.pop(0))
     for tokens in pending:

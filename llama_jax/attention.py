@@ -30,7 +30,7 @@ def in_blocks(
     v: Slots,
     positions: Int[Array, "B T"],
     *,
-    row: Int[Array, ""] | None = None,
+    rows: Int[Array, "B"] | None = None,
     attend_len: int,
 ) -> Float[Array, "B T N H"]:
     """Attend causally over a cache: the query at position p sees slots 0 to p, and no other.
@@ -45,7 +45,7 @@ def in_blocks(
         q, k, v: queries, and the cache's slots; those above a query's position may hold anything
             finite.
         positions: absolute, of each query.
-        row: the one row of k and v that q (then of batch 1) attends to; None: each to its own.
+        rows: the row of k and v that q (then of batch 1) attends to; None: each to its own.
         attend_len: static; slots to read, more than any position, at most S. It is at most
             `BLOCK`, or a multiple of it.
 
@@ -61,7 +61,7 @@ def in_blocks(
 
     def attend(i: Array, carry: _Softmax) -> _Softmax:
         k_block, v_block = (
-            ops.as_float(_cut(a, row, batch, i * block, block)).astype(jnp.float32) for a in (k, v)
+            ops.as_float(_cut(a, rows, batch, i * block, block)).astype(jnp.float32) for a in (k, v)
         )
         visible = (i * block + jnp.arange(block))[None, None, :] <= positions[:, :, None]
         return _attend_block(carry, q, k_block, v_block, visible)
@@ -97,7 +97,7 @@ def whole(
     v: Slots,
     positions: Int[Array, "B T"],
     *,
-    row: Int[Array, ""] | None = None,
+    rows: Int[Array, "B"] | None = None,
     attend_len: int,
 ) -> Float[Array, "B T N H"]:
     """Attend as `in_blocks`, by one product over all slots: few, large kernels.
@@ -105,7 +105,7 @@ def whole(
     For GPUs and TPUs. Products are of the cache's dtype and accumulate in float32.
     """
     q = _group_heads(q, k.shape[1])
-    k, v = (ops.as_float(_cut(a, row, q.shape[0], 0, attend_len)) for a in (k, v))
+    k, v = (ops.as_float(_cut(a, rows, q.shape[0], 0, attend_len)) for a in (k, v))
     scores = _dot("bkgth,bksh->bkgts", q.astype(k.dtype), k)
     visible = jnp.arange(attend_len)[None, None, :] <= positions[:, :, None]
     scores = jnp.where(visible[:, None, None, :, :], scores, _MASKED)
@@ -131,11 +131,12 @@ def _ungroup_heads(values: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]
 
 
 def _cut(
-    slots: Slots, row: Int[Array, ""] | None, batch: int, start: Int[Array, ""] | int, length: int
+    slots: Slots, rows: Int[Array, "B"] | None, batch: int, start: Int[Array, ""] | int, length: int
 ) -> Array:
     """Return `length` slots from `start` on, of every row or of the one named."""
+    assert rows is None or batch == 1, "several rows by name are for the kernel"
     _, kv_heads, _, head_dim = slots.shape
-    corner = (0 if row is None else row, 0, start, 0)
+    corner = (0 if rows is None else rows[0], 0, start, 0)
     return lax.dynamic_slice(slots, corner, (batch, kv_heads, length, head_dim))
 
 

@@ -50,16 +50,26 @@ def write(
     k: Float[Array, "b T K H"],
     v: Float[Array, "b T K H"],
     starts: Int[Array, "b"],
-    row: Int[Array, ""] | None,
+    rows: Int[Array, "b"] | None,
 ) -> LayerCache:
-    """Store T tokens from slot `starts[i]` on, in every row, or in the one row named.
+    """Store T tokens from slot `starts[i]` on, in row `rows[i]`; None: in every row, in order.
 
     Slots `starts` to `starts + T - 1` must exist: XLA would move an update that does not fit.
     """
     return LayerCache(
-        k=_write(cache.k, _to_slots(k, cache.k.dtype), starts, row),
-        v=_write(cache.v, _to_slots(v, cache.v.dtype), starts, row),
+        k=_write(cache.k, _to_slots(k, cache.k.dtype), starts, rows),
+        v=_write(cache.v, _to_slots(v, cache.v.dtype), starts, rows),
     )
+
+
+def copy_row(cache: KVCache, source: Int[Array, ""], target: Int[Array, ""]) -> KVCache:
+    """Let one row hold what another does, in every layer."""
+
+    def copy(slots: Array) -> Array:
+        row = lax.dynamic_slice_in_dim(slots, source, 1)
+        return lax.dynamic_update_slice_in_dim(slots, row, target, 0)
+
+    return jax.tree.map(copy, cache)
 
 
 def _to_slots(new: Float[Array, "b T K H"], dtype: DTypeLike) -> Shaped[Array, "b K T H"]:
@@ -73,11 +83,15 @@ def _write(
     slots: Slots,
     new: Shaped[Array, "b K T H"],
     starts: Int[Array, "b"],
-    row: Int[Array, ""] | None,
+    rows: Int[Array, "b"] | None,
 ) -> Slots:
     if new.shape[0] == 1:
-        first = jnp.zeros((), starts.dtype) if row is None else row.astype(starts.dtype)
+        first = jnp.zeros((), starts.dtype) if rows is None else rows[0].astype(starts.dtype)
         return lax.dynamic_update_slice(slots, new, (first, 0, starts[0], 0))
+    if rows is not None:
+        places = starts[:, None] + jnp.arange(new.shape[2], dtype=starts.dtype)[None, :]
+        by_token = jnp.swapaxes(new, 1, 2)  # what NumPy's indexing by rows and places asks for
+        return slots.at[rows[:, None], :, places].set(by_token, unique_indices=True)
 
     def write_row(row_slots: Array, row_new: Array, start: Array) -> Array:
         return lax.dynamic_update_slice(row_slots, row_new, (0, start, 0))

@@ -53,7 +53,7 @@ def attention(
     v: Float[Array, "rows K S H"] | UInt16[Array, "rows K S H"],
     positions: Int[Array, "B T"],
     *,
-    row: Int[Array, ""] | None = None,
+    rows: Int[Array, "B"] | None = None,
     attend_len: int,
 ) -> Float[Array, "B T N H"]:
     """Attend as `attention.in_blocks`, reading only the slots up to each query's position.
@@ -62,9 +62,9 @@ def attention(
     other queries, or the cache's size.
     """
     del attend_len  # an upper bound that it does not need
-    rows = jnp.arange(q.shape[0], dtype=jnp.int32) if row is None else row.astype(jnp.int32)[None]
+    rows = jnp.arange(q.shape[0]) if rows is None else rows
     out = jax.ShapeDtypeStruct(q.shape, jnp.float32)
-    return _call("Attention", out, q, k, v, positions.astype(jnp.int32), rows)
+    return _call("Attention", out, q, k, v, positions.astype(jnp.int32), rows.astype(jnp.int32))
 
 
 def rms_norm(
@@ -76,9 +76,9 @@ def rms_norm(
 
 
 def _call(kernel: str, out: Any, *args: Array, **attributes: np.float32) -> Any:
-    instruction_set = _register()
-    assert instruction_set is not None, "no kernel was built for this CPU"
-    return jax.ffi.ffi_call(f"llama_jax_{kernel}_{instruction_set}", out)(*args, **attributes)
+    built_for = _register()
+    assert built_for is not None, "no kernel was built for this CPU"
+    return jax.ffi.ffi_call(f"llama_jax_{kernel}_{built_for}", out)(*args, **attributes)
 
 
 @functools.cache
@@ -92,6 +92,11 @@ def has_kernels() -> bool:
     except jax.errors.JaxRuntimeError as error:
         _log.warning("the CPU kernels do not run with this jaxlib (%s); %s", error, REMEDY)
         return False
+
+
+def instruction_set() -> str | None:
+    """Return which of INSTRUCTION_SETS the kernels in use are for; None: there are none."""
+    return _register() if has_kernels() else None
 
 
 @functools.cache

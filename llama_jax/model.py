@@ -68,7 +68,7 @@ class Attention(_Layer):
         starts: Int[Array, "b"],
         cache: kv.LayerCache,
         *,
-        row: Int[Array, ""] | None,
+        rows: Int[Array, "b"] | None,
         attend_len: int,
     ) -> tuple[Float[Array, "b T D"], kv.LayerCache]:
         """Attend from T new tokens to all so far; arguments as in `Llama`."""
@@ -84,9 +84,9 @@ class Attention(_Layer):
         k = ops.apply_rope(k.reshape(batch, length, c.num_kv_heads, c.head_dim), angles)
         v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
 
-        cache = kv.write(cache, k, v, starts, row)
+        cache = kv.write(cache, k, v, starts, rows)
         attend = attention.FORMS[self.forms.attention]
-        out = attend(q, cache.k, cache.v, positions, row=row, attend_len=attend_len)
+        out = attend(q, cache.k, cache.v, positions, rows=rows, attend_len=attend_len)
         out = out.reshape(batch, length, -1)
         (out,) = self.linears(out, self.weight("o", c.dim, c.num_heads * c.head_dim))
         return out, cache
@@ -115,14 +115,14 @@ class Block(_Layer):
         starts: Int[Array, "b"],
         cache: kv.LayerCache,
         *,
-        row: Int[Array, ""] | None,
+        rows: Int[Array, "b"] | None,
         attend_len: int,
     ) -> tuple[Float[Array, "b T D"], kv.LayerCache]:
         """Run one layer; arguments as in `Llama`."""
         attention = Attention(self.config, self.dtype, self.forms, name="attention")
         feed_forward = FeedForward(self.config, self.dtype, self.forms, name="feed_forward")
         normed = self.norm("attention_norm", x)
-        attended, cache = attention(normed, starts, cache, row=row, attend_len=attend_len)
+        attended, cache = attention(normed, starts, cache, rows=rows, attend_len=attend_len)
         x = x + attended
         return x + feed_forward(self.norm("ffn_norm", x)), cache
 
@@ -137,7 +137,7 @@ class Llama(_Layer):
         starts: Int[Array, "b"],
         cache: kv.KVCache,
         *,
-        row: Int[Array, ""] | None = None,
+        rows: Int[Array, "b"] | None = None,
         attend_len: int,
         last: Int[Array, "b"] | None = None,
     ) -> tuple[Float[Array, "b t V"], kv.KVCache]:
@@ -148,7 +148,8 @@ class Llama(_Layer):
                 overwritten by the tokens that come later; nothing attends to it before.
             starts: absolute position of `tokens[:, 0]`, per row.
             cache: as from `init_cache`; donate it to have it written in place.
-            row: the cache row that `tokens` (then of batch 1) belongs to; None: all rows.
+            rows: the cache's row of each row of `tokens`; None: all, in order. More than one, but
+                not all, only with the attention of the kernels.
             attend_len: static; slots of the cache that attention reads, at least starts + T.
             last: index in [0, T) of the one position to return logits for, per row; None: all T.
 
@@ -162,7 +163,7 @@ class Llama(_Layer):
         layers = []
         for i, layer_cache in enumerate(cache):
             block = Block(c, self.dtype, self.forms, name=f"layer_{i}")
-            x, layer_cache = block(x, starts, layer_cache, row=row, attend_len=attend_len)
+            x, layer_cache = block(x, starts, layer_cache, rows=rows, attend_len=attend_len)
             layers.append(layer_cache)
         if last is not None:
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)
@@ -179,13 +180,13 @@ def forward(
     starts: Int[Array, "b"],
     cache: kv.KVCache,
     *,
-    row: Int[Array, ""] | None = None,
+    rows: Int[Array, "b"] | None = None,
     attend_len: int,
     last: Int[Array, "b"] | None = None,
 ) -> tuple[Float[Array, "b t V"], kv.KVCache]:
     """Apply the model as a pure function of its parameters; see `Llama.__call__`."""
     outputs: Any = model.apply(
-        {"params": params}, tokens, starts, cache, row=row, attend_len=attend_len, last=last
+        {"params": params}, tokens, starts, cache, rows=rows, attend_len=attend_len, last=last
     )
     return outputs
 

@@ -24,8 +24,7 @@ class Plan(NamedTuple):
     """The dtype that keys and values are held in; see `cache.init_cache`."""
     forms: Forms
     prefill_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
-    """Tokens per prefill chunk, rising. A prompt is cut at multiples of the last; the rest is
-    padded to the smallest that holds it: a token's chunk follows from its own prompt alone."""
+    """Tokens per prefill chunk, each a multiple of the one before; see `Executor.chunks`."""
     decode_steps: int = 8
     """Tokens decoded per dispatch."""
     dispatches: int = 1
@@ -35,6 +34,20 @@ class Plan(NamedTuple):
     def by_bucket(self) -> bool:
         """Whether attention needs a static bound on the slots it reads."""
         return self.forms.attention != "native"
+
+    @property
+    def invariant(self) -> bool:
+        """Whether a logit's bits follow from its row's tokens alone.
+
+        That is, not from the batch, nor from how the tokens were cut into chunks. Else both are
+        kept fixed, for the same request to give the same tokens.
+        """
+        return set(self.forms) == {"native"}
+
+    @property
+    def reuse_multiple(self) -> int:
+        """Tokens of a text already in the cache are reused in multiples of this."""
+        return self.prefill_sizes[0 if self.invariant else -1]
 
 
 def choose_plan(config: ModelConfig, dtype: str) -> Plan:

@@ -32,18 +32,29 @@ def make(params=None, dtype="float32", plan=None, batch=1, **changes):
     return Executor(CONFIG, params, dtype, batch=batch, context=600, plan=plan)
 
 
+def admit(ex, state, row, prompt, limit, stop=NO_TOKEN, **params):
+    """Let a row read a prompt; return the state and its first token in a list."""
+    new = decode.make_admission(
+        sampling.make_params(**params), prompt, ex.config.vocab_size, limit=limit, stop_token=stop
+    )
+    state, drawn = ex.prefill(ex.admit(state, row, new), row, prompt)
+    return state, np.asarray(drawn.tokens)[:, 0].tolist()
+
+
+def decode_rows(ex, state, rows, longest):
+    """Decode a chunk of some rows; return the state and each one's tokens."""
+    state, drawn, computed = ex.decode(state, rows, longest)
+    columns = np.asarray(drawn.tokens)[:, [computed.index(row) for row in rows]].T.tolist()
+    return state, [[token for token in column if token != NO_TOKEN] for column in columns]
+
+
 def run(ex, prompt, limit, *, row=0, state=None, stop=NO_TOKEN, **params):
     """Generate one request in one row; return its tokens."""
-    state = state or ex.init_state()
-    state = ex.admit(state, row, sampling.make_params(**params), limit, stop)
-    state, first = ex.prefill(state, row, prompt)
-    drawn, asked = [np.asarray(first)], 1
-    while asked < limit:
-        state, tokens = ex.decode(state, len(prompt) + asked - 1)
-        drawn.append(np.asarray(tokens))
-        asked += ex.plan.decode_steps
-    column = np.concatenate(drawn)[:, row]
-    return column[column != NO_TOKEN].tolist()
+    state, tokens = admit(ex, state or ex.init_state(), row, prompt, limit, stop, **params)
+    for asked in range(1, limit, ex.plan.decode_steps):
+        state, (more,) = decode_rows(ex, state, [row], len(prompt) + asked - 1)
+        tokens += more
+    return tokens
 
 
 # Where it is not the one in use, the pure one compiles twice as long for the same laws.
@@ -105,15 +116,13 @@ def test_stops_at_the_stop_token_wherever_it_falls_in_a_chunk(stop):
 def test_rows_stop_independently():
     ex = make_successor(batch=3)
     state = ex.init_state()
-    drawn = []
+    columns = []
     for row, (start, limit, stop) in enumerate([(3, 9, NO_TOKEN), (10, 9, 13), (20, 2, NO_TOKEN)]):
-        state = ex.admit(state, row, sampling.make_params(), limit, stop)
-        state, first = ex.prefill(state, row, [start])
-        drawn.append(np.asarray(first))
+        state, first = admit(ex, state, row, [start], limit, stop)
+        columns.append(first)
     for _ in range(2):
-        state, tokens = ex.decode(state, 20)
-        drawn.append(np.asarray(tokens))
-    columns = [[t for t in column if t != NO_TOKEN] for column in np.concatenate(drawn).T.tolist()]
+        state, more = decode_rows(ex, state, [0, 1, 2], 20)
+        columns = [column + new for column, new in zip(columns, more, strict=True)]
     assert columns == [list(range(4, 13)), [11, 12, 13], [21, 22]]
     assert np.asarray(state.done).all()
 
@@ -175,52 +184,37 @@ def test_alone_equals_any_row_among_any_neighbours(batch_ex):
     expected = run(ex, PROMPT, 24, row=0, **request)
     busy = ex.init_state()
     for row in range(4):
-        busy = ex.admit(busy, row, sampling.make_params(seed=row, temperature=2.0), 500, NO_TOKEN)
-        busy, _ = ex.prefill(busy, row, PROMPT[row:] * (row + 1))
-    busy, _ = ex.decode(busy, 140)
+        prompt = PROMPT[row:] * (row + 1)
+        busy, _ = admit(ex, busy, row, prompt, 500, seed=row, temperature=2.0)
+    busy, _ = decode_rows(ex, busy, range(4), 140)
     for row in (2, 0, 3):
         # Rows go on, each at its own position, while this one is evicted and admitted anew.
         state = jax.tree.map(jnp.copy, busy)
-        state = ex.admit(state, row, sampling.make_params(**request), 24, NO_TOKEN)
-        state, first = ex.prefill(state, row, PROMPT)
-        drawn = [np.asarray(first)]
+        state, tokens = admit(ex, state, row, PROMPT, 24, **request)
         for _ in range(3):
-            state, tokens = ex.decode(state, 200)
-            drawn.append(np.asarray(tokens))
-        column = np.concatenate(drawn)[:, row]
-        assert column[column != NO_TOKEN].tolist() == expected
+            state, more = decode_rows(ex, state, range(4), 200)
+            tokens += more[row]
+        assert tokens == expected
 
 
 def test_decoding_between_the_chunks_of_a_prompt_changes_nothing(batch_ex):
     """A long prompt may be read while the other rows decode; their steps leave it alone."""
-    ex, params = batch_ex, sampling.make_params(seed=1, **SAMPLED)
-    prompt = PROMPT * 10
+    ex, prompt = batch_ex, PROMPT * 10
     expected = run(ex, prompt, 10, row=1, seed=1, **SAMPLED)
-    state = ex.init_state()
-    state = ex.admit(state, 0, sampling.make_params(temperature=1.0), 100, NO_TOKEN)
-    state, _ = ex.prefill(state, 0, PROMPT)
-    state = ex.admit(state, 1, params, 10, NO_TOKEN)
-    for start in (0, 256):
-        part = prompt[start : start + 256]
-        chunk = np.pad(np.asarray(part, np.int32), (0, ex.padded(len(part)) - len(part)))
-        state, first = jax.jit(decode.prefill, static_argnums=0, static_argnames="attend_len")(
-            ex._model,
-            ex.params,
-            state,
-            jnp.int32(1),
-            jnp.asarray(chunk),
-            jnp.int32(len(part)),
-            jnp.asarray(start == 256),
-            attend_len=512 if ex.plan.by_bucket else ex.capacity,
-        )
+    state, _ = admit(ex, ex.init_state(), 0, PROMPT, 100, temperature=1.0)
+    params = sampling.make_params(seed=1, **SAMPLED)
+    new = decode.make_admission(params, prompt, CONFIG.vocab_size, limit=10)
+    state = ex.admit(state, 1, new)
+    for start, size in ex.chunks(len(prompt)):
+        state, drawn = ex.prefill_chunk(state, 1, prompt, start, size)
         if start == 0:
-            state, _ = ex.decode(state, 300)
-    drawn = [np.asarray(first)]
+            assert np.asarray(drawn.tokens).tolist() == [[NO_TOKEN]]
+            state, _ = decode_rows(ex, state, [0], 300)
+    tokens = np.asarray(drawn.tokens)[:, 0].tolist()
     for _ in range(2):
-        state, tokens = ex.decode(state, len(prompt) + 8)
-        drawn.append(np.asarray(tokens))
-    column = np.concatenate(drawn)[:, 1]
-    assert column[column != NO_TOKEN].tolist() == expected
+        state, (_, more) = decode_rows(ex, state, [0, 1], len(prompt) + 8)
+        tokens += more
+    assert tokens == expected
 
 
 def test_penalties_count_prompt_and_output_as_the_law_says():
@@ -261,10 +255,9 @@ def test_fifty_mixed_requests_compile_each_program_once(plan):
             "presence_penalty": float(rng.uniform(0, 2)),
         }
         prompt = rng.integers(0, CONFIG.vocab_size, length).tolist()
-        state = ex.admit(state, 0, sampling.make_params(**params), limit, 2 if i % 5 else NO_TOKEN)
-        state, _ = ex.prefill(state, 0, prompt)
+        state, _ = admit(ex, state, 0, prompt, limit, 2 if i % 5 else NO_TOKEN, **params)
         for asked in range(1, limit, 8):
-            state, _ = ex.decode(state, length + asked - 1)
+            state, _ = decode_rows(ex, state, [0], length + asked - 1)
     jax.monitoring.clear_event_listeners()
     assert len(compiled) == len(ex.compiled.names)  # and nothing outside the executor
     buckets = (256, 512) if plan.by_bucket else (ex.capacity,)
@@ -272,7 +265,7 @@ def test_fifty_mixed_requests_compile_each_program_once(plan):
         "init_state",
         "admit",
         *(f"prefill({size}, {n})" for size in plan.prefill_sizes for n in buckets),
-        *(f"decode(8, {n})" for n in buckets),
+        *(f"decode(1, 8, {n})" for n in buckets),
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 from llama_jax import llama, plan, sampling
 from llama_jax.cache import init_cache
 from llama_jax.config import ModelConfig
-from llama_jax.decode import NO_TOKEN
+from llama_jax.decode import make_admission
 from llama_jax.executor import Executor
 from llama_jax.model import Forms, Llama, forward, param_shapes
 from llama_jax.plan import Plan, choose_plan
@@ -142,9 +142,9 @@ def test_the_token_loop_copies_and_converts_no_weight_and_no_cache(dtype, plan, 
     if jax.default_backend() != "cpu":
         pytest.skip("plans for CPUs")
     ex = make(dtype, plan, request)
-    state = ex.admit(ex.init_state(), 0, sampling.make_params(), 20, NO_TOKEN)
-    state, _ = ex.prefill(state, 0, [1, 2, 3])
-    state, _ = ex.decode(state, 3)
+    new = make_admission(sampling.make_params(), [1, 2, 3], CONFIG.vocab_size, limit=20)
+    state, _ = ex.prefill(ex.admit(ex.init_state(), 0, new), 0, [1, 2, 3])
+    state, _, _ = ex.decode(state, [0], 3)
     (name,) = (n for n in ex.compiled.names if n.startswith("decode"))
     large = {a.shape for a in jax.tree.leaves((ex.params, state.cache)) if a.ndim > 1}
     assert {(256, 256), (704, 256), (1, 2, 768, 64)} <= large

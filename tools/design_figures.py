@@ -15,7 +15,6 @@ from jax import lax
 from llama_jax import attention, decode, sampling
 from llama_jax.checkpoint import load_checkpoint
 from llama_jax.config import ModelConfig
-from llama_jax.decode import NO_TOKEN
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.executor import Executor
 from llama_jax.model import Llama, param_shapes
@@ -104,12 +103,13 @@ def scan_lengths() -> None:
         run = Executor(demo.config, demo.params, demo.dtype, context=512, plan=plan)
 
         def generate(run: Executor = run, steps: int = steps) -> None:
-            state = run.admit(run.init_state(), 0, sampling.make_params(1, 0.6), 500, NO_TOKEN)
-            state, first = run.prefill(state, 0, [1] * 10)
-            np.asarray(first)
+            params, prompt = sampling.make_params(1, 0.6), [1] * 10
+            new = decode.make_admission(params, prompt, run.config.vocab_size, limit=500)
+            state, first = run.prefill(run.admit(run.init_state(), 0, new), 0, prompt)
+            np.asarray(first.tokens)
             for asked in range(0, 192, steps):
-                state, tokens = run.decode(state, 10 + asked)
-                np.asarray(tokens)
+                state, drawn, _ = run.decode(state, [0], 10 + asked)
+                np.asarray(drawn.tokens)
 
         print(f"scans of {steps}: {192e3 / median_ms(generate):,.0f} tokens/s, prefill included")
 

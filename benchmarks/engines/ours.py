@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from benchmarks.engines import protocol
-from benchmarks.programs import GREEDY, draw_tokens, read_prompt, set_rows
+from benchmarks.programs import draw_tokens, greedy, read_prompt, set_rows
 from benchmarks.weights import make_weights
 from llama_jax.config import ModelConfig
-from llama_jax.decode import NO_TOKEN, DecodeState
+from llama_jax.decode import DecodeState
 from llama_jax.executor import Executor
 from llama_jax.llama import Llama
 from llama_jax.plan import choose_plan
@@ -94,7 +94,9 @@ class Ours:
             "ignore_eos": True,
         }
         cold = self.llama is None
-        llama = self.llama = self.llama or Llama(self.weights, context=tokens + new_tokens)
+        llama = self.llama = self.llama or Llama(
+            self.weights, context=tokens + new_tokens, reuse=False
+        )
 
         def stream() -> None:
             for _ in llama.stream(**request):
@@ -145,12 +147,12 @@ class Ours:
 
 def _programs_alone(run: Executor, prompt: list[int], new_tokens: int) -> None:
     """Answer a greedy request, all dispatched before any token is read."""
-    state = run.admit(run.init_state(), 0, GREEDY, new_tokens, NO_TOKEN)
+    state = run.admit(run.init_state(), 0, greedy(run, prompt, new_tokens))
     state, first = run.prefill(state, 0, prompt)
-    drawn = [first]
+    drawn = [first.tokens]
     for position in range(len(prompt), len(prompt) + new_tokens - 1, run.plan.decode_steps):
-        state, tokens = run.decode(state, position)
-        drawn.append(tokens)
+        state, more, _ = run.decode(state, [0], position)
+        drawn.append(more.tokens)
     for tokens in drawn:
         np.asarray(tokens)
 
