@@ -25,6 +25,7 @@ from llama_jax.errors import InputError, one_line
 from llama_jax.manifest import NAME, array_digest, check_files, read_manifest, write_manifest
 from llama_jax.model import Params, param_shapes
 from llama_jax.shards import Tensor, by_path, group, nest, read_shard, write_shard
+from llama_jax.tokenizer import Tokenizer
 
 DTYPES = ("float16", "bfloat16", "float32")
 SHARD_BYTES = 2**27
@@ -40,6 +41,8 @@ class Checkpoint:
     dtype: str
     """The dtype of `params`, one of DTYPES."""
     tokenizer: pathlib.Path | None
+    root: str | None = None
+    """The digest of its weights as stored (docs/checkpoints.md); None: made up."""
 
 
 def save_checkpoint(
@@ -123,8 +126,23 @@ def load_checkpoint(
         restored |= read_shard(shard, abstract)
         if dtype == "float16" != values["dtype"]:
             _check_range({name: restored[name] for name in rows}, values["dtype"])
-    tokenizer = path / "tokenizer.model" if "tokenizer.model" in values["files"] else None
-    return Checkpoint(config, nest(restored), dtype, tokenizer)
+    return Checkpoint(config, nest(restored), dtype, _tokenizer(path, values), values["root"])
+
+
+def load_tokenizer(path: str | pathlib.Path) -> tuple[Tokenizer | None, int]:
+    """Return a checkpoint's tokenizer, if it has one, and the model's vocabulary size.
+
+    Raises:
+        InputError: see `load_checkpoint`; the weights are not read.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    values, config = open_checkpoint(path)
+    file = _tokenizer(path, values)
+    return file and Tokenizer(file), config.vocab_size
+
+
+def _tokenizer(path: pathlib.Path, values: dict[str, Any]) -> pathlib.Path | None:
+    return path / "tokenizer.model" if "tokenizer.model" in values["files"] else None
 
 
 def _check_range(arrays: dict[str, jax.Array], stored: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import jsonschema
 
 from llama_jax.chat import Message, check_dialog, encode_dialog
+from llama_jax.decode import TOP_LOGPROBS
 from llama_jax.errors import InputError, one_line
 from llama_jax.tokenizer import BOS_ID, Tokenizer
 
@@ -22,11 +23,20 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "repetition_penalty": {"type": "number", "minimum": 0, "maximum": 2, "default": 1.0},
     "frequency_penalty": {"type": "number", "minimum": 0, "maximum": 2, "default": 0.0},
     "presence_penalty": {"type": "number", "minimum": 0, "maximum": 2, "default": 0.0},
+    "stop": {
+        "type": "array",
+        "items": {"type": "string", "minLength": 1},
+        "maxItems": 16,
+        "default": (),
+    },
     "ignore_eos": {"type": "boolean", "default": False},
+    "logprobs": {"type": "integer", "minimum": 0, "maximum": TOP_LOGPROBS},
+    "prompt_logprobs": {"type": "boolean", "default": False},
 }
 """The model card's input schema, as JSON Schema: types, ranges and defaults. Beyond the card: seed
-goes down to 0 and up to 64 bits, max_tokens has a floor, `ignore_eos` is ours, and the defaults
-that the card leaves out are written down (temperature 0.6 is Meta's; penalties are off)."""
+goes down to 0 and up to 64 bits, max_tokens has a floor, what comes after the penalties is ours,
+and the defaults that the card leaves out are written down (temperature 0.6 is Meta's; penalties are
+off)."""
 
 _ARGUMENTS = ("prompt", "messages", "prompt_tokens", "system", "raw", *PARAMETERS)
 _MAX_DRAWN_SEED = 9_999_999_999  # the card's largest: a drawn seed can be sent anywhere
@@ -47,12 +57,15 @@ class GenerationRequest:
     repetition_penalty: float
     frequency_penalty: float
     presence_penalty: float
+    stop: tuple[str, ...]
     ignore_eos: bool
+    logprobs: int | None
+    prompt_logprobs: bool
 
     def parameters(self) -> dict[str, Any]:
         """Return the effective parameters: send them again and the same text comes back."""
-        raw = {"raw": self.raw_prompt is not None}
-        return raw | {name: getattr(self, name) for name in PARAMETERS}
+        values = {name: getattr(self, name) for name in PARAMETERS}
+        return {"raw": self.raw_prompt is not None} | values | {"stop": list(self.stop)}
 
     def encode(self, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
         """Return the prompt's token ids: Meta's dialog format, or BOS and the raw text.
@@ -92,12 +105,15 @@ def make_request(
         system: a system prompt, with `prompt` alone.
         raw: use the prompt as it is, behind BOS, without the chat template.
         **parameters: those of PARAMETERS; None stands for the default. A seed is drawn if none
-            is given.
+            is given. `stop` may be one string. `logprobs` is how many of the likeliest tokens to
+            tell with each drawn one's own probability; `prompt_logprobs`: for the prompt's too.
 
     Raises:
         InputError: naming everything that is wrong, the messages' order included.
     """
     prompt_tokens = _plain(prompt_tokens)
+    if isinstance(parameters.get("stop"), str):
+        parameters["stop"] = [parameters["stop"]]
     values = {name: _plain(value) for name, value in parameters.items() if value is not None}
     problems = _prompt_problems(prompt, messages, prompt_tokens, system, raw)
     problems += _parameter_problems(values)
@@ -119,7 +135,7 @@ def make_request(
 
 def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """Return every parameter in its type; draw the seed if there is none."""
-    kinds = {"integer": int, "number": float, "boolean": bool}
+    kinds = {"integer": int, "number": float, "boolean": bool, "array": tuple}
     values = {name: values.get(name, s.get("default")) for name, s in PARAMETERS.items()}
     if values["seed"] is None:
         values["seed"] = 1 + secrets.randbelow(_MAX_DRAWN_SEED)
@@ -201,6 +217,8 @@ def _parameter_problems(values: dict[str, Any]) -> list[str]:
 
 def _expected(schema: dict[str, Any]) -> str:
     """Say in words what a parameter's schema allows."""
+    if schema["type"] == "array":
+        return f"a string, or a list of up to {schema['maxItems']} that are not empty"
     kind = {"integer": "an integer", "number": "a number", "boolean": "true or false"}
     expected = kind[schema["type"]]
     if "minimum" in schema:

@@ -1,11 +1,33 @@
-"""What a generation gives: pieces of text, then a Result with its timings."""
+"""What a generation gives: pieces of text as they come, then a Result."""
 
 import dataclasses
-import time
-from collections.abc import Generator, Iterator
 from typing import Any, Literal
 
-from llama_jax.executor import Executor
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model itself found a token: natural logarithms, before penalties and filters.
+
+    So temperature, top-k and top-p do not enter; a token that those made certain can be unlikely.
+    """
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """The likeliest tokens with theirs, falling; as many as were asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Some text, ending where a character ends, and the tokens that it took."""
+
+    text: str
+    """May be empty: of tokens held back, or with no tokenizer."""
+    tokens: list[int]
+    logprobs: list[TokenLogprob]
+    """One for each of `tokens` if the request asks for them, else none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,74 +40,21 @@ class Result:
     """Ids generated; the EOS that ended them is left out."""
     prompt_tokens: list[int]
     """Ids the model was fed."""
-    finish_reason: Literal["stop", "length"]
-    """`stop`: the model drew EOS; `length`: max_tokens were drawn."""
+    finish_reason: FinishReason
+    """`stop`: the model drew EOS or spelt a stop string; `length`: max_tokens were drawn;
+    `cancelled`: its reader gave it up."""
     usage: dict[str, int]
     """prompt_tokens, completion_tokens (without EOS) and total_tokens, counted."""
     seed: int
+    fingerprint: str
+    """Of weights and configuration: where it and the request are equal, so are the tokens."""
     parameters: dict[str, Any]
     """The effective parameters, defaults and drawn seed included."""
     timings: dict[str, float | None]
-    """Seconds: load_s, compile_s, prefill_s (to the first token), decode_s; tokens per second:
-    prefill_tokens_per_s, decode_tokens_per_s (None if nothing was decoded)."""
-
-
-class Stream:
-    """Pieces of text as they are drawn; `result` is there once the last has been taken."""
-
-    def __init__(self, pieces: Generator[str, None, Result]):
-        self._pieces = pieces
-        self._result: Result | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        try:
-            return next(self._pieces)
-        except StopIteration as stop:
-            self._result = self._result or stop.value
-            raise
-
-    @property
-    def result(self) -> Result:
-        """The whole result, equal to that of `generate`."""
-        if self._result is None:
-            raise RuntimeError("the stream has not been read to its end yet")
-        return self._result
-
-
-class Stopwatch:
-    """Time a generation from inside: without compilation, and without what its reader does."""
-
-    def __init__(self, executor: Executor):
-        self._log = executor.compiled
-        self._compile_before = executor.compiled.seconds
-        self._first_s = self._rest_s = 0.0
-        self._count = 0
-
-    def time(self, draws: Iterator[int]) -> Iterator[int]:
-        """Pass the tokens on, noting how long each took to come."""
-        while True:
-            began, compiled = time.perf_counter(), self._log.seconds
-            token = next(draws, None)
-            spent = time.perf_counter() - began - (self._log.seconds - compiled)
-            if self._count == 0:
-                self._first_s = spent
-            else:
-                self._rest_s += spent
-            if token is None:
-                return
-            self._count += 1
-            yield token
-
-    def timings(self, prompt_length: int) -> dict[str, float | None]:
-        """Return the fields of `Result.timings` but load_s."""
-        decoded = self._count - 1
-        return {
-            "compile_s": self._log.seconds - self._compile_before,
-            "prefill_s": self._first_s,
-            "decode_s": self._rest_s,
-            "prefill_tokens_per_s": prompt_length / self._first_s if self._count else None,
-            "decode_tokens_per_s": decoded / self._rest_s if decoded > 0 else None,
-        }
+    """Seconds: load_s, compile_s, queue_s, prefill_s (to the first token), decode_s; tokens per
+    second: prefill_tokens_per_s, decode_tokens_per_s (None if nothing was decoded); and
+    reused_tokens: of the prompt, how many were in the cache already."""
+    logprobs: list[TokenLogprob] | None = None
+    """One for each of `tokens`, if asked for."""
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """One for each of `prompt_tokens` but the first, if asked for."""

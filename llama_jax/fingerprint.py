@@ -1,0 +1,38 @@
+"""Fingerprint: a short name for all but the request that decides which tokens come out."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+
+import jax
+
+from llama_jax.checkpoint import Checkpoint
+from llama_jax.executor import Executor
+from llama_jax.kernels import instruction_set
+from llama_jax.sampling import SAMPLER_VERSION
+from llama_jax.version import __version__
+
+
+def fingerprint(checkpoint: Checkpoint, executor: Executor) -> str:
+    """Return `fp_` and 16 hexadecimal digits: of weights, program, versions and kind of device.
+
+    The number of slots is part of it where the bits of a logit depend on the batch.
+    """
+    plan = executor.plan
+    parts = {
+        "weights": checkpoint.root,
+        "config": dataclasses.asdict(checkpoint.config),
+        "dtype": checkpoint.dtype,
+        "plan": plan._asdict(),
+        "batch": None if plan.invariant else executor.batch,
+        "instructions": instruction_set() if plan.invariant else None,
+        "device": jax.devices()[0].device_kind,
+        "sampler": SAMPLER_VERSION,
+        "versions": {
+            "llama_jax": __version__,
+            **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
+        },
+    }
+    text = json.dumps(parts, sort_keys=True)
+    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:16]

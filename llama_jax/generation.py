@@ -1,0 +1,216 @@
+"""Generation: one request on its way through the engine, from token ids to text."""
+
+import collections
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from llama_jax.decode import NO_TOKEN, Logprobs
+from llama_jax.request import GenerationRequest
+from llama_jax.result import FinishReason, Piece, Result, TokenLogprob
+from llama_jax.stop import StopCutter
+from llama_jax.tokenizer import EOS_ID, StreamDecoder, Tokenizer
+
+
+class Clock:
+    """Seconds that the engine worked, without those that compiling took: its own kind of time."""
+
+    def __init__(self) -> None:
+        self.worked_s = 0.0
+        self.compiled_s = 0.0
+
+
+class Generation:
+    """A request that was submitted: its pieces, then its result or the error that ended it.
+
+    The engine fills it, in whatever thread drives the engine; another may read and cancel it.
+
+    Args:
+        request: what is asked for.
+        prompt: its token ids.
+        tokenizer: None: ids stand for the text, with commas.
+        clock: the engine's.
+        fingerprint: the engine's; see `Result`.
+        on_change: called, in the engine's thread, when there is something new.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        prompt: list[int],
+        tokenizer: Tokenizer | None,
+        *,
+        clock: Clock,
+        fingerprint: str = "",
+        on_change: Callable[[], None] | None = None,
+    ):
+        self.request, self.prompt = request, prompt
+        self.tokens: list[int] = []
+        self.result: Result | None = None
+        self.error: BaseException | None = None
+        self.cancelled = False
+        self.reused = 0
+        """Tokens of the prompt that were in the cache already."""
+        self._pieces: collections.deque[Piece] = collections.deque()
+        self._decoder = StreamDecoder(tokenizer) if tokenizer else None
+        self._cutter = StopCutter(request.stop)
+        self._texts: list[str] = []
+        self._waiting = Piece("", [], [])  # tokens whose text has not come yet
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: list[TokenLogprob | None] = [None]
+        self._fingerprint, self._on_change = fingerprint, on_change
+        self._times = _Times(clock)
+        self._ended = threading.Event()
+
+    @property
+    def stop_token(self) -> int:
+        """The id that ends it, or NO_TOKEN."""
+        return NO_TOKEN if self.request.ignore_eos else EOS_ID
+
+    @property
+    def done(self) -> bool:
+        """Whether its result or its error is there; pieces may still be waiting to be taken."""
+        return self._ended.is_set()
+
+    @property
+    def unread(self) -> bool:
+        """Whether there are pieces to be taken."""
+        return bool(self._pieces)
+
+    def take(self) -> Piece | None:
+        """Return the next piece, if there is one already."""
+        return self._pieces.popleft() if self._pieces else None
+
+    def cancel(self) -> None:
+        """Have it ended at the engine's next turn; its slot is then free for another."""
+        self.cancelled = True
+
+    # What the engine tells it.
+
+    def begin(self, reused: int) -> None:
+        """Note that it has got a slot, whose cache holds some of its prompt already."""
+        self.reused = reused
+        self._times.begin()
+
+    def push(self, token: int, logprob: TokenLogprob | None = None) -> None:
+        """Take the next token drawn, up to the one that ends it; turn it into text."""
+        self._times.token()
+        if token == self.stop_token:
+            return self.finish("stop")
+        self.tokens.append(token)
+        text = self._cutter.push(self._text(token))
+        self._waiting.tokens.append(token)
+        if logprob is not None:
+            self._logprobs.append(logprob)
+            self._waiting.logprobs.append(logprob)
+        if text:
+            self._emit(text)
+        if self._cutter.stopped:
+            return self.finish("stop")
+        if len(self.tokens) == self.request.max_tokens:
+            return self.finish("length")
+        return None
+
+    def push_prompt_logprobs(self, logprobs: Sequence[TokenLogprob]) -> None:
+        """Take those of the prompt's next tokens."""
+        self._prompt_logprobs += logprobs
+
+    def finish(self, reason: FinishReason) -> None:
+        """Let out what was held back, and make the result."""
+        if self._decoder:
+            rest = self._cutter.push(self._decoder.finish()) + self._cutter.finish()
+        else:
+            rest = self._cutter.finish()
+        if rest or self._waiting.tokens:
+            self._emit(rest)
+        if self._cutter.stopped:
+            reason = "stop"
+        asked = self.request.logprobs is not None
+        usage = {"prompt_tokens": len(self.prompt), "completion_tokens": len(self.tokens)}
+        self.result = Result(
+            response="".join(self._texts) if self._decoder else None,
+            tokens=self.tokens,
+            prompt_tokens=self.prompt,
+            finish_reason=reason,
+            usage={**usage, "total_tokens": sum(usage.values())},
+            seed=self.request.seed,
+            fingerprint=self._fingerprint,
+            parameters=self.request.parameters(),
+            timings=self._times.summary(len(self.prompt), self.reused),
+            logprobs=self._logprobs if asked else None,
+            prompt_logprobs=self._prompt_logprobs if self.request.prompt_logprobs else None,
+        )
+        self._end()
+
+    def fail(self, error: BaseException) -> None:
+        """End it by an error; its reader will be told."""
+        self.error = error
+        self._end()
+
+    def changed(self) -> None:
+        """Tell the reader that there is something new."""
+        if self._on_change:
+            self._on_change()
+
+    def _end(self) -> None:
+        self._ended.set()
+        self.changed()
+
+    def _emit(self, text: str) -> None:
+        self._texts.append(text)
+        self._pieces.append(Piece(text, self._waiting.tokens, self._waiting.logprobs))
+        self._waiting = Piece("", [], [])
+
+    def _text(self, token: int) -> str:
+        if self._decoder:
+            return self._decoder.push(token)
+        return f",{token}" if len(self.tokens) > 1 else str(token)
+
+
+def token_logprobs(
+    logprobs: Logprobs, column: int, tokens: Sequence[int], count: int
+) -> list[TokenLogprob]:
+    """Turn one column of arrays into a TokenLogprob for each token, with `count` alternatives."""
+    chosen, top, ids = (np.asarray(a)[:, column].tolist() for a in logprobs)
+    return [
+        TokenLogprob(token, chosen[t], list(zip(ids[t][:count], top[t][:count], strict=True)))
+        for t, token in enumerate(tokens)
+    ]
+
+
+class _Times:
+    """When one generation got on, in wall-clock time (its queue) and in the engine's own."""
+
+    def __init__(self, clock: Clock):
+        self._clock = clock
+        self._submitted = time.perf_counter()
+        self._compiled = clock.compiled_s
+        self._queue_s = 0.0
+        self._began = self._first = self._last = clock.worked_s
+        self._count = 0
+
+    def begin(self) -> None:
+        self._queue_s = time.perf_counter() - self._submitted
+        self._began = self._first = self._last = self._clock.worked_s
+
+    def token(self) -> None:
+        self._count += 1
+        self._last = self._clock.worked_s
+        if self._count == 1:
+            self._first = self._last
+
+    def summary(self, prompt_length: int, reused: int) -> dict[str, float | None]:
+        """Return `Result.timings` without load_s."""
+        prefill_s, decode_s = self._first - self._began, self._last - self._first
+        read, decoded = prompt_length - reused, self._count - 1
+        return {
+            "compile_s": self._clock.compiled_s - self._compiled,
+            "queue_s": self._queue_s,
+            "prefill_s": prefill_s,
+            "decode_s": decode_s,
+            "prefill_tokens_per_s": read / prefill_s if self._count and prefill_s else None,
+            "decode_tokens_per_s": decoded / decode_s if decoded > 0 and decode_s else None,
+            "reused_tokens": reused,
+        }

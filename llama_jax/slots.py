@@ -1,0 +1,69 @@
+"""Slots: the rows of the engine's state, and what their caches still hold."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llama_jax.generation import Generation
+
+
+@dataclasses.dataclass
+class Slot:
+    """One row of the state."""
+
+    row: int
+    generation: Generation | None = None
+    """None: it is free."""
+    cached: list[int] = dataclasses.field(default_factory=list)
+    """The tokens that its cache holds and that a prompt may reuse."""
+    asked: int = 0
+    """Tokens of its generation that were dispatched; 0 while the prompt is being read."""
+    used: int = 0
+    """When it was last given out, counted in generations."""
+
+    @property
+    def position(self) -> int:
+        """The place in the cache of the last token that was dispatched."""
+        assert self.generation is not None
+        return len(self.generation.prompt) + self.asked - 1
+
+    def common(self, prompt: Sequence[int]) -> int:
+        """Return how many of a prompt's first tokens its cache holds."""
+        pairs = zip(self.cached, prompt, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+class Choice(NamedTuple):
+    """Where a prompt goes."""
+
+    slot: Slot
+    """A free one."""
+    source: Slot
+    """The one whose cache holds the prompt's beginning; `slot` itself: there is no need to copy."""
+    start: int
+    """How many tokens that is."""
+
+
+def choose(slots: Sequence[Slot], prompt: Sequence[int], multiple: int | None) -> Choice:
+    """Choose a slot for a prompt; one is free.
+
+    What a free slot holds is used where it is if little else would be lost, and is else copied to
+    the slot that was given out longest ago.
+
+    Args:
+        slots: all of them.
+        prompt: its tokens.
+        multiple: of how many tokens a cache's beginning is reused; None: it is not.
+    """
+    free = [slot for slot in slots if slot.generation is None]
+    oldest = min(free, key=lambda slot: slot.used)
+    if multiple is None:
+        return Choice(oldest, oldest, 0)
+    best = max(slots, key=lambda slot: slot.common(prompt))
+    common = min(best.common(prompt), len(prompt) - 1)  # one is read at least, for its logits
+    start = common - common % multiple
+    if start == 0:
+        return Choice(oldest, oldest, 0)
+    in_place = best.generation is None and len(best.cached) <= 2 * start
+    return Choice(best if in_place else oldest, best, start)

@@ -1,0 +1,59 @@
+"""Stream: an answer read piece by piece, which moves the engine on."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from llama_jax.engine import Engine
+from llama_jax.generation import Generation
+from llama_jax.result import Piece, Result
+
+
+class Stream:
+    """Pieces of text as they are drawn; `result` is there once the last has been taken.
+
+    While it waits for its own next piece, the engine works for all. One that is let go before its
+    end is cancelled.
+    """
+
+    def __init__(self, engine: Engine, generation: Generation, load_s: float = 0.0):
+        self._engine, self._generation, self._load_s = engine, generation, load_s
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        while (piece := self.next_piece()) is not None:
+            if piece.text:
+                return piece.text
+        raise StopIteration
+
+    def next_piece(self) -> Piece | None:
+        """Return the next piece, with its tokens; None: it was the last.
+
+        Raises:
+            Exception: what went wrong, if the generation failed.
+        """
+        while True:
+            done = self._generation.done  # asked first: the last piece comes before the end
+            if piece := self._generation.take():
+                return piece
+            if done:
+                if self._generation.error is not None:
+                    raise self._generation.error
+                return None
+            self._engine.step()
+
+    @property
+    def result(self) -> Result:
+        """The whole result, equal to that of `generate`."""
+        if self._generation.result is None or self._generation.unread:
+            raise RuntimeError("the stream has not been read to its end yet")
+        timings = {"load_s": self._load_s} | self._generation.result.timings
+        return dataclasses.replace(self._generation.result, timings=timings)
+
+    def close(self) -> None:
+        """Give it up: what it has not drawn yet is not drawn."""
+        self._generation.cancel()
+
+    def __del__(self) -> None:
+        self.close()
