@@ -3,7 +3,10 @@
   python run.py --prompt="What is the capital of France?" --temperature=0
   python run.py --checkpoint=DIR --system="Be brief." --prompt="Why is the sky blue?" --seed=7
   python run.py --messages=dialog.json --output=json
+  python run.py --request=request.json
   python run.py chat --checkpoint=DIR
+  python run.py batch --input=requests.jsonl --output=results.jsonl
+  python run.py serve --port=8787
 
 The text goes to stdout, everything else to stderr. Without --checkpoint and without
 $LLAMA_JAX_CHECKPOINT the embedded demo model runs. Exit status: 0 done, 2 a mistake in the input.
@@ -19,9 +22,11 @@ import sys
 from typing import Any
 
 from absl import app, flags, logging
+from tqdm import tqdm
 
-from llama_jax import InputError, Llama, Result
-from llama_jax.checkpoint import DTYPES
+from llama_jax import InputError, Llama, Result, contract
+from llama_jax.batch import Batch
+from llama_jax.checkpoint import DTYPES, load_tokenizer
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.files import parse_json
 from llama_jax.llama import default_checkpoint
@@ -40,6 +45,9 @@ flags.DEFINE_string(
     "messages", None, 'JSON file, or - for stdin: [{"role": "user", "content": "Hi"}, ...].'
 )
 flags.DEFINE_list("prompt_tokens", None, "Token ids, used as they are: 1,15043,2787.")
+flags.DEFINE_string(
+    "request", None, "JSON file, or - for stdin: a whole request, as the model card has it."
+)
 flags.DEFINE_bool("raw", False, "Use the prompt as it is, behind BOS, without the chat template.")
 flags.DEFINE_integer("max_tokens", 256, "Tokens to generate at most.")
 flags.DEFINE_float("temperature", 0.6, "0 (always the likeliest token) to 5.")
@@ -49,12 +57,29 @@ flags.DEFINE_integer("seed", None, "0 to 2^64 - 1; default: one is drawn and sho
 flags.DEFINE_float("repetition_penalty", 1.0, "0 to 2, over prompt and output; 1 is off.")
 flags.DEFINE_float("frequency_penalty", 0.0, "0 to 2, for each occurrence in the output.")
 flags.DEFINE_float("presence_penalty", 0.0, "0 to 2, once for what occurs in the output.")
+flags.DEFINE_multi_string("stop", [], "End before this text; may be given several times.")
+flags.DEFINE_integer("logprobs", None, "0 to 20: tell so many tokens' logprobs, in the JSON.")
 flags.DEFINE_bool("stream", True, "Print the text as it is generated (with --output=text).")
 flags.DEFINE_enum("dtype", None, DTYPES, "Of weights and cache; default: as stored.")
 flags.DEFINE_integer("context", None, "Tokens of prompt plus output; default: the model's most.")
 flags.DEFINE_bool("verify", False, "First compare all weights with the checkpoint's digests.")
+flags.DEFINE_integer(
+    "slots", None, "Answers to draw at once; default: 8 in batch and serve, else 1."
+)
+flags.DEFINE_string("input", None, "batch: a file of requests, one of the card's form a line.")
+flags.DEFINE_string("host", "127.0.0.1", "serve: the address to listen at.")
+flags.DEFINE_integer("port", 8787, "serve: the port to listen at; 0: any that is free.")
+flags.DEFINE_string(
+    "api_token", None, "serve: what clients must send; default: $LLAMA_JAX_API_TOKEN, else none."
+)
+flags.DEFINE_bool("insecure", False, "serve: let other machines in without a token.")
+flags.DEFINE_integer("max_queue", 64, "serve: requests that may wait; more are told to come back.")
+flags.DEFINE_float("timeout_s", 600, "serve: seconds that a request may take.")
 flags.DEFINE_bool("ignore_eos", False, "Go on to max_tokens, past the end-of-sequence token.")
-flags.DEFINE_enum("output", "text", ["text", "json"], "What goes to stdout.")
+flags.DEFINE_bool(
+    "print_prompt_tokens", False, "Print the ids that the model would be fed, and do no more."
+)
+flags.DEFINE_string("output", "text", "What goes to stdout, text or json; batch: a file to write.")
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 PARAMETER_FLAGS = (
@@ -66,8 +91,15 @@ PARAMETER_FLAGS = (
     "repetition_penalty",
     "frequency_penalty",
     "presence_penalty",
+    "stop",
     "ignore_eos",
+    "logprobs",
 )
+PROMPT_FLAGS = ("prompt", "system", "messages", "prompt_tokens", "raw", "request")
+VERB_FLAGS = {
+    "batch": ("input",),
+    "serve": ("host", "port", "api_token", "insecure", "max_queue", "timeout_s"),
+}
 
 CHAT_HELP = (
     "/reset forgets, /seed N sets the seed, /system TEXT sets the system prompt, /quit ends, "
@@ -80,22 +112,34 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def load() -> Llama:
-    """Load the checkpoint that the flags or the environment name."""
-    path = FLAGS.checkpoint if FLAGS.checkpoint is not None else default_checkpoint()
-    if path == DEMO_CHECKPOINT:
+def checkpoint_path() -> pathlib.Path:
+    """Return the checkpoint that the flags or the environment name."""
+    if FLAGS.checkpoint is not None:
+        return pathlib.Path(FLAGS.checkpoint)
+    if (path := default_checkpoint()) == DEMO_CHECKPOINT:
         note("no --checkpoint: running the embedded demo model, which knows only its small corpus")
+    return path
+
+
+def load(slots: int = 1, **how: Any) -> Llama:
+    """Load the checkpoint, with as many slots unless the flags say otherwise."""
     return Llama.load(
-        path,
+        checkpoint_path(),
         dtype=FLAGS.dtype,
         context=FLAGS.context,
+        slots=slots if FLAGS.slots is None else FLAGS.slots,
         verify=FLAGS.verify,
         progress=sys.stderr.isatty(),
+        **how,
     )
 
 
 def read_request() -> GenerationRequest:
     """Return the request that the flags describe, checked."""
+    if FLAGS.output not in ("text", "json"):
+        raise InputError(f"--output is {FLAGS.output!r:.40}, expected text or json")
+    if FLAGS.request is not None:
+        return read_card_request(FLAGS.request)
     request: dict[str, Any] = {name: FLAGS[name].value for name in PARAMETER_FLAGS}
     request |= {"prompt": FLAGS.prompt, "system": FLAGS.system, "raw": FLAGS.raw}
     if FLAGS.messages is not None:
@@ -107,14 +151,29 @@ def read_request() -> GenerationRequest:
     return make_request(**request)
 
 
-def read_messages(source: str) -> list:
-    """Parse the JSON list of a file, or of stdin for "-"."""
-    name = f"--messages={source}"
+def read_card_request(source: str) -> GenerationRequest:
+    """Return the request of a JSON file in the card's form; say which of its fields do nothing."""
+    others = [name for name in (*PROMPT_FLAGS, *PARAMETER_FLAGS) if name != "request"]
+    refuse_flags("--request", "which holds all of it", *others)
+    card = contract.check(read_json(source, f"--request={source}"))
+    for name in card.ignored:
+        note(f"warning: {name} is no field of the model card here, and is left out of account")
+    return card.request()
+
+
+def read_json(source: str, name: str) -> Any:
+    """Parse the JSON of a file, or of stdin for "-"."""
     try:
         text = sys.stdin.read() if source == "-" else pathlib.Path(source).read_bytes()
     except OSError as error:
         raise InputError(f"{name}: {error.strerror}; name a JSON file or -") from None
-    messages = parse_json(text, name)
+    return parse_json(text, name)
+
+
+def read_messages(source: str) -> list:
+    """Return the messages of a JSON file."""
+    name = f"--messages={source}"
+    messages = read_json(source, name)
     if not isinstance(messages, list):
         raise InputError(f"{name} holds {messages!r:.40}, expected a list of messages")
     return messages
@@ -133,6 +192,9 @@ def parse_token(text: str) -> int:
 def generate() -> None:
     """Answer one request."""
     request = read_request()  # before the weights: a mistake should not take a minute to show
+    if FLAGS.print_prompt_tokens:
+        print_prompt_tokens(request)
+        return
     llm = load()
     stream = llm.start(request)
     write = FLAGS.output == "text"
@@ -150,13 +212,67 @@ def generate() -> None:
     note(summary(llm, result, drawn=FLAGS.seed is None))
 
 
+def print_prompt_tokens(request: GenerationRequest) -> None:
+    """Print what the model would be fed: the ids to stdout, their pieces to stderr."""
+    tokenizer, vocab_size = load_tokenizer(checkpoint_path())
+    tokens = request.encode(tokenizer, vocab_size)
+    print(",".join(map(str, tokens)))
+    if tokenizer is not None:
+        note(" ".join(tokenizer.piece(token) for token in tokens))
+    note(f"{len(tokens):,} tokens")
+
+
+def batch() -> None:
+    """Answer a file of requests."""
+    if FLAGS.input is None or FLAGS.output in ("text", "json"):
+        raise InputError("batch needs --input and --output, two files of JSON lines; name both")
+    refuse_flags("batch", "whose requests are in --input", *PROMPT_FLAGS, *PARAMETER_FLAGS)
+    work = Batch(FLAGS.input, FLAGS.output)
+    if work.done:
+        note(f"{FLAGS.output} has {work.done:,} of {work.total:,} lines already; going on")
+    llm = load(slots=8)
+    with tqdm(total=work.total, initial=work.done, unit="request", file=sys.stderr) as bar:
+        for _ in work.run(llm):
+            bar.update()
+    if work.failed:
+        raise InputError(
+            f"{work.failed:,} of {work.total:,} requests have an `error` in {FLAGS.output}; "
+            "mend them and run them as another batch"
+        )
+
+
+def serve() -> None:
+    """Answer requests over HTTP until told to stop."""
+    refuse_flags("serve", "whose requests come over HTTP", *PROMPT_FLAGS, *PARAMETER_FLAGS)
+    try:
+        from llama_jax.server import serve as server
+    except ImportError as error:
+        raise InputError(f"{error.name} is not installed; pip install 'llama_jax[serve]'") from None
+    server.serve(
+        lambda: load(slots=8, max_queue=FLAGS.max_queue),
+        host=FLAGS.host,
+        port=FLAGS.port,
+        api_token=FLAGS.api_token or os.environ.get("LLAMA_JAX_API_TOKEN"),
+        insecure=FLAGS.insecure,
+        timeout_s=FLAGS.timeout_s,
+    )
+
+
+def refuse_flags(verb: str, reason: str, *names: str) -> None:
+    """Refuse flags that would not be heeded."""
+    given = [name for name in names if FLAGS[name].present]
+    if given:
+        raise InputError(f"--{given[0]} is given with {verb}, {reason}; drop it")
+
+
 def summary(llm: Llama, result: Result, *, drawn: bool) -> str:
     """Return the line on stderr: where the time went, and how to repeat the run."""
     t = result.timings
     parts = [f"load {t['load_s']:.2f} s", f"compile {t['compile_s']:.2f} s"]
     if t["prefill_tokens_per_s"] is not None:
+        read = result.usage["prompt_tokens"] - int(t["reused_tokens"] or 0)
         parts.append(
-            f"prefill {result.usage['prompt_tokens']} tokens in {t['prefill_s']:.3f} s "
+            f"prefill {read} tokens in {t['prefill_s']:.3f} s "
             f"({t['prefill_tokens_per_s']:,.0f} tok/s)"
         )
     if t["decode_tokens_per_s"] is not None:
@@ -172,10 +288,10 @@ def summary(llm: Llama, result: Result, *, drawn: bool) -> str:
 
 def chat() -> None:
     """Talk in turns until /quit or the end of the input."""
-    for name in ("prompt", "messages", "prompt_tokens"):
-        if FLAGS[name].value is not None:
-            raise InputError(f"--{name} is given with chat, which asks for the turns; drop one")
-    if FLAGS.raw or FLAGS.output == "json" or not FLAGS.stream:
+    refuse_flags(
+        "chat", "which asks for the turns", "prompt", "messages", "prompt_tokens", "request"
+    )
+    if FLAGS.raw or FLAGS.output != "text" or not FLAGS.stream:
         raise InputError("chat streams text in the chat format; drop --raw, --output, --nostream")
     parameters: dict[str, Any] = {name: FLAGS[name].value for name in PARAMETER_FLAGS}
     make_request(prompt="x", system=FLAGS.system, **parameters)  # before the weights, as above
@@ -244,6 +360,9 @@ def answer(
     return turns
 
 
+VERBS = {"chat": chat, "batch": batch, "serve": serve}
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line; a mistake in it is one line and exit 2."""
     if {"--help", "-h"} & set(argv[1:]):  # absl's own exits 1
@@ -264,11 +383,15 @@ def main(argv: list[str]) -> None:
         if isinstance(stream, io.TextIOWrapper):  # whatever bytes come: no traceback
             stream.reconfigure(errors=errors)
     try:
-        if argv[1:] not in ([], ["chat"]):
+        if argv[1:] and argv[1:] not in [[verb] for verb in VERBS]:
             raise InputError(
-                f"got the argument {argv[1]!r}, expected chat or none; a prompt goes to --prompt"
+                f"got the argument {argv[1]!r}, expected {', '.join(VERBS)} or none; a prompt goes "
+                "to --prompt"
             )
-        chat() if argv[1:] else generate()
+        for verb, names in VERB_FLAGS.items():
+            if verb not in argv[1:]:
+                refuse_flags(argv[1] if argv[1:] else "a prompt", f"but is of {verb}", *names)
+        VERBS[argv[1]]() if argv[1:] else generate()
     except InputError as error:
         if FLAGS.debug:
             raise

@@ -16,6 +16,7 @@ from absl.testing import flagsaver
 
 import run
 from llama_jax import Llama, checkpoint
+from llama_jax.chat import encode_dialog
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.llama import CHECKPOINT_VARIABLE
 from llama_jax.shards import tensors
@@ -39,9 +40,9 @@ def cli(capsys, monkeypatch, demo):
     """Run main() on arguments; return (exit status, stdout, stderr)."""
     load = Llama.load
 
-    def load_once(path, *, dtype=None, context=None, **how):
-        plain = pathlib.Path(path) == DEMO_CHECKPOINT and (dtype, context) == (None, None)
-        return demo if plain else load(path, dtype=dtype, context=context, **how)
+    def load_once(path, *, dtype=None, context=None, slots=1, **how):
+        plain = pathlib.Path(path) == DEMO_CHECKPOINT and (dtype, context, slots) == (None, None, 1)
+        return demo if plain else load(path, dtype=dtype, context=context, slots=slots, **how)
 
     monkeypatch.setattr(Llama, "load", load_once)
 
@@ -142,8 +143,11 @@ def test_json_has_the_fields_of_the_result(cli):
         "finish_reason",
         "usage",
         "seed",
+        "fingerprint",
         "parameters",
         "timings",
+        "logprobs",
+        "prompt_logprobs",
     ]
     assert result["seed"] == 7
     assert result["parameters"]["top_k"] == 4
@@ -161,12 +165,58 @@ def test_every_parameter_flag_reaches_the_model(cli, demo):
         "frequency_penalty": 0.5,
         "presence_penalty": 0.25,
         "ignore_eos": True,
+        "logprobs": 2,
     }
-    assert values.keys() == set(run.PARAMETER_FLAGS)
     flags = [f"--{name}={value}" for name, value in values.items()]
+    values["stop"] = ["zebra", "quagga"]
+    flags += [f"--stop={text}" for text in values["stop"]]
+    assert values.keys() == set(run.PARAMETER_FLAGS)
     result = json.loads(cli("--prompt=Hi", "--output=json", *flags)[1])
-    assert result["parameters"] == values | {"raw": False}
+    assert result["parameters"] == values | {"raw": False, "prompt_logprobs": False}
     assert result["tokens"] == demo.generate(prompt="Hi", **values).tokens
+    assert [len(entry["top"]) for entry in result["logprobs"]] == [2] * 30
+
+
+def test_a_whole_request_from_a_file_and_from_stdin(cli, tmp_path):
+    """In the card's form, through the card's check; what the card does not have is named."""
+    question = {"prompt": "What is the capital of France?", "temperature": 0}
+    (tmp_path / "request.json").write_text(json.dumps(question))
+    assert cli(f"--request={tmp_path / 'request.json'}")[1] == "The capital of France is Paris.\n"
+    messages = [{"role": "user", "content": question["prompt"], "name": "me"}]
+    body = {"messages": messages, "temperature": 0, "lora": "x", "tools": None}
+    status, out, err = cli("--request=-", stdin=json.dumps(body))
+    assert (status, out) == (0, "The capital of France is Paris.\n")
+    warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert [line.split()[1] for line in warnings] == ["lora", "messages[0].name"]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ('{"prompt": "a", "temperature": 9}', "oneOf at '/' not met, 0 matches: '/temperature' "),
+        ('{"prompt": "a", "seed": 0}', "'/seed' must be >= 1"),
+        ('{"prompt": "a", "max_tokens": NaN}', "--request=-: not JSON (NaN is not a number"),
+        ('{"messages": []}', "messages is empty, expected at least one user message"),
+    ],
+)
+def test_a_request_that_the_card_refuses(cli, body, expected):
+    status, out, err = cli("--request=-", stdin=body)
+    assert (status, out) == (2, "")
+    assert expected in err.splitlines()[-1]
+
+
+def test_prompt_tokens_are_printed_without_the_weights(cli, demo, monkeypatch):
+    monkeypatch.setattr(Llama, "load", None)
+    status, out, err = cli("--prompt=Hi", "--system=Be brief.", "--print_prompt_tokens")
+    assert status == 0
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert out == ",".join(map(str, encode_dialog(messages, demo.tokenizer))) + "\n"
+    assert "▁[ INST ]" in err
+
+
+def test_the_answer_ends_before_a_stop_string(cli):
+    arguments = [PARIS, "--temperature=0", "--stop=Rome", "--stop= is"]
+    assert cli(*arguments)[1] == "The capital of France\n"
 
 
 def test_messages_from_a_file_and_from_stdin(cli, tmp_path):
@@ -222,7 +272,23 @@ def test_checkpoint_from_the_environment(cli, monkeypatch, tmp_path):
         (["--prompt=a", "--output=json", "--stream"], "--stream is given with --output=json"),
         (["--prompt=a", "--dtype=int8"], "flag --dtype=int8"),
         (["--prompt=a", "--promt=b"], "Unknown command line flag 'promt'"),
-        (["hello"], "got the argument 'hello', expected chat or none; a prompt goes to --prompt"),
+        (["hello"], "got the argument 'hello', expected chat, batch, serve or none; a prompt goes"),
+        (["--prompt=a", "--output=xml"], "--output is 'xml', expected text or json"),
+        (["--prompt=a", "--slots=0"], "slots is 0, expected 1 to 256"),
+        (["--prompt=a", "--stop="], "stop is [''], expected a string, or a list of up to 16"),
+        (["--prompt=a", "--logprobs=21"], "logprobs is 21, expected an integer from 0 to 20"),
+        (["--prompt=a", "--request=-"], "--prompt is given with --request, which holds all of it"),
+        (["--seed=1", "--request=-"], "--seed is given with --request"),
+        (["--prompt=a", "--input=x"], "--input is given with a prompt, but is of batch; drop it"),
+        (["--prompt=a", "--port=1"], "--port is given with a prompt, but is of serve; drop it"),
+        (["batch"], "batch needs --input and --output, two files of JSON lines; name both"),
+        (["batch", "--input=a", "--output=json"], "batch needs --input and --output"),
+        (["batch", "--input=none.jsonl", "--output=x"], "none.jsonl: No such file or directory"),
+        (["batch", "--input=a", "--output=b", "--prompt=a"], "--prompt is given with batch, whose"),
+        (["batch", "--input=a", "--output=b", "--seed=1"], "--seed is given with batch, whose"),
+        (["batch", "--input=a", "--output=b", "--port=1"], "--port is given with batch, but is of"),
+        (["serve", "--prompt=a"], "--prompt is given with serve, whose requests come over HTTP"),
+        (["serve", "--host=0.0.0.0"], "0.0.0.0"),
         (["chat", "--prompt=a"], "--prompt is given with chat, which asks for the turns"),
         (["chat", "--output=json"], "chat streams text in the chat format; drop --raw, --output"),
         (["chat", "--nostream"], "chat streams text in the chat format"),
