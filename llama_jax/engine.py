@@ -161,8 +161,10 @@ class Engine:
 
     def run(self, stopping: threading.Event) -> None:
         """Do all that is submitted, until told to stop; `wake` then lets it notice."""
-        while not stopping.is_set():
-            self._work.clear()
+        while True:
+            self._work.clear()  # before the question: what wakes it after that is not missed
+            if stopping.is_set():
+                return
             if not self.step():
                 self._work.wait()
 
@@ -223,15 +225,16 @@ class Engine:
         """Give the next request in the queue a slot, if there is one."""
         if self.running == len(self._slots) or not self._queue:
             return None
-        generation = self._queue.popleft()
+        generation = self._queue[0]
         request, prompt, run = generation.request, generation.prompt, self.executor
         reuse = self.reuse and not request.prompt_logprobs  # those need every token read
         choice = choose(self._slots, prompt, run.plan.reuse_multiple if reuse else None)
         slot, start = choice.slot, choice.start
+        # From here on it is the slot's: whatever fails below ends it, and does not lose it.
+        slot.generation, slot.asked, slot.used = self._queue.popleft(), 0, next(self._admitted)
         if choice.source is not slot:
             self._state = run.copy_row(self._take_state(), choice.source.row, slot.row)
         slot.cached = choice.source.cached[:start]
-        slot.generation, slot.asked, slot.used = generation, 0, next(self._admitted)
         params = sampling.make_params(
             seed=request.seed,
             temperature=request.temperature,
@@ -319,13 +322,12 @@ class Engine:
             try:
                 mine = [token for token in tokens[:, column].tolist() if token != NO_TOKEN]
                 self._hand_over(generation, mine, dispatched.drawn.logprobs, column)
+                if not generation.done:
+                    generation.changed()
             except Exception as error:  # whatever it is, the others go on
-                generation.fail(error)
-                self._count("error")
+                self._fail(generation, error)
             if generation.done:
                 self._free(slot)
-            else:
-                generation.changed()
 
     def _hand_over(
         self, generation: Generation, tokens: list[int], logprobs: Logprobs, column: int
@@ -358,8 +360,15 @@ class Engine:
             self._state = self.executor.release(self._take_state(), slot.row)
 
     def _end(self, generation: Generation, reason: FinishReason) -> None:
-        generation.finish(reason)
-        self._count(reason)
+        try:
+            generation.finish(reason)
+            self._count(reason)
+        except Exception as error:
+            self._fail(generation, error)
+
+    def _fail(self, generation: Generation, error: BaseException) -> None:
+        generation.fail(error)
+        self._count("error")
 
     def _count(self, ending: str) -> None:
         self.counts.ended[ending] = self.counts.ended.get(ending, 0) + 1
@@ -370,8 +379,7 @@ class Engine:
         self._dispatched.clear()
         for slot in self._slots:
             if slot.generation is not None and not slot.generation.done:
-                slot.generation.fail(error)
-                self._count("error")
+                self._fail(slot.generation, error)
             slot.generation, slot.cached = None, []
 
     def _take_state(self) -> DecodeState:

@@ -1,6 +1,7 @@
 """Generation: one request on its way through the engine, from token ids to text."""
 
 import collections
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -145,9 +146,10 @@ class Generation:
         self._end()
 
     def fail(self, error: BaseException) -> None:
-        """End it by an error; its reader will be told."""
+        """End it by an error; its reader will be told, if there is one still."""
         self.error = error
-        self._end()
+        with contextlib.suppress(Exception):
+            self._end()
 
     def changed(self) -> None:
         """Tell the reader that there is something new."""

@@ -64,7 +64,9 @@ def choose_plan(config: ModelConfig, dtype: str) -> Plan:
     # after EOS is wasted.
     cache = "uint16" if dtype == "bfloat16" else dtype
     if has_kernels():
-        return Plan(dtype, cache, Forms("native", "native", "native"))
+        # Chunks no longer than it takes to draw a few tokens: answers under way go on beside a long
+        # prompt. Longer ones would read it no faster.
+        return Plan(dtype, cache, Forms("native", "native", "native"), (16, 32, 64, 128))
     if dtype == "bfloat16":
         return Plan(dtype, cache, Forms("two_rows", "blocks"))
     if dtype == "float32" or _fits(6 * param_count(config)):

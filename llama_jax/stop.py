@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class StopCutter:
-    """Pass text on as it comes, up to the first stop string.
+    """Pass text on as it comes, up to the stop string that is spelt out first.
 
     What may be the beginning of one is held back until it is known: so the pieces that were passed
     on are the same text, however it was cut into pieces.
@@ -21,10 +21,12 @@ class StopCutter:
         if self.stopped:
             return ""
         text = self._held + text
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
+        places = [(text.find(stop), len(stop)) for stop in self._stops]
+        # By its end: which begins first may not be known yet when one is spelt out.
+        found = min(((at + length, at) for at, length in places if at >= 0), default=None)
+        if found:
             self.stopped, self._held = True, ""
-            return text[: min(places)]
+            return text[: found[1]]
         kept = len(text) - max((self._beginning(text, stop) for stop in self._stops), default=0)
         self._held = text[kept:]
         return text[:kept]

@@ -47,12 +47,20 @@ def _skip_or_fail(reason: str) -> None:
     pytest.skip(reason)
 
 
+_PACKAGES = {
+    "clients": ("cloudflare", "langchain_openai", "litellm", "lm_eval", "openai", "schemathesis"),
+    "parity": ("torch", "transformers"),
+}
+"""What the tests of each marker need: the extra of that name."""
+
+
 @pytest.fixture(autouse=True)
-def _need_parity_packages(request):
-    if request.node.get_closest_marker("parity"):
-        missing = [p for p in ("torch", "transformers") if importlib.util.find_spec(p) is None]
-        if missing:
-            _skip_or_fail(f"needs {' and '.join(missing)}: pip install -e '.[parity]'")
+def _need_packages(request):
+    for marker, packages in _PACKAGES.items():
+        if request.node.get_closest_marker(marker):
+            missing = [p for p in packages if importlib.util.find_spec(p) is None]
+            if missing:
+                _skip_or_fail(f"needs {' and '.join(missing)}: pip install -e '.[{marker}]'")
 
 
 @pytest.fixture(scope="session")

@@ -217,6 +217,131 @@ def test_decoding_between_the_chunks_of_a_prompt_changes_nothing(batch_ex):
     assert tokens == expected
 
 
+def busy_state(ex, rows=range(4)):
+    """Rows that draw, each at its own position; their prompts have 40, 79, 114 and 145 tokens."""
+    state = ex.init_state()
+    for row in rows:
+        prompt = (PROMPT * 4)[: (row + 1) * (40 - row)]
+        state, _ = admit(ex, state, row, prompt, 200, seed=row, **SAMPLED)
+    return state
+
+
+def entries(state, row):
+    """What a state holds of a row, but for its cache."""
+    return jax.tree.map(lambda a: np.asarray(a[row]), state._replace(cache=()))
+
+
+def cached(state, row, length):
+    """A row's first slots, of every layer."""
+    return [np.asarray(slots[row, :, :length]) for slots in jax.tree.leaves(state.cache)]
+
+
+def assert_equal(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_released_row_draws_nothing_and_keeps_its_cache(batch_ex):
+    ex = batch_ex
+    state = busy_state(ex, range(2))
+    expected = run(ex, PROMPT, 9, seed=0, **SAMPLED)[1:]
+    state = ex.release(state, 1)
+    position = int(state.positions[1])
+    before = cached(state, 1, position)
+    state, (going, released) = decode_rows(ex, state, [0, 1], 150)
+    assert (going, released) == (expected, [])
+    assert int(state.positions[1]) == position == 78
+    assert_equal(cached(state, 1, position), before)
+    # It can be given to another at once.
+    state, tokens = admit(ex, state, 1, PROMPT, 9, seed=0, **SAMPLED)
+    state, (_, more) = decode_rows(ex, state, [0, 1], 150)
+    assert (tokens + more)[1:] == expected
+
+
+def test_copy_row_copies_a_cache_and_nothing_else(batch_ex):
+    ex = batch_ex
+    state = busy_state(ex)
+    before = jax.tree.map(np.array, state)
+    state = ex.copy_row(state, 3, 1)
+    assert_equal(cached(state, 1, ex.capacity), cached(before, 3, ex.capacity))
+    for row in (0, 2, 3):
+        assert_equal(cached(state, row, ex.capacity), cached(before, row, ex.capacity))
+    for row in range(4):
+        assert_equal(entries(state, row), entries(before, row))
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_a_prompt_goes_on_from_what_a_row_holds(batch_ex, target):
+    """In place, or from another row's copy: as if all of it were read."""
+    ex, start = batch_ex, batch_ex.plan.reuse_multiple
+    prompt = (PROMPT * 10)[: start + 50]
+    expected = run(ex, prompt, 9, row=target, seed=1, **SAMPLED)
+    state, _ = admit(ex, ex.init_state(), 0, [*prompt[: start + 7], 5, 6], 1)
+    if target != 0:
+        state = ex.copy_row(state, 0, target)
+    params = sampling.make_params(seed=1, **SAMPLED)
+    new = decode.make_admission(params, prompt, CONFIG.vocab_size, limit=9, start=start)
+    state, drawn = ex.prefill(ex.admit(state, target, new), target, prompt, start)
+    state, (more,) = decode_rows(ex, state, [target], len(prompt))
+    assert [*np.asarray(drawn.tokens)[:, 0].tolist(), *more] == expected
+
+
+def test_with_kernels_some_rows_decode_as_all_do(native_kernels):
+    """Bit for bit: one, two in any order, or three, for which a fourth that is done comes along."""
+    ex = make(plan=NATIVE, batch=4)
+    expected, columns = decode_rows(ex, ex.release(busy_state(ex), 3), range(4), 150)
+    for parts in ([[1], [0, 2]], [[2, 0], [1]], [[2], [1], [0]], [[1, 0, 2]]):
+        state = ex.release(busy_state(ex), 3)
+        for rows in parts:
+            state, tokens = decode_rows(ex, state, rows, 150)
+            assert tokens == [columns[row] for row in rows]
+        for row in range(4):
+            length = int(expected.positions[row])
+            assert_equal(entries(state, row), entries(expected, row))
+            assert_equal(cached(state, row, length), cached(expected, row, length))
+
+
+@pytest.mark.parametrize("rows", [[2], [3, 1], [0, 1, 3], [0, 1, 2, 3]])
+def test_every_column_says_whose_it_is(batch_ex, rows):
+    ex = batch_ex
+    state, drawn, computed = ex.decode(busy_state(ex, rows), rows, 150)
+    columns = np.asarray(drawn.tokens).T
+    assert columns.shape == (len(computed), ex.plan.decode_steps)
+    assert len(set(computed)) == len(computed)
+    assert set(rows) <= set(computed)
+    if ex.plan.invariant:
+        assert len(computed) == {1: 1, 2: 2, 3: 4, 4: 4}[len(rows)]
+    for row, column in zip(computed, columns, strict=True):
+        assert (column != NO_TOKEN).all() == (row in rows)
+        assert (column == NO_TOKEN).all() == (row not in rows)
+        assert row not in rows or column[-1] == state.tokens[row]
+
+
+def test_an_admission_is_values_of_fixed_shapes():
+    params = sampling.make_params(seed=1)
+    plain = decode.make_admission(params, [5, 2, 5], 8, limit=3)
+    assert np.flatnonzero(plain.in_prompt).tolist() == [2, 5]
+    assert (plain.limit, plain.stop_token, plain.start) == (3, NO_TOKEN, 0)
+    assert not plain.wants_logprobs
+    other = decode.make_admission(
+        params, range(8), 8, limit=9, stop_token=2, wants_logprobs=True, start=4
+    )
+    assert other.in_prompt.all()
+    assert (other.limit, other.stop_token, other.start) == (9, 2, 4)
+    assert other.wants_logprobs
+    kinds = [jax.tree.map(lambda a: (a.shape, a.dtype), new) for new in (plain, other)]
+    assert kinds[0] == kinds[1]
+
+
+def test_an_admission_forgets_who_had_the_row(ex):
+    state, _ = admit(ex, ex.init_state(), 0, PROMPT, 50, stop=7, seed=1, **SAMPLED)
+    state, _ = decode_rows(ex, state, [0], len(PROMPT))
+    new = decode.make_admission(sampling.make_params(), [3], CONFIG.vocab_size, limit=2, start=16)
+    fresh = ex.admit(ex.init_state(), 0, new)
+    ours, theirs = entries(ex.admit(state, 0, new), 0), entries(fresh, 0)
+    assert_equal(ours._replace(tokens=0), theirs._replace(tokens=0))  # no one reads the last one's
+    assert (ours.positions, ours.steps, ours.done) == (16, 0, True)
+
+
 def test_penalties_count_prompt_and_output_as_the_law_says():
     """By hand: token 5 says itself with logit sqrt(24) = 4.9, and 6 with 0.3 of that, 1.47."""
     _, params = successor_params()

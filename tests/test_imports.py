@@ -72,6 +72,16 @@ def test_outside_dependencies_stay_in_their_rooms():
             assert package not in tops or path.stem in allowed, f"{path.name} imports {package}"
 
 
+def test_only_the_server_needs_what_serves():
+    """`pip install llama_jax` without the extra is whole but for the server."""
+    for path in [*(ROOT / "llama_jax").rglob("*.py"), ROOT / "run.py"]:
+        tops = {name.split(".")[0] for name in imports_of(path)}
+        in_server = path.parent.name == "server"
+        assert in_server or not tops & {"starlette", "uvicorn", "prometheus_client"}, path
+    code = "import sys, llama_jax; sys.exit('llama_jax.server' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
 def test_run_convert_and_tools_do_not_import_each_other():
     rooms = {"run": [ROOT / "run.py"]}
     rooms |= {name: list((ROOT / name).glob("*.py")) for name in ("benchmarks", "convert", "tools")}

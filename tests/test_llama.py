@@ -1,8 +1,10 @@
 """The Python interface, on the embedded demo model."""
 
+import copy
 import dataclasses
 import json
 import random
+import re
 
 import jax
 import numpy as np
@@ -12,7 +14,10 @@ import reference
 from llama_jax import InputError, Llama, Stream
 from llama_jax.checkpoint import load_checkpoint, save_checkpoint
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.llama import CHECKPOINT_VARIABLE, default_checkpoint
+from llama_jax.engine import Engine
+from llama_jax.fingerprint import fingerprint
+from llama_jax.llama import CHECKPOINT_VARIABLE, MAX_SLOTS, default_checkpoint
+from llama_jax.request import make_request
 from llama_jax.shards import tensors
 from llama_jax.tokenizer import BOS_ID, EOS_ID
 from tools.demo_corpus import read_corpus
@@ -71,11 +76,15 @@ def test_result_fields(llm):
     assert set(result.timings) == {
         "load_s",
         "compile_s",
+        "queue_s",
         "prefill_s",
         "decode_s",
         "prefill_tokens_per_s",
         "decode_tokens_per_s",
+        "reused_tokens",
     }
+    assert (result.logprobs, result.prompt_logprobs) == (None, None)
+    assert result.fingerprint == llm.engine.fingerprint
     json.dumps(dataclasses.asdict(result))
 
 
@@ -124,17 +133,22 @@ def test_streams_may_be_interleaved_and_abandoned(llm):
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 9, 10, 64])
-def test_running_ahead_changes_no_token(llm, max_tokens, monkeypatch):
+def test_running_ahead_changes_no_token(llm, max_tokens):
     """On an accelerator a chunk is dispatched before the last is read, past EOS too."""
     requests = [
         QUESTION | {"max_tokens": max_tokens},
         QUESTION | {"max_tokens": max_tokens, "ignore_eos": True},
+        QUESTION | {"max_tokens": max_tokens, "stop": "is"},
     ]
-    expected = [llm.generate(**request) for request in requests]
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for request, result in zip(requests, expected, strict=True):
-        ahead = llm.generate(**request)
-        assert (ahead.tokens, ahead.finish_reason) == (result.tokens, result.finish_reason)
+    ahead = copy.copy(llm)
+    ahead.executor = copy.copy(llm.executor)  # the same programs
+    ahead.executor.plan = llm.executor.plan._replace(dispatches=2)
+    ahead.engine = Engine(ahead.executor, llm.tokenizer)
+    for request in requests:
+        ours, theirs = (list(each.stream(**request)) for each in (ahead, llm))
+        assert ours == theirs
+        ours, theirs = (each.generate(**request) for each in (ahead, llm))
+        assert (ours.tokens, ours.finish_reason) == (theirs.tokens, theirs.finish_reason)
 
 
 def test_a_stream_can_be_left_and_taken_up_again(llm):
@@ -147,12 +161,78 @@ def test_a_stream_can_be_left_and_taken_up_again(llm):
     assert stream.result.response == llm.generate(**QUESTION).response
 
 
-@pytest.mark.parametrize("max_tokens", [8, 256])
-def test_the_cache_is_allocated_once(llm, max_tokens, monkeypatch):
-    """Whether a request ends by its limit or by EOS, the next one takes over its state."""
-    llm.generate(**QUESTION, max_tokens=max_tokens)
+@pytest.mark.parametrize("parameters", [{"max_tokens": 8}, {}, {"stop": "Paris"}])
+def test_the_cache_is_allocated_once(llm, parameters, monkeypatch):
+    """Whether a request ends by its limit, EOS or a stop string, the next takes over its state."""
+    expected = llm.generate(**QUESTION).tokens
+    llm.generate(**QUESTION, **parameters)
+    abandoned = llm.stream(**QUESTION, ignore_eos=True)
+    next(abandoned)
+    del abandoned
     monkeypatch.setattr(llm.executor, "init_state", None)
-    llm.generate(**QUESTION)
+    assert llm.generate(**QUESTION).tokens == expected
+
+
+def test_the_next_turn_of_a_conversation_reuses_the_last(llm):
+    system = "You are a friendly llama who answers every question in one short sentence. "
+    messages = [
+        {"role": "system", "content": system * 12},
+        {"role": "user", "content": "What is the capital of France?"},
+    ]
+    first = llm.generate(messages=messages, seed=1, max_tokens=30)
+    messages += [
+        {"role": "assistant", "content": first.response or "Paris."},
+        {"role": "user", "content": "Hello"},
+    ]
+    second = llm.generate(messages=messages, seed=2, max_tokens=30)
+    unit = llm.executor.plan.reuse_multiple
+    assert second.timings["reused_tokens"] >= len(first.prompt_tokens) // unit * unit > 0
+    fresh = copy.copy(llm)
+    fresh.engine = Engine(llm.executor, llm.tokenizer, reuse=False)
+    alone = fresh.generate(messages=messages, seed=2, max_tokens=30)
+    assert (alone.tokens, alone.timings["reused_tokens"]) == (second.tokens, 0)
+
+
+def test_stop_strings(llm):
+    whole = llm.generate(**QUESTION, temperature=0)
+    cut = llm.generate(**QUESTION, temperature=0, stop=[" is", "France"])
+    assert (cut.response, cut.finish_reason) == ("The capital of ", "stop")
+    assert cut.tokens == whole.tokens[: len(cut.tokens)]
+    assert llm.generate(**QUESTION, temperature=0, stop="London").response == whole.response
+
+
+def test_logprobs_and_pieces(llm):
+    stream = llm.stream(**QUESTION, logprobs=2)
+    pieces = list(iter(stream.next_piece, None))
+    result = stream.result
+    assert "".join(piece.text for piece in pieces) == result.response
+    assert [token for piece in pieces for token in piece.tokens] == result.tokens
+    assert [each for piece in pieces for each in piece.logprobs] == result.logprobs
+    assert result.logprobs == llm.generate(**QUESTION, logprobs=2).logprobs
+    assert [each.token for each in result.logprobs] == result.tokens
+    assert all(len(each.top) == 2 and each.logprob <= each.top[0][1] for each in result.logprobs)
+    json.dumps(dataclasses.asdict(result))
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_all_of_many_are_answered_in_their_order_as_alone(llm, slots):
+    many = llm if slots == 1 else Llama.load(DEMO_CHECKPOINT, slots=slots)
+    prompts = ["Hi", "What is the capital of Japan?", "Tell me a story.", "Hello", "Thanks!"]
+    requests = [make_request(prompt=prompt, seed=i) for i, prompt in enumerate(prompts)]
+    results = list(many.generate_all(iter(requests)))
+    assert [result.seed for result in results] == [0, 1, 2, 3, 4]
+    one_by_one = [many.generate(prompt=prompt, seed=i) for i, prompt in enumerate(prompts)]
+    assert [result.tokens for result in results] == [result.tokens for result in one_by_one]
+    assert list(many.generate_all([])) == []
+
+
+def test_all_of_many_says_what_is_wrong_with_one(llm):
+    fits = make_request(prompt="Hi", seed=1, max_tokens=3)
+    results = llm.generate_all([fits, fits, make_request(prompt="Hi", max_tokens=10_000)])
+    assert next(results).tokens
+    with pytest.raises(InputError, match="max_tokens is 10,000, but the context holds 512"):
+        next(results)
+    assert llm.generate(prompt="Hi", seed=1, max_tokens=3).tokens
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 2, 8, 9, 10])
@@ -238,6 +318,36 @@ def test_bits_do_not_depend_on_the_context(llm, context):
 def test_context_out_of_range(context):
     with pytest.raises(InputError, match=f"context is {context!r}, expected 1 to 512"):
         Llama.load(DEMO_CHECKPOINT, context=context)
+
+
+@pytest.mark.parametrize("slots", [0, -1, MAX_SLOTS + 1, True, 2.0, "2"])
+def test_slots_out_of_range(slots):
+    with pytest.raises(InputError, match=f"slots is {slots!r}, expected 1 to 256"):
+        Llama.load(DEMO_CHECKPOINT, slots=slots)
+
+
+def test_the_fingerprint_names_all_that_decides_the_tokens(llm, tmp_path, monkeypatch):
+    """Equal for an equal configuration; other for other weights, dtypes, plans and samplers."""
+
+    def of(path=DEMO_CHECKPOINT, **options):
+        return Llama.load(path, **options).engine.fingerprint
+
+    assert re.fullmatch("fp_[0-9a-f]{16}", of())
+    assert of() == llm.engine.fingerprint
+    assert of(context=64) == of()  # it changes no bit
+    assert (of(slots=2) == of()) == llm.executor.plan.invariant
+    demo = load_checkpoint(DEMO_CHECKPOINT)
+    save_checkpoint(tmp_path / "copy", tensors(demo.params), demo.config)
+    assert of(tmp_path / "copy") == of()
+    params = demo.params | {"final_norm": 2 * demo.params["final_norm"]}
+    save_checkpoint(tmp_path / "other", tensors(params), demo.config)
+    others = [of(tmp_path / "other"), of(dtype="float16"), of(dtype="bfloat16")]
+    changed = copy.copy(llm.executor)
+    changed.plan = llm.executor.plan._replace(decode_steps=4)
+    others.append(fingerprint(demo, changed))
+    monkeypatch.setattr("llama_jax.fingerprint.SAMPLER_VERSION", 2)
+    others.append(of())
+    assert len({llm.engine.fingerprint, *others}) == 6
 
 
 def test_without_a_tokenizer_ids_go_in_and_out(tmp_path, llm):

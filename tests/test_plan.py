@@ -12,6 +12,7 @@ from llama_jax import llama, plan, sampling
 from llama_jax.cache import init_cache
 from llama_jax.config import ModelConfig
 from llama_jax.decode import make_admission
+from llama_jax.engine import Engine
 from llama_jax.executor import Executor
 from llama_jax.model import Forms, Llama, forward, param_shapes
 from llama_jax.plan import Plan, choose_plan
@@ -56,9 +57,10 @@ def this_cpu(monkeypatch):
 
 def test_with_kernels_nothing_is_widened(this_cpu):
     this_cpu(kernels=True)
-    assert choose_plan(CONFIG, "float32") == Plan("float32", "float32", NATIVE)
-    assert choose_plan(CONFIG, "float16") == Plan("float16", "float16", NATIVE)
-    assert choose_plan(CONFIG, "bfloat16") == Plan("bfloat16", "uint16", NATIVE)
+    sizes = (16, 32, 64, 128)
+    assert choose_plan(CONFIG, "float32") == Plan("float32", "float32", NATIVE, sizes)
+    assert choose_plan(CONFIG, "float16") == Plan("float16", "float16", NATIVE, sizes)
+    assert choose_plan(CONFIG, "bfloat16") == Plan("bfloat16", "uint16", NATIVE, sizes)
 
 
 def test_without_kernels_float16_is_widened_where_it_fits(this_cpu):
@@ -80,7 +82,7 @@ def test_an_accelerator_runs_ahead(monkeypatch):
     assert chosen.dispatches == 2
 
 
-def make(dtype, plan, request):
+def make(dtype, plan, request, batch=1):
     if plan.forms.projection == "native":
         request.getfixturevalue("native_kernels")
     rng = np.random.default_rng(0)
@@ -88,7 +90,7 @@ def make(dtype, plan, request):
         lambda a: jnp.asarray(rng.normal(0, a.shape[-1] ** -0.5, a.shape), dtype),
         param_shapes(CONFIG),
     )
-    return Executor(CONFIG, params, dtype, context=640, plan=plan)
+    return Executor(CONFIG, params, dtype, batch=batch, context=640, plan=plan)
 
 
 @pytest.mark.parametrize(
@@ -136,18 +138,20 @@ def loop_instructions(hlo):
                 yield found[2], tuple(int(n) for n in found[1].split(",") if n)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("dtype", "plan"), CPU_PLANS)
-def test_the_token_loop_copies_and_converts_no_weight_and_no_cache(dtype, plan, request):
+def test_the_token_loop_copies_and_converts_no_weight_and_no_cache(dtype, plan, batch, request):
     """The compiled program itself: XLA would widen 16-bit weights, and copy bfloat16 caches."""
     if jax.default_backend() != "cpu":
         pytest.skip("plans for CPUs")
-    ex = make(dtype, plan, request)
+    ex = make(dtype, plan, request, batch)
     new = make_admission(sampling.make_params(), [1, 2, 3], CONFIG.vocab_size, limit=20)
     state, _ = ex.prefill(ex.admit(ex.init_state(), 0, new), 0, [1, 2, 3])
-    state, _, _ = ex.decode(state, [0], 3)
+    rows = [0] if batch == 1 else [0, 2]  # two of three, where the plan computes as few as that
+    state, _, _ = ex.decode(state, rows, 3)
     (name,) = (n for n in ex.compiled.names if n.startswith("decode"))
     large = {a.shape for a in jax.tree.leaves((ex.params, state.cache)) if a.ndim > 1}
-    assert {(256, 256), (704, 256), (1, 2, 768, 64)} <= large
+    assert {(256, 256), (704, 256), (batch, 2, 768, 64)} <= large
     sizes = {int(np.prod(shape)) for shape in large}
     moved = [
         (opcode, shape)
@@ -163,7 +167,7 @@ def test_the_token_loop_copies_and_converts_no_weight_and_no_cache(dtype, plan, 
     # Nor before the loop: what it needs beside its arguments is small.
     temporary = ex._programs[name].memory_analysis().temp_size_in_bytes
     weights = sum(a.nbytes for a in jax.tree.leaves(ex.params))
-    assert temporary < 0.1 * weights
+    assert temporary < 0.1 * weights * batch
 
 
 @pytest.mark.parametrize("form", ["plain", "native"])
@@ -174,8 +178,10 @@ def test_the_demo_answers_by_every_plan(form, request):
     forms = NATIVE if form == "native" else Forms("plain", "blocks")
     changed = llm.executor.plan._replace(forms=forms)
     llm.executor = Executor(llm.config, llm.executor.params, "float32", context=512, plan=changed)
+    llm.engine = Engine(llm.executor, llm.tokenizer)
     result = llm.generate(prompt="What is the capital of France?", temperature=0)
     assert result.response.strip() == "The capital of France is Paris."
+    assert llm.executor.compiled.names  # it was this plan that answered
 
 
 @pytest.mark.parametrize("width", [256, 1024])

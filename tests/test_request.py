@@ -1,3 +1,4 @@
+import json
 import math
 
 import jax.numpy as jnp
@@ -20,13 +21,20 @@ def test_defaults_are_explicit():
         "repetition_penalty": 1.0,
         "frequency_penalty": 0.0,
         "presence_penalty": 0.0,
+        "stop": [],
         "ignore_eos": False,
+        "logprobs": None,
+        "prompt_logprobs": False,
     }
 
 
 def test_effective_parameters_make_the_same_request():
-    request = make_request(prompt="Hi", top_k=3)
-    assert make_request(prompt="Hi", **request.parameters()) == request
+    for parameters in ({"top_k": 3}, {"stop": ["a", "b"], "logprobs": 0, "prompt_logprobs": True}):
+        request = make_request(prompt="Hi", **parameters)
+        effective = request.parameters()
+        assert effective.items() >= parameters.items()
+        assert make_request(prompt="Hi", **effective) == request
+        assert make_request(prompt="Hi", **json.loads(json.dumps(effective))) == request
 
 
 def test_a_seed_is_drawn_anew_within_the_cards_range():
@@ -38,6 +46,17 @@ def test_a_seed_is_drawn_anew_within_the_cards_range():
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1])
 def test_any_64_bit_seed_is_a_seed(seed):
     assert make_request(prompt="Hi", seed=seed).seed == seed
+
+
+@pytest.mark.parametrize("stop", ["\n", ["\n"], ("\n",)])
+def test_stop_may_be_one_string_or_several(stop):
+    assert make_request(prompt="Hi", stop=stop).stop == ("\n",)
+
+
+def test_none_stands_for_the_default():
+    plain = make_request(prompt="Hi", seed=1)
+    assert make_request(prompt="Hi", seed=1, **dict.fromkeys(PARAMETERS.keys() - {"seed"})) == plain
+    assert (plain.stop, plain.logprobs, plain.prompt_logprobs) == ((), None, False)
 
 
 def test_numbers_take_their_types():
@@ -66,6 +85,17 @@ def test_numbers_take_their_types():
         ("frequency_penalty", -1, "frequency_penalty is -1, expected a number from 0 to 2"),
         ("presence_penalty", 3, "presence_penalty is 3, expected a number from 0 to 2"),
         ("ignore_eos", 1, "ignore_eos is 1, expected true or false"),
+        ("stop", "", "stop is [''], expected a string, or a list of up to 16 that are not empty"),
+        ("stop", ["a", ""], "stop is ['a', ''], expected a string, or a list of up to 16 that are"),
+        ("stop", ["a"] * 17, "expected a string, or a list of up to 16 that are not empty"),
+        ("stop", [5], "stop is [5], expected a string, or a list"),
+        ("stop", 5, "stop is 5, expected a string, or a list"),
+        ("stop", {"a": 1}, "stop is {'a': 1}, expected a string, or a list"),
+        ("logprobs", -1, "logprobs is -1, expected an integer from 0 to 20"),
+        ("logprobs", 21, "logprobs is 21, expected an integer from 0 to 20"),
+        ("logprobs", True, "logprobs is True, expected an integer from 0 to 20"),
+        ("prompt_logprobs", 1, "prompt_logprobs is 1, expected true or false"),
+        ("prompt_logprob", True, "'prompt_logprob', did you mean prompt_logprobs?"),
         ("topk", 3, "unknown parameter 'topk', did you mean top_k?"),
     ],
 )

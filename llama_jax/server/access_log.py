@@ -1,0 +1,39 @@
+"""Access log: one line of JSON for each request. What was asked and answered is not in it."""
+
+import datetime
+import json
+import logging
+from typing import Any
+
+from llama_jax.server.call import Call
+
+LOGGER = logging.getLogger("llama_jax.access")
+
+
+def write(call: Call) -> None:
+    """Log a call that is over."""
+    if LOGGER.isEnabledFor(logging.INFO):
+        LOGGER.info("%s", json.dumps(_line(call)))
+
+
+def _line(call: Call) -> dict[str, Any]:
+    results = call.results
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        "request_id": call.id,
+        "method": call.method,
+        "path": call.path,
+        "route": call.route,
+        "status": call.status,
+        "error_code": call.error and call.error.kind.code,
+        "prompt_tokens": sum(len(result.prompt_tokens) for result in results),
+        "completion_tokens": sum(len(result.tokens) for result in results),
+        "finish_reason": ",".join(sorted({result.finish_reason for result in results})) or None,
+        "ttft_s": _rounded(call.first_text_s),
+        "duration_s": _rounded(call.duration_s),
+        "client_disconnected": call.disconnected,
+    }
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)

@@ -1,0 +1,137 @@
+"""App: all routes around one model."""
+
+import contextlib
+import functools
+from collections.abc import AsyncIterator
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from llama_jax.llama import Llama
+from llama_jax.server import access_log, errors, openai, openapi, page, workers_ai
+from llama_jax.server.call import Call
+from llama_jax.server.gate import Gate
+from llama_jax.server.metrics import Metrics
+from llama_jax.server.service import Service
+from llama_jax.server.settings import Settings
+from llama_jax.server.wire import JSONReply
+
+_ACCOUNT = "/client/v4/accounts/{account}"
+
+
+def create_app(llm: Llama, settings: Settings | None = None) -> Starlette:
+    """Return an ASGI application; its lifespan runs the engine, so no one else may step it.
+
+    Args:
+        llm: what answers.
+        settings: None: all defaults.
+    """
+    return app_of(Service(llm, settings or Settings()))
+
+
+def app_of(service: Service) -> Starlette:
+    """Return the application around a service."""
+    settings, metrics = service.settings, Metrics(service.llm)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            service.stop()
+
+    def end(call: Call) -> None:
+        metrics.observe(call)
+        access_log.write(call)
+
+    middleware = [Middleware(Gate, settings, end)]
+    if settings.allowed_origins:
+        # Outside of the gate: its refusals too are to be read by these pages.
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+        middleware.insert(0, cors)
+    app = Starlette(
+        routes=_routes(),
+        middleware=middleware,
+        exception_handlers={404: _no_route, 405: _wrong_method},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.service, app.state.metrics = service, metrics
+    return app
+
+
+def _routes() -> list[Route]:
+    native = f"{_ACCOUNT}/ai"
+    routes = [
+        Route("/", playground),
+        Route("/healthz", healthz),
+        Route("/readyz", readyz),
+        Route("/metrics", metrics),
+        Route("/openapi.json", openapi_json),
+        # A path comes decoded: `{model:path}` takes slashes however they were sent.
+        Route(f"{native}/run/{{model:path}}", workers_ai.run, methods=["POST"]),
+        Route(f"{native}/models/search", workers_ai.search_models),
+        Route(f"{native}/models/schema", workers_ai.read_schema),
+    ]
+    for base in ("/v1", f"{native}/v1"):
+        routes += [
+            Route(f"{base}/chat/completions", openai.chat_completions, methods=["POST"]),
+            Route(f"{base}/completions", openai.completions, methods=["POST"]),
+            Route(f"{base}/models", openai.list_models),
+            Route(f"{base}/models/{{model:path}}", openai.get_model),
+        ]
+    return routes
+
+
+async def playground(request: Request) -> Response:
+    """GET /: a page to try the model in."""
+    return page.reply(workers_ai.service_of(request).settings.model)
+
+
+async def healthz(request: Request) -> Response:
+    """GET /healthz: the process lives."""
+    return PlainTextResponse("ok\n")
+
+
+async def readyz(request: Request) -> Response:
+    """GET /readyz: whether requests are taken."""
+    service = workers_ai.service_of(request)
+    if service.ready:
+        return PlainTextResponse("ready\n")
+    reason = "draining\n" if service.draining else "warming up\n"
+    return PlainTextResponse(reason, 503, {"retry-after": "1"})
+
+
+async def metrics(request: Request) -> Response:
+    """GET /metrics: for Prometheus."""
+    return Response(request.app.state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def openapi_json(request: Request) -> Response:
+    """GET /openapi.json: what this server takes and gives."""
+    return JSONReply(_document(workers_ai.service_of(request).settings.model))
+
+
+_document = functools.cache(openapi.document)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    raise errors.ApiError(errors.NO_ROUTE)
+
+
+async def _wrong_method(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    raise errors.ApiError(errors.WRONG_METHOD, request.method, headers=error.headers)

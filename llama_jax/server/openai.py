@@ -1,0 +1,121 @@
+"""OpenAI's routes: chat completions, completions, and the list of models."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llama_jax.result import Result
+from llama_jax.server.call import call_of
+from llama_jax.server.openai_requests import Asked, parse_chat, parse_completion
+from llama_jax.server.openai_responses import ChatChoices, CompletionChoices, head, usage
+from llama_jax.server.service import Answers
+from llama_jax.server.sse import DONE, Events, event, start_stream
+from llama_jax.server.wire import JSONReply
+from llama_jax.server.workers_ai import check_model, service_of
+
+_STARTED = int(time.time())
+
+
+async def chat_completions(request: Request) -> Response:
+    """POST .../chat/completions: answer a dialog."""
+    service = service_of(request)
+    asked = await _parse(parse_chat, request)
+    answers = await service.answer(call_of(request.scope), asked.requests)
+    return await _respond(request, asked, answers, ChatChoices(asked, service.llm.tokenizer))
+
+
+async def completions(request: Request) -> Response:
+    """POST .../completions: go on with text or token ids as they are."""
+    service = service_of(request)
+    asked = await _parse(parse_completion, request)
+    answers = await service.answer(call_of(request.scope), asked.requests)
+    choices = CompletionChoices(asked, service.llm.tokenizer, answers.prompts)
+    return await _respond(request, asked, answers, choices)
+
+
+async def list_models(request: Request) -> Response:
+    """GET .../models: the one model."""
+    model = _describe(service_of(request).settings.model)
+    return JSONReply({"object": "list", "data": [model]})
+
+
+async def get_model(request: Request) -> Response:
+    """GET .../models/{model}: the one model."""
+    check_model(service_of(request), request.path_params["model"])
+    return JSONReply(_describe(request.path_params["model"]))
+
+
+def _describe(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": _STARTED, "owned_by": "llama_jax"}
+
+
+async def _parse(parse: Callable[[bytes, str, int], Asked], request: Request) -> Asked:
+    """Parse a body; in a thread, as it may have megabytes."""
+    service = service_of(request)
+    body = await request.body()
+    return await asyncio.to_thread(parse, body, service.settings.model, service.most_answers)
+
+
+async def _respond(
+    request: Request, asked: Asked, answers: Answers, choices: ChatChoices | CompletionChoices
+) -> Response:
+    """Answer with a stream or with the whole."""
+    model = service_of(request).settings.model
+    if asked.stream:
+        events = _events(asked, answers, choices, head(choices.chunk_object, model))
+        return await start_stream(call_of(request.scope), events)
+    results = await answers.results()
+    # In a thread: where each token of a long prompt begins takes a while to tell.
+    return await asyncio.to_thread(
+        _whole, asked, results, choices, head(choices.whole_object, model)
+    )
+
+
+def _whole(
+    asked: Asked,
+    results: list[Result],
+    choices: ChatChoices | CompletionChoices,
+    first_fields: dict[str, Any],
+) -> Response:
+    whole = [choices.whole(i, result) for i, result in enumerate(results)]
+    return JSONReply({**first_fields, "choices": whole, **_ending(asked, results)})
+
+
+async def _events(
+    asked: Asked,
+    answers: Answers,
+    choices: ChatChoices | CompletionChoices,
+    first_fields: dict[str, Any],
+) -> Events:
+    results: dict[int, Result] = {}
+    opened: set[int] = set()
+    async with contextlib.aclosing(answers.stream()) as parts:
+        async for index, part in parts:
+            if index not in opened:
+                opened.add(index)
+                if opening := choices.opening(index):
+                    yield event(first_fields | {"choices": [opening]})
+            if not isinstance(part, Result):
+                if choice := choices.chunk(index, part):
+                    yield event(first_fields | {"choices": [choice]})
+                continue
+            results[index] = part
+            chunk = first_fields | {"choices": [choices.ending(index, part)]}
+            if len(results) == len(asked.requests):
+                chunk |= _ending(asked, [results[i] for i in sorted(results)])
+            yield event(chunk)
+    if asked.include_usage:
+        counted = usage(asked, [results[i] for i in sorted(results)])
+        yield event(first_fields | {"choices": [], "usage": counted})
+    yield DONE
+
+
+def _ending(asked: Asked, results: list[Result]) -> dict[str, Any]:
+    """Return what is said once, about all choices."""
+    ending = {"usage": usage(asked, results), "system_fingerprint": results[0].fingerprint}
+    return ending | {"warnings": asked.warnings} if asked.warnings else ending

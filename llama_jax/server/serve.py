@@ -1,0 +1,210 @@
+"""Serve: run the server until it is told to stop."""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import math
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tqdm
+import uvicorn
+
+from llama_jax.errors import InputError
+from llama_jax.llama import Llama
+from llama_jax.server import access_log
+from llama_jax.server.app import app_of
+from llama_jax.server.service import Service
+from llama_jax.server.settings import Settings
+
+_BACKLOG = 2048
+_LAST_PORT = 65535
+_LAST_WORDS_S = 5
+"""For answers that were broken off to reach their clients."""
+
+_KEEP_ALIVE_S = 75
+"""For idle connections; longer than clients keep theirs, or a request meets the end of its own."""
+
+_WATCH_S = 0.05
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def serve(
+    load: Callable[[], Llama],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8787,
+    insecure: bool = False,
+    **settings: Any,
+) -> None:
+    """Serve a model until SIGTERM or SIGINT, then let the running requests end, and return.
+
+    A line on stderr tells when it is ready; the access log goes there too.
+
+    Args:
+        load: loads the model; called once the port is taken, so that a mistake shows at once.
+        host: address to listen on; beyond this machine only with a token.
+        port: 0: any free one.
+        insecure: listen beyond this machine without a token.
+        **settings: those of `Settings`.
+
+    Raises:
+        InputError: the port is taken, or the server would be open to the network.
+    """
+    chosen = Settings(**settings)
+    if chosen.api_token is None and not insecure and not _is_loopback(host):
+        raise InputError(
+            f"host is {host}, which other machines reach, and there is no token; set an API token, "
+            "listen on 127.0.0.1, or allow it with insecure"
+        )
+    with _listen(host, port) as listener, _access_log_on_stderr():
+        service = Service(load(), chosen, _Progress())
+        try:
+            asyncio.run(_Server(service, listener).run_until_told())
+        finally:
+            service.stop()
+    if service.failed:
+        raise RuntimeError("the engine stopped; the log above says why")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens already; clients that are early wait."""
+    if not 0 <= port <= _LAST_PORT:
+        raise InputError(f"port is {port}, expected 0 (any that is free) to {_LAST_PORT}")
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family, backlog=_BACKLOG)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"cannot listen on {host} port {port} ({reason}); name another host or port"
+        ) from None
+
+
+class _Progress:
+    """The warm-up on stderr: a bar in a terminal, else one line."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm.tqdm | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show how many programs of how many are compiled."""
+        if self._bar is None:
+            terminal = sys.stderr.isatty()
+            if not terminal:
+                _note(f"warming up: {total} programs")
+            self._bar = tqdm.tqdm(total=total, desc="warming up", unit=" programs", leave=False)
+            self._bar.disable = not terminal
+        self._bar.update()
+        if done == total:
+            self._bar.close()
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, which drains the service when it is told to stop, and then returns.
+
+    Args:
+        service: what it serves.
+        listener: a socket that listens.
+    """
+
+    def __init__(self, service: Service, listener: socket.socket):
+        settings = service.settings
+        config = uvicorn.Config(
+            app_of(service),
+            http="h11",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=math.ceil(settings.drain_s) + _LAST_WORDS_S,
+        )
+        super().__init__(config)
+        self._service, self._listener = service, listener
+
+    async def run_until_told(self) -> None:
+        """Serve; return after a signal, or if the engine ended by itself."""
+        watching = asyncio.create_task(self._watch())
+        try:
+            await self.serve([self._listener])
+        finally:
+            watching.cancel()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections; let what runs end, and break off what takes too long."""
+        loop, service = asyncio.get_running_loop(), self._service
+        service.drain()
+        timer = loop.call_later(service.settings.drain_s, service.cancel_all)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals meanwhile; uvicorn's own would raise them once more at the end."""
+        before = {number: signal.signal(number, self._told) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _told(self, _number: int, _frame: object) -> None:
+        """Stop; told twice, at once."""
+        self._service.drain()
+        if self.should_exit:
+            self._service.cancel_all()
+        self.should_exit = True
+
+    async def _watch(self) -> None:
+        """Tell when the model is ready; stop if it never will be, or is not any more."""
+        while not (self.started and self._service.ready) and not self._service.failed:
+            await asyncio.sleep(_WATCH_S)
+        if self._service.ready:
+            _note(_ready_line(self._service, self._listener))
+        while not self._service.failed:
+            await asyncio.sleep(_WATCH_S)
+        self.should_exit = True
+
+
+def _ready_line(service: Service, listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    llm = service.llm
+    return (
+        f"serving {service.settings.model} at http://{host}:{port} "
+        f"({llm.executor.batch} slots, context {llm.context})"
+    )
+
+
+@contextlib.contextmanager
+def _access_log_on_stderr() -> Iterator[None]:
+    handler = logging.StreamHandler(sys.stderr)
+    level, propagate = access_log.LOGGER.level, access_log.LOGGER.propagate
+    access_log.LOGGER.addHandler(handler)
+    access_log.LOGGER.setLevel(logging.INFO)
+    access_log.LOGGER.propagate = False
+    try:
+        yield
+    finally:
+        access_log.LOGGER.removeHandler(handler)
+        access_log.LOGGER.setLevel(level)
+        access_log.LOGGER.propagate = propagate
+
+
+def _note(text: str) -> None:
+    """Say something to the person."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,213 @@
+"""Service: the engine as the event loop sees it. One thread runs it; calls await its answers."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+import weakref
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+from llama_jax.generation import Generation
+from llama_jax.llama import Llama
+from llama_jax.request import GenerationRequest
+from llama_jax.result import Piece, Result
+from llama_jax.server.call import Call
+from llama_jax.server.errors import UNAVAILABLE, ApiError
+from llama_jax.server.settings import Settings
+
+MAX_ANSWERS = 256
+"""That one call may ask for, however long the queue may get."""
+
+_LOGGER = logging.getLogger("llama_jax.server")
+
+
+class Service:
+    """A model at work for many clients.
+
+    Args:
+        llm: what answers.
+        settings: the server's.
+        on_warm_up: called, in the engine's thread, with programs compiled and of how many.
+    """
+
+    def __init__(
+        self,
+        llm: Llama,
+        settings: Settings,
+        on_warm_up: Callable[[int, int], None] = lambda done, total: None,
+    ):
+        self.llm, self.settings = llm, settings
+        self._on_warm_up = on_warm_up
+        self._stopping = threading.Event()
+        self._warm = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._draining = False
+        self.failed = False
+        """Whether the engine ended though nobody told it to."""
+        self._answers: weakref.WeakSet[Answers] = weakref.WeakSet()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._warm.is_set() and self._thread.is_alive() and not self._draining
+
+    @property
+    def draining(self) -> bool:
+        """Whether it was told to take no more requests."""
+        return self._draining
+
+    @property
+    def most_answers(self) -> int:
+        """How many one call may ask for: an idle server has room for them."""
+        queue = self.llm.engine.max_queue
+        room = MAX_ANSWERS if queue is None else self.llm.executor.batch + queue
+        return min(room, MAX_ANSWERS)
+
+    def start(self) -> None:
+        """Begin to warm up, and then to take requests."""
+        self._thread.start()
+
+    def drain(self) -> None:
+        """Take no more requests; those that run go on."""
+        self._draining = True
+
+    def cancel_all(self) -> None:
+        """Break off all requests that are under way."""
+        for answers in list(self._answers):
+            answers.cancel()
+
+    def stop(self) -> None:
+        """End the engine's thread, after the turn that it is in."""
+        self.drain()
+        self.cancel_all()
+        self._stopping.set()
+        self.llm.engine.wake()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    async def answer(self, call: Call, requests: Sequence[GenerationRequest]) -> "Answers":
+        """Submit the requests of one call: all of them or none.
+
+        Raises:
+            ApiError: the model is not ready, or not any more.
+            InputError: see `Engine.submit`.
+            QueueFullError: there is no room for all of them.
+        """
+        if not self.ready:
+            reason = "it is shutting down" if self._draining else "it is not loaded yet"
+            raise ApiError(UNAVAILABLE, reason)
+        answers = Answers(call, call.began + self.settings.timeout_s)
+        self._answers.add(answers)
+        try:
+            # In a thread: to encode a prompt of megabytes would hold up all other calls.
+            await asyncio.to_thread(answers.submit, self.llm.engine.submit, requests)
+        except BaseException:
+            answers.cancel()
+            raise
+        return answers
+
+    def _work(self) -> None:
+        """Run the engine; the whole life of its thread."""
+        try:
+            if self.settings.warm_up:
+                for done, total in self.llm.engine.warm_up():
+                    self._on_warm_up(done, total)
+                    if self._stopping.is_set():
+                        return
+            self._warm.set()
+            self.llm.engine.run(self._stopping)
+        except BaseException:
+            _LOGGER.exception("the engine stopped")
+            self.failed = True
+
+
+class Answers:
+    """The generations of one call, read in the event loop as they come.
+
+    Args:
+        call: whose they are; it is told what comes.
+        deadline: when its time is up, on the clock of `time.perf_counter`.
+    """
+
+    def __init__(self, call: Call, deadline: float):
+        self._call, self._deadline = call, deadline
+        self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
+        self._generations: list[Generation] = []
+        self._cancelled = False
+
+    def submit(
+        self,
+        submit: Callable[[GenerationRequest, Callable[[], None]], Generation],
+        requests: Sequence[GenerationRequest],
+    ) -> None:
+        """Give requests to the engine; may be called in any thread."""
+        for request in requests:
+            generation = submit(request, self._on_change)
+            self._generations.append(generation)
+            if self._cancelled:  # asked after it was listed: `cancel` has seen it, or this has
+                return generation.cancel()
+        return None
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The token ids of each prompt."""
+        return [generation.prompt for generation in self._generations]
+
+    def cancel(self) -> None:
+        """Give them up; each frees its slot at the engine's next turn."""
+        self._cancelled = True
+        for generation in list(self._generations):
+            generation.cancel()
+
+    async def stream(self) -> AsyncGenerator[tuple[int, Piece | Result], None]:
+        """Yield each generation's pieces and then its result, with its number, as they come.
+
+        However the reader leaves, what it has not read is given up.
+
+        Raises:
+            TimeoutError: the call's time is up.
+            ApiError: the server broke it off.
+            Exception: what ended a generation.
+        """
+        waiting = dict(enumerate(self._generations))
+        try:
+            while waiting:
+                self._changed.clear()
+                for number, generation in list(waiting.items()):
+                    done = generation.done  # asked first: the last piece comes before the end
+                    while (piece := generation.take()) is not None:
+                        self._call.text_came()
+                        yield number, piece
+                    if done:
+                        del waiting[number]
+                        yield number, self._result(generation)
+                if waiting:
+                    async with asyncio.timeout(max(0, self._deadline - time.perf_counter())):
+                        await self._changed.wait()
+        finally:
+            self.cancel()
+
+    async def results(self) -> list[Result]:
+        """Wait for all of them; raise as `stream` does."""
+        results: dict[int, Result] = {}
+        async with contextlib.aclosing(self.stream()) as parts:
+            async for number, part in parts:
+                if isinstance(part, Result):
+                    results[number] = part
+        return [results[number] for number in sorted(results)]
+
+    def _result(self, generation: Generation) -> Result:
+        if generation.error is not None:
+            raise generation.error
+        result = generation.result
+        assert result is not None
+        if result.finish_reason == "cancelled":
+            raise ApiError(UNAVAILABLE, "it is shutting down")
+        self._call.results.append(result)
+        return result
+
+    def _on_change(self) -> None:
+        """Wake the reader up; runs in the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            self._loop.call_soon_threadsafe(self._changed.set)

@@ -1,0 +1,22 @@
+"""Wire: how JSON is written."""
+
+import json
+from typing import Any
+
+from starlette.responses import Response
+
+
+def encode(value: Any) -> bytes:
+    """Return compact JSON in UTF-8; a lone surrogate, which has none, as its escape."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode("utf-8", "backslashreplace")
+
+
+class JSONReply(Response):
+    """A whole answer."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """Encode the body; bytes are JSON already."""
+        return content if isinstance(content, bytes) else encode(content)

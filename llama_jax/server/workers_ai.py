@@ -1,0 +1,161 @@
+"""The native routes of Workers AI: run a model, search for models, read a model's schema."""
+
+import asyncio
+import contextlib
+from typing import Any
+
+from starlette.datastructures import QueryParams
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llama_jax import card, contract
+from llama_jax.errors import InputError
+from llama_jax.request import GenerationRequest
+from llama_jax.result import Result
+from llama_jax.server.call import call_of
+from llama_jax.server.errors import NO_MODEL, ApiError
+from llama_jax.server.service import Answers, Service
+from llama_jax.server.sse import DONE, Events, event, start_stream
+from llama_jax.server.wire import JSONReply
+
+MAX_PAGE = 2**31
+MAX_PER_PAGE = 100
+
+_IGNORED_CODE = 1000
+_TASK = "Text Generation"
+
+
+async def run(request: Request) -> Response:
+    """POST .../ai/run/{model}: generate."""
+    service, call = service_of(request), call_of(request.scope)
+    check_model(service, request.path_params["model"])
+    body = await request.body()
+    asked, generation = await asyncio.to_thread(_parse, body)
+    notes = [_ignored(name) for name in asked.ignored]
+    answers = await service.answer(call, [generation])
+    if asked.stream:
+        return await start_stream(call, _events(answers, notes))
+    [result] = await answers.results()
+    return envelope({"response": result.response, "tool_calls": [], **_ending(result)}, notes)
+
+
+async def search_models(request: Request) -> Response:
+    """GET .../ai/models/search: the one model, if the query does not rule it out."""
+    query = _SearchQuery(request.query_params)
+    model = _describe(service_of(request))
+    found = [model] if query.matches(model) else []
+    shown = found[(query.page - 1) * query.per_page :][: query.per_page]
+    info = {
+        "count": len(shown),
+        "page": query.page,
+        "per_page": query.per_page,
+        "total_count": len(found),
+        "total_pages": len(found),
+    }
+    return envelope(shown, [], result_info=info)
+
+
+async def read_schema(request: Request) -> Response:
+    """GET .../ai/models/schema: the model card's two schemas, byte for byte."""
+    if "model" not in request.query_params:
+        raise InputError("model is missing, expected its name in the query: ?model=NAME")
+    check_model(service_of(request), request.query_params["model"])
+    schemas = b'{"input":' + card.INPUT_SCHEMA + b',"output":' + card.OUTPUT_SCHEMA + b"}"
+    return JSONReply(b'{"result":' + schemas + b',"success":true,"errors":[],"messages":[]}')
+
+
+def service_of(request: Request) -> Service:
+    """Return the service that answers a request."""
+    return request.app.state.service
+
+
+def check_model(service: Service, name: str) -> None:
+    """Refuse any model but the one that is served."""
+    if name != service.settings.model:
+        raise ApiError(NO_MODEL, name, param="model")
+
+
+def envelope(result: Any, messages: list[dict[str, Any]], **more: Any) -> JSONReply:
+    """Return a success as Cloudflare's API wraps it."""
+    return JSONReply(
+        {"result": result, "success": True, "errors": [], "messages": messages, **more}
+    )
+
+
+def _parse(body: bytes) -> tuple[contract.CardRequest, GenerationRequest]:
+    asked = contract.check(contract.parse_body(body))
+    return asked, asked.request()
+
+
+def _ignored(name: str) -> dict[str, Any]:
+    text = f"{name} is not in this model's input schema: it was ignored"
+    return {"code": _IGNORED_CODE, "message": text}
+
+
+async def _events(answers: Answers, notes: list[dict[str, Any]]) -> Events:
+    async with contextlib.aclosing(answers.stream()) as parts:
+        async for _, part in parts:
+            if isinstance(part, Result):
+                ending: dict[str, Any] = {"response": "", **_ending(part)}
+                yield event(ending | {"messages": notes} if notes else ending)
+            elif part.text:
+                yield event({"response": part.text})
+    yield DONE
+
+
+def _ending(result: Result) -> dict[str, Any]:
+    """Return what there is to say beside the text."""
+    return {
+        "usage": result.usage,
+        "finish_reason": result.finish_reason,
+        "seed": result.seed,
+        "fingerprint": result.fingerprint,
+    }
+
+
+def _describe(service: Service) -> dict[str, Any]:
+    """Return the model's entry in the list of models."""
+    return {
+        "id": "llama_jax",
+        "source": 1,
+        "name": service.settings.model,
+        "description": "Llama 2 chat, served by llama_jax.",
+        "task": {"id": "text-generation", "name": _TASK, "description": "Continues a dialog."},
+        "created_at": "2023-07-18 00:00:00.000",
+        "tags": [],
+        "properties": [
+            {"property_id": "context_window", "value": str(service.llm.context)},
+            {"property_id": "max_total_tokens", "value": str(service.llm.context)},
+        ],
+    }
+
+
+class _SearchQuery:
+    """The query of a search, checked."""
+
+    def __init__(self, params: QueryParams):
+        self._params = params
+        self.page = self._number("page", 1, MAX_PAGE)
+        self.per_page = self._number("per_page", 20, MAX_PER_PAGE)
+        if params.get("hide_experimental", "true") not in ("true", "false"):
+            raise InputError(
+                f"hide_experimental is {params['hide_experimental']!r:.40}, expected true or false"
+            )
+
+    def matches(self, model: dict[str, Any]) -> bool:
+        """Whether the model is one of those asked for; nothing here is experimental."""
+        params = self._params
+        text = f"{model['name']} {model['description']}".lower()
+        author = model["name"].split("/")[-2:][0]
+        return (
+            params.get("search", "").lower() in text
+            and params.get("task", _TASK).lower() == _TASK.lower()
+            and params.get("author", author).lower() == author.lower()
+            and params.get("source", "1") in ("1", "1.0")
+        )
+
+    def _number(self, name: str, default: int, largest: int) -> int:
+        text = self._params.get(name, str(default))
+        if not (text.isascii() and text.isdecimal() and 1 <= int(text[:20]) <= largest):
+            raise InputError(f"{name} is {text!r:.40}, expected a whole number, 1 to {largest}")
+        return int(text)

@@ -1,0 +1,955 @@
+"""Many requests at once are each answered as if alone, and none is lost, whatever happens."""
+
+import concurrent.futures
+import copy
+import dataclasses
+import functools
+import itertools
+import random
+import threading
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_decode import CONFIG, NATIVE, PURE, PURE_MARKS
+from test_model import random_params
+
+from llama_jax import Llama
+from llama_jax.chat import encode_dialog
+from llama_jax.checkpoint import load_checkpoint
+from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.engine import ContextError, Engine, QueueFullError
+from llama_jax.executor import Executor
+from llama_jax.generation import Generation
+from llama_jax.plan import choose_plan
+from llama_jax.request import make_request
+from llama_jax.stream import Stream
+from llama_jax.tokenizer import Tokenizer
+from tools.demo_corpus import read_corpus
+
+DEMO = load_checkpoint(DEMO_CHECKPOINT)
+TOKENIZER = Tokenizer(DEMO.tokenizer)
+QUESTIONS = [phrasings[0] for phrasings, _ in read_corpus().questions[:50]]
+SLOTS = 4
+SIZES = (16, 64)  # few to compile, and many chunks to a prompt
+PLANS = {
+    name: plan._replace(prefill_sizes=SIZES) for name, plan in (("pure", PURE), ("native", NATIVE))
+}
+
+
+@functools.cache
+def warm_executor(plan):
+    """The demo model by a plan, all of its programs compiled."""
+    ex = Executor(DEMO.config, DEMO.params, "float32", batch=SLOTS, context=512, plan=plan)
+    progress = list(ex.warm_up())
+    assert progress == [(i + 1, len(progress)) for i in range(len(progress))]
+    return ex, set(ex.compiled.names)
+
+
+@pytest.fixture(scope="module", params=[pytest.param("pure", marks=PURE_MARKS), "native"])
+def plan(request):
+    """Both of the plans that a CPU may have."""
+    if request.param == "native":
+        request.getfixturevalue("native_kernels")
+    return PLANS[request.param]
+
+
+@pytest.fixture(scope="module")
+def any_ex(plan):
+    """For laws that a plan could break."""
+    return warm_executor(plan)[0]
+
+
+@pytest.fixture(scope="module")
+def ex():
+    """For what is the host's alone: by this machine's plan."""
+    return warm_executor(choose_plan(DEMO.config, "float32")._replace(prefill_sizes=SIZES))[0]
+
+
+@pytest.fixture
+def llm(ex):
+    """A Llama of that executor, none of whose programs is compiled anew."""
+    llm = Llama(DEMO, slots=SLOTS)
+    llm.executor, llm.engine = ex, make(ex)
+    return llm
+
+
+def changed(ex, **changes):
+    """The executor by a changed plan; programs of the same name are not compiled anew."""
+    other = copy.copy(ex)
+    other.plan = ex.plan._replace(**changes)
+    return other
+
+
+def rest(engine):
+    """Let the engine do all there is to do."""
+    for _ in range(5000):
+        if not engine.step():
+            assert engine.running == engine.queued == 0
+            return
+    raise AssertionError("the engine does not come to rest")
+
+
+def answer(engine, request):
+    generation = engine.submit(request)
+    rest(engine)
+    return generation
+
+
+def make(ex, **options):
+    """An engine, with the tokenizer if the model is the demo."""
+    return Engine(ex, TOKENIZER if ex.config == DEMO.config else None, **options)
+
+
+def alone(ex, request):
+    """The answer of a fresh engine that does nothing else."""
+    generation = answer(make(ex), request)
+    assert generation.reused == 0
+    return generation
+
+
+def question(i=0, **parameters):
+    return make_request(**{"prompt": QUESTIONS[i], "seed": i, **parameters})
+
+
+def endless(i=0, **parameters):
+    """A question whose answer does not end before its limit."""
+    return question(i, **{"ignore_eos": True, "max_tokens": 60, "temperature": 1.0, **parameters})
+
+
+def read(generation):
+    """Take what pieces there are; return their text, tokens and logprobs."""
+    pieces = []
+    while piece := generation.take():
+        pieces.append(piece)
+    return (
+        "".join(piece.text for piece in pieces),
+        [token for piece in pieces for token in piece.tokens],
+        [logprob for piece in pieces for logprob in piece.logprobs],
+    )
+
+
+def numbers(logprobs):
+    """Tokens and their logprobs as one list of numbers."""
+    told = [each for each in logprobs or [] if each is not None]
+    return [n for each in told for pair in [(each.token, each.logprob), *each.top] for n in pair]
+
+
+def assert_same(generation, other):
+    """Of two generations: equal tokens and text; logprobs but for the last bit of a sum."""
+    assert (generation.error, other.error) == (None, None)
+    ours, theirs = generation.result, other.result
+    assert ours.tokens == theirs.tokens
+    assert (ours.response, ours.finish_reason) == (theirs.response, theirs.finish_reason)
+    for name in ("logprobs", "prompt_logprobs"):
+        pair = [getattr(result, name) for result in (ours, theirs)]
+        np.testing.assert_allclose(*map(numbers, pair), atol=1e-5, rtol=0)
+
+
+def draw_request(rng, earlier, vocab_size=DEMO.config.vocab_size):
+    """A request of any kind; a third of the prompts go on from a part of an earlier one."""
+    prompt = [rng.randrange(3, vocab_size) for _ in range(rng.choice([1, 9, 16, 17, 64, 130, 300]))]
+    kind = rng.randrange(3)
+    if kind == 0 and earlier:
+        longest = max(rng.choices(earlier, k=3), key=len)
+        prompt = longest[: rng.randrange(400)] + prompt[:40]
+    if kind == 1:
+        messages = [{"role": "user", "content": rng.choice(QUESTIONS)}]
+        prompt = encode_dialog(messages, TOKENIZER)
+    earlier.append(prompt)
+    return make_request(
+        prompt_tokens=prompt,
+        seed=rng.randrange(2**64),
+        max_tokens=rng.choice([0, 1, 2, 8, 9, 10, 40, 64]),
+        temperature=rng.choice([0, 0.6, 1, 2.5]),
+        top_k=rng.choice([None, None, 5, 40]),
+        top_p=rng.choice([None, None, 0.9, 0.5]),
+        repetition_penalty=rng.choice([1, 1.3]),
+        frequency_penalty=rng.choice([0, 0.5]),
+        presence_penalty=rng.choice([0, 0.5]),
+        stop=rng.choice([(), (), ("e",), ("Paris", "a t")]),
+        ignore_eos=rng.random() < 0.3,
+        logprobs=rng.choice([None, None, 0, 3]),
+        prompt_logprobs=rng.random() < 0.15,
+    )
+
+
+def test_each_of_64_requests_at_once_is_answered_as_if_alone(any_ex):
+    """Of any length and parameters, arriving whenever, with others given up between them."""
+    rng, earlier, generations = random.Random(0), [], []
+    engine = make(any_ex)
+    for _ in range(64):
+        generations.append(engine.submit(draw_request(rng, earlier)))
+        for _ in range(rng.choice([0, 0, 0, 1, 2, 6])):
+            engine.step()
+        going = [generation for generation in generations if not generation.done]
+        if going and rng.random() < 0.2:
+            rng.choice(going).cancel()
+    rest(engine)
+    reasons = [generation.result.finish_reason for generation in generations]
+    assert min(reasons.count(reason) for reason in ("stop", "length", "cancelled")) > 5
+    assert engine.counts.reused_tokens > any_ex.plan.reuse_multiple
+    for generation in generations:
+        text, tokens, logprobs = read(generation)
+        result = generation.result
+        assert (text, tokens) == (result.response, result.tokens)
+        assert logprobs == (result.logprobs or [])
+        expected = alone(any_ex, generation.request)
+        if result.finish_reason == "cancelled":
+            assert tokens == expected.tokens[: len(tokens)]
+        else:
+            assert_same(generation, expected)
+
+
+# A prompt's beginning that is in the cache already.
+
+
+def draw_ids(seed, count, ex):
+    return np.random.default_rng(seed).integers(3, ex.config.vocab_size, count).tolist()
+
+
+def sampled(prompt, **parameters):
+    """A request whose tokens and logprobs depend on every token of its prompt."""
+    defaults = {"seed": 5, "temperature": 0.8, "max_tokens": 12, "ignore_eos": True, "logprobs": 3}
+    return make_request(prompt_tokens=prompt, **defaults | parameters)
+
+
+def spy(monkeypatch, ex, name):
+    """Note the calls of one of an executor's methods: its arguments but the state."""
+    method, calls = getattr(ex, name), []
+
+    def noted(state, *args):
+        calls.append(args)
+        return method(state, *args)
+
+    monkeypatch.setattr(ex, name, noted)
+    return calls
+
+
+def test_what_is_reused_changes_no_token(any_ex, monkeypatch):
+    """For prompts that share beginnings of many lengths with one before, and go on or do not."""
+    unit, text = any_ex.plan.reuse_multiple, draw_ids(0, 300, any_ex)
+    copies, kept = spy(monkeypatch, any_ex, "copy_row"), 0
+    for shared in (1, unit - 1, unit, unit + 1, 2 * unit, 250, 299, 300):
+        for more in (0, 1, 30):
+            prompt = text[:shared] + draw_ids(shared, more, any_ex)
+            engine = make(any_ex)
+            answer(engine, sampled(text))
+            before = len(copies)
+            generation = answer(engine, sampled(prompt))
+            assert generation.reused == min(shared, len(prompt) - 1) // unit * unit
+            assert generation.reused == generation.result.timings["reused_tokens"]
+            assert generation.reused == engine.counts.reused_tokens
+            kept += generation.reused > 0 and len(copies) == before
+            assert_same(generation, alone(any_ex, sampled(prompt)))
+    assert min(len(copies), kept) > 2  # some were copied, some used where they were
+
+
+def test_what_a_busy_slot_holds_is_copied_and_goes_on(any_ex, monkeypatch):
+    unit = any_ex.plan.reuse_multiple
+    text = draw_ids(1, unit + 40, any_ex)
+    first, second = sampled(text, max_tokens=50), sampled([*text[: unit + 9], 3, 4, 5], seed=6)
+    engine = make(any_ex)
+    generations = [engine.submit(first)]
+    while not generations[0].tokens:
+        engine.step()
+    copies = spy(monkeypatch, any_ex, "copy_row")
+    generations.append(engine.submit(second))
+    rest(engine)
+    assert copies == [(0, 1)]
+    assert [generation.reused for generation in generations] == [0, unit]
+    for generation in generations:
+        assert_same(generation, alone(any_ex, generation.request))
+
+
+def test_a_cache_that_was_copied_from_is_still_whole(any_ex):
+    unit = any_ex.plan.reuse_multiple
+    text = draw_ids(2, 2 * unit + 20, any_ex)
+    engine = make(any_ex)
+    answer(engine, sampled(text, max_tokens=1))
+    answer(engine, sampled([*text[:unit], 3, 4, 5]))
+    again = answer(engine, sampled([*text, 6]))
+    assert again.reused == len(text) // unit * unit
+    assert_same(again, alone(any_ex, again.request))
+
+
+def test_a_conversation_is_read_on_turn_by_turn(any_ex):
+    """With the answers' tokens where they have the same bits as those of a prompt.
+
+    The last token drawn is not in the cache. Here it would complete a reusable length.
+    """
+    unit, invariant = any_ex.plan.reuse_multiple, any_ex.plan.invariant
+    engine, held = make(any_ex), 0
+    history = draw_ids(3, (unit + 4) if invariant else unit + 9, any_ex)
+    for turn in range(5):
+        generation = answer(engine, sampled(history, seed=turn))
+        assert generation.reused == held // unit * unit
+        assert_same(generation, alone(any_ex, generation.request))
+        held = len(history) + (11 if invariant else 0)
+        history = [*history, *generation.tokens, *draw_ids(turn, 20, any_ex)]
+
+
+@pytest.mark.parametrize("ending", ["eos", "limit", "stop string", "cancel"])
+def test_what_an_answer_left_is_right_however_it_ended(ex, ending):
+    """For every length of the prompt that a reusable one can end on."""
+    unit = ex.plan.reuse_multiple
+    for length in range(unit + 1, unit + 17, 3):
+        prompt = draw_ids(length, length, ex)
+        parameters = {"eos": {"ignore_eos": False}, "stop string": {"stop": "e"}}.get(ending, {})
+        engine = make(ex)
+        first = engine.submit(sampled(prompt, **{"max_tokens": 40, **parameters}))
+        while not first.done and (ending != "cancel" or len(first.tokens) < 9):
+            engine.step()
+        first.cancel()
+        rest(engine)
+        again = answer(engine, sampled([*prompt, *first.tokens, 5, 6]))
+        assert again.reused >= unit
+        assert_same(again, alone(ex, again.request))
+
+
+def test_a_prompt_given_up_half_way_leaves_what_was_read(any_ex):
+    text = draw_ids(4, 400, any_ex)
+    engine = make(any_ex)
+    first = engine.submit(sampled(text))
+    engine.step()
+    assert not first.tokens
+    first.cancel()
+    rest(engine)
+    again = answer(engine, sampled(text))
+    assert again.reused == SIZES[-1]
+    assert_same(again, alone(any_ex, again.request))
+
+
+def test_a_prompt_to_be_scored_is_read_anew_and_may_be_reused(any_ex):
+    unit = any_ex.plan.reuse_multiple
+    text = draw_ids(5, unit + 40, any_ex)
+    engine = make(any_ex)
+    answer(engine, sampled(text))
+    scored = answer(engine, sampled(text, prompt_logprobs=True))
+    assert scored.reused == 0
+    assert len(scored.result.prompt_logprobs) == len(text)
+    assert_same(scored, alone(any_ex, scored.request))
+    engine = make(any_ex)
+    answer(engine, sampled(text, prompt_logprobs=True))
+    again = answer(engine, sampled(text))
+    assert again.reused == len(text) // unit * unit
+    assert_same(again, alone(any_ex, again.request))
+
+
+@pytest.mark.slow
+def test_a_plan_without_kernels_reuses_whole_chunks_of_256():
+    ex = Executor(CONFIG, random_params(CONFIG), "float32", batch=2, context=600, plan=PURE)
+    text = draw_ids(6, 530, ex)
+    for shared, reused in ((255, 0), (300, 256), (511, 256), (530, 512)):
+        engine = make(ex)
+        answer(engine, sampled(text))
+        generation = answer(engine, sampled([*text[:shared], 3, 4, 5]))
+        assert generation.reused == reused
+        assert_same(generation, alone(ex, generation.request))
+
+
+def test_without_reuse_nothing_is_reused(ex, monkeypatch):
+    engine = make(ex, reuse=False)
+    copies = spy(monkeypatch, ex, "copy_row")
+    generations = [engine.submit(sampled(list(range(3, 90)))) for _ in range(6)]
+    rest(engine)
+    assert [generation.reused for generation in generations] == [0] * 6
+    assert copies == []
+    assert engine.counts.reused_tokens == 0
+    assert engine.counts.prompt_tokens == 6 * 87
+
+
+# How the engine works changes no token.
+
+
+@pytest.mark.parametrize("dispatches", [2, 3])
+def test_running_ahead_changes_no_token(any_ex, dispatches, monkeypatch):
+    """The next tokens are asked for before the last are read, past EOS and stop strings too."""
+    rng, earlier = random.Random(1), []
+    requests = [draw_request(rng, earlier) for _ in range(24)]
+    ahead = changed(any_ex, dispatches=dispatches)
+    engine, flying = make(ahead), []
+    receive = engine._receive
+
+    def noted(dispatched):
+        flying.append(len(engine._dispatched) + 1)
+        receive(dispatched)
+
+    monkeypatch.setattr(engine, "_receive", noted)
+    generations = [engine.submit(request) for request in requests]
+    rest(engine)
+    assert max(flying) == dispatches
+    for generation in generations:
+        assert_same(generation, alone(any_ex, generation.request))
+
+
+@pytest.mark.parametrize("change", [{"prefill_sizes": (16,)}, {"decode_steps": 3}])
+def test_with_kernels_sizes_change_no_token(native_kernels, change):
+    ex = warm_executor(PLANS["native"])[0]
+    rng, earlier = random.Random(2), []
+    engine = make(changed(ex, **change))
+    for _ in range(8):
+        pair = [engine.submit(draw_request(rng, earlier)) for _ in range(2)]
+        rest(engine)
+        for generation in pair:
+            assert_same(generation, alone(ex, generation.request))
+
+
+def test_no_request_compiles_anything_after_warm_up(any_ex):
+    """Not by the executor, and not in passing: an array's operation outside a program is one."""
+    rng, earlier, lowered = random.Random(3), [], []
+    engine = make(any_ex)
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: lowered.append(event) if "jaxpr_to_mlir" in event else None
+    )
+    try:
+        for _ in range(50):
+            generation = engine.submit(draw_request(rng, earlier))
+            engine.step()
+            if rng.random() < 0.1:
+                generation.cancel()
+        rest(engine)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert lowered == []
+    _, warm = warm_executor(any_ex.plan)
+    later = {name for name in any_ex.compiled.names if "score(" not in name} - warm
+    assert later - {"init_cache"} - {name for name in later if ", 3, " in name} == set()
+
+
+def test_a_long_prompt_does_not_hold_up_the_answers_under_way(ex):
+    slow = changed(ex, prefill_sizes=(16,))
+    engine = make(slow)
+    running = [engine.submit(endless(i, max_tokens=300)) for i in range(2)]
+    while not all(generation.tokens for generation in running):
+        engine.step()
+    reader = engine.submit(sampled(draw_ids(0, 480, ex)))
+    turns = 0
+    while not reader.tokens:
+        before = [len(generation.tokens) for generation in running]
+        engine.step()
+        turns += 1
+        grown = [len(g.tokens) - n for g, n in zip(running, before, strict=True)]
+        assert grown == [ex.plan.decode_steps] * 2
+    assert turns == 480 / 16
+    rest(engine)
+    for generation in (*running, reader):
+        assert_same(generation, alone(ex, generation.request))
+
+
+def test_short_prompts_get_on_in_one_turn(ex):
+    engine = make(ex)
+    generations = [engine.submit(endless(i)) for i in range(6)]
+    engine.step()
+    assert [bool(generation.tokens) for generation in generations] == [True] * 4 + [False] * 2
+    assert (engine.running, engine.queued) == (4, 2)
+    rest(engine)
+
+
+# The queue and the slots.
+
+
+def test_first_come_first_served(ex, monkeypatch):
+    began, begin = [], Generation.begin
+
+    def noted(self, reused):
+        began.append(self)
+        begin(self, reused)
+
+    monkeypatch.setattr(Generation, "begin", noted)
+    engine = make(ex)
+    generations = [engine.submit(question(i, max_tokens=i % 5 + 1)) for i in range(20)]
+    generations[9].cancel()
+    rest(engine)
+    assert began == [generation for generation in generations if not generation.cancelled]
+
+
+def test_a_full_queue_refuses_until_there_is_room(ex):
+    engine = make(ex, max_queue=2)
+    generations = [engine.submit(endless(i)) for i in range(SLOTS + 2)]
+    for _ in range(2):
+        with pytest.raises(QueueFullError, match="requests wait already; try again later"):
+            engine.submit(endless())
+        engine.step()
+    assert (engine.running, engine.queued) == (SLOTS, 2)
+    generations[0].cancel()
+    generations[-1].cancel()
+    engine.step()
+    assert (engine.running, engine.queued) == (SLOTS, 0)
+    generations += [engine.submit(endless(i)) for i in range(2)]
+    with pytest.raises(QueueFullError, match="2 requests wait already"):
+        engine.submit(endless())
+    rest(engine)
+    assert all(generation.done for generation in generations)
+    answer(engine, endless())
+
+
+def test_without_a_queue_there_are_still_the_slots(ex):
+    engine = make(ex, max_queue=0)
+    for i in range(SLOTS):
+        engine.submit(endless(i))
+    with pytest.raises(QueueFullError):
+        engine.submit(endless())
+    rest(engine)
+
+
+def test_what_does_not_fit_is_refused_and_leaves_no_trace(ex):
+    engine = make(ex)
+    with pytest.raises(ContextError, match="prompt has 500 tokens and max_tokens is 13, but"):
+        engine.submit(make_request(prompt_tokens=[3] * 500, max_tokens=13))
+    assert not engine.step()
+    fits = answer(engine, make_request(prompt_tokens=[3] * 500, max_tokens=12, ignore_eos=True))
+    assert len(fits.tokens) == 12
+
+
+def test_no_tokens_are_no_work(ex):
+    engine = make(ex)
+    generation = engine.submit(question(max_tokens=0))
+    assert generation.done
+    assert (generation.result.tokens, generation.result.finish_reason) == ([], "length")
+    assert generation.result.response == ""
+    assert not engine.step()
+
+
+@pytest.mark.parametrize("where", ["queue", "prompt", "answer"])
+def test_a_cancelled_request_ends_wherever_it_is(ex, where):
+    engine = make(ex)
+    count = SLOTS if where == "queue" else 1
+    others = [engine.submit(endless(i, max_tokens=200)) for i in range(count)]
+    prompt = draw_ids(0, 400, ex)
+    request = sampled(prompt, max_tokens=100)
+    generation = engine.submit(request)
+    engine.step()
+    while where == "answer" and not generation.tokens:
+        engine.step()
+    assert bool(generation.tokens) == (where == "answer")
+    assert not generation.done
+    generation.cancel()
+    engine.step()
+    assert generation.done
+    assert engine.queued == 0
+    assert engine.running == len(others)
+    assert generation.result.finish_reason == "cancelled"
+    assert generation.tokens == alone(ex, request).tokens[: len(generation.tokens)]
+    assert generation.result.response == read(generation)[0]
+    rest(engine)
+    for other in others:
+        assert_same(other, alone(ex, other.request))
+
+
+ENDINGS = {
+    "eos": {},
+    "limit": {"ignore_eos": True, "max_tokens": 30},
+    "stop string": {"stop": " is"},
+    "cancel": {"ignore_eos": True},
+    "error": {"ignore_eos": True},
+}
+
+
+@pytest.mark.parametrize("dispatches", [1, 2])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_slot_is_free_however_its_answer_ends(ex, ending, dispatches, monkeypatch):
+    """For the engine and in the state: what is no one's draws nothing."""
+    engine = make(changed(ex, dispatches=dispatches))
+    prompt = "What is the capital of France?"
+    request = make_request(prompt=prompt, temperature=0, **{"max_tokens": 200} | ENDINGS[ending])
+    generation = engine.submit(request)
+    while not generation.tokens:
+        engine.step()
+    if ending == "cancel":
+        generation.cancel()
+    if ending == "error":
+        monkeypatch.setattr(generation, "push", None)
+    rest(engine)
+    assert generation.done
+    assert list(engine.counts.ended) == [
+        {"eos": "stop", "limit": "length", "stop string": "stop", "cancel": "cancelled"}.get(
+            ending, "error"
+        )
+    ]
+    assert np.asarray(engine._state.done).all()
+    for i in range(SLOTS):
+        engine.submit(endless(i))
+    engine.step()
+    assert engine.running == SLOTS
+    rest(engine)
+
+
+OPERATIONS = st.sampled_from(
+    ["submit"] * 4 + ["step"] * 4 + ["cancel", "too long", "scored", "long", "break", "stop"]
+)
+
+
+@settings(
+    max_examples=5,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(st.lists(OPERATIONS, min_size=200, max_size=200), st.randoms(use_true_random=False))
+def test_after_any_operations_no_slot_and_no_request_is_lost(ex, operations, rng):
+    engine, generations, refused = make(ex, max_queue=9), [], 0
+    changes = {
+        "submit": {},
+        "scored": {"prompt_logprobs": True, "max_tokens": 0},
+        "long": {"prompt": "Tell me more. " * 60, "raw": True},
+        "stop": {"stop": "e"},
+        "too long": {"max_tokens": 512},
+    }
+    for operation in operations:
+        if operation == "step":
+            engine.step()
+        elif operation == "cancel" and generations:
+            rng.choice(generations).cancel()
+        elif operation == "break" and generations:
+            rng.choice(generations).push = None
+        elif operation in changes:
+            i = rng.randrange(50)
+            parameters = {"max_tokens": rng.randrange(1, 40), **changes[operation]}
+            try:
+                generations.append(engine.submit(question(i, **parameters)))
+            except (QueueFullError, ContextError):
+                refused += 1
+        assert engine.queued <= 9 + SLOTS
+        assert engine.running <= SLOTS
+    rest(engine)
+    assert np.asarray(engine._state.done).all()
+    endings = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
+    for generation in generations:
+        assert generation.done
+        assert (generation.error is None) == (generation.result is not None)
+        result = generation.result
+        endings[result.finish_reason if result else "error"] += 1
+    assert engine.counts.ended == {ending: n for ending, n in endings.items() if n}
+    again = [engine.submit(endless(i)) for i in range(SLOTS)]
+    engine.step()
+    assert engine.running == SLOTS
+    rest(engine)
+    for generation in again:
+        assert_same(generation, alone(ex, generation.request))
+
+
+def test_what_was_done_is_counted(ex):
+    engine = make(ex)
+    generations = [answer(engine, question(i, temperature=0, max_tokens=40)) for i in range(4)]
+    counts = engine.counts
+    assert counts.prompt_tokens == sum(len(g.prompt) for g in generations)
+    assert counts.reused_tokens == sum(g.reused for g in generations)
+    ends = sum(g.result.finish_reason == "stop" for g in generations)
+    assert counts.tokens == sum(len(g.tokens) for g in generations) + ends
+    assert sum(counts.ended.values()) == 4
+
+
+# What fails, and whom it harms.
+
+
+def raise_once(monkeypatch, owner, name, error, at=1):
+    """Let a method raise at one of its calls."""
+    method, calls = getattr(owner, name), itertools.count(1)
+
+    def flaky(*args, **kwargs):
+        if next(calls) == at:
+            raise error
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, flaky)
+
+
+def test_a_request_whose_text_fails_is_ended_alone(ex, monkeypatch):
+    engine = make(ex)
+    generations = [engine.submit(endless(i)) for i in range(6)]
+    broken, error = generations[1], ValueError("no such piece")
+    raise_once(monkeypatch, broken, "push", error, at=5)
+    rest(engine)
+    assert (broken.error, broken.result) == (error, None)
+    assert len(broken.tokens) == 4
+    assert engine.counts.ended == {"error": 1, "length": 5}
+    for generation in generations:
+        if generation is not broken:
+            assert_same(generation, alone(ex, generation.request))
+
+
+@pytest.mark.parametrize("at", ["answer", "end", "queue", "cancel"])
+def test_a_reader_who_cannot_be_told_harms_no_other(ex, at):
+    """Such as a server's event loop that is closed."""
+
+    def tell():
+        if broken.done or at == "answer":
+            raise RuntimeError("the loop is closed")
+
+    engine = make(ex)
+    others = [engine.submit(endless(i)) for i in range(SLOTS if at == "queue" else 2)]
+    broken = engine.submit(endless(5), on_change=tell)
+    engine.step()
+    if at in ("queue", "cancel"):
+        broken.cancel()
+    others.append(engine.submit(endless(6)))
+    rest(engine)
+    assert broken.done
+    assert str(broken.error) == "the loop is closed"
+    assert engine.counts.ended == {"error": 1, "length": len(others)}
+    for other in others:
+        assert_same(other, alone(ex, other.request))
+
+
+class Lost:
+    """An array that cannot be read: what a device's failure is like while it works."""
+
+    def __array__(self, *_, **__):
+        raise RuntimeError("the device is gone")
+
+
+CALLS = ["init_state", "admit", "copy_row", "release", "prefill_chunk", "prefill_scored", "decode"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=type)
+@pytest.mark.parametrize("call", [*CALLS, "read"])
+def test_a_failure_of_the_device_ends_those_in_slots_and_no_other(ex, call, error, monkeypatch):
+    """An interrupt too, which besides goes on to whoever pressed the keys."""
+    engine = make(ex)
+    prompt = TOKENIZER.encode("Tell me a story. " * 12)
+    changes = [{}, {"stop": "e"}, {"prompt_logprobs": True}, {}]
+    requests = [sampled([*prompt, i], seed=i, **change) for i, change in enumerate(changes * 2)]
+    generations = [engine.submit(request) for request in requests]
+    if call == "read":
+        decode = ex.decode
+
+        def lose_once(*args):
+            monkeypatch.setattr(ex, "decode", decode)
+            state, drawn, rows = decode(*args)
+            if isinstance(error, KeyboardInterrupt):
+                monkeypatch.setattr(Lost, "__array__", error_raiser(error))
+            return state, drawn._replace(tokens=Lost()), rows
+
+        monkeypatch.setattr(ex, "decode", lose_once)
+    else:
+        raise_once(monkeypatch, ex, call, error)
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            rest(engine)
+    rest(engine)
+    failed = [generation for generation in generations if generation.error is not None]
+    assert 1 <= len(failed) <= SLOTS
+    assert all(generation.result is None for generation in failed)
+    assert engine.counts.ended["error"] == len(failed)
+    for generation in generations:
+        assert generation.done
+        if generation not in failed:
+            assert_same(generation, alone(ex, generation.request))
+
+
+def error_raiser(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_an_interrupt_between_tokens_ends_the_turn(ex, monkeypatch):
+    engine = make(ex)
+    generations = [engine.submit(endless(i)) for i in range(SLOTS + 1)]
+    raise_once(monkeypatch, generations[0], "push", KeyboardInterrupt(), at=12)
+    with pytest.raises(KeyboardInterrupt):
+        rest(engine)
+    assert engine.running == 0
+    rest(engine)
+    assert [type(g.error) for g in generations] == [KeyboardInterrupt] * SLOTS + [type(None)]
+    assert_same(generations[-1], alone(ex, generations[-1].request))
+
+
+# Threads.
+
+
+def test_threads_that_generate_at_once_are_answered_as_if_alone(llm, ex):
+    requests = [endless(i, max_tokens=20 + i) for i in range(24)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda request: collect(llm.start(request)), requests))
+    for request, result in zip(requests, results, strict=True):
+        assert result.tokens == alone(ex, request).tokens
+
+
+def collect(stream):
+    assert "".join(stream) == stream.result.response
+    return stream.result
+
+
+def test_one_thread_may_run_the_engine_for_all(ex):
+    engine, stopping = make(ex), threading.Event()
+    runner = threading.Thread(target=engine.run, args=[stopping], daemon=True)
+    runner.start()
+
+    def wait_for(request):
+        changed = threading.Event()
+        generation = engine.submit(request, changed.set)
+        while not generation.done:
+            assert changed.wait(60)
+            changed.clear()
+        return generation
+
+    requests = [endless(i, max_tokens=10 + i) for i in range(24)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        generations = list(pool.map(wait_for, requests))
+    stopping.set()
+    engine.wake()
+    runner.join(60)
+    assert not runner.is_alive()
+    for generation in generations:
+        assert_same(generation, alone(ex, generation.request))
+
+
+def test_run_notices_being_stopped_at_any_moment(ex):
+    """Here right after it looked, when it is about to go to sleep."""
+    engine = make(ex)
+
+    class Late(threading.Event):
+        def is_set(self):
+            was = super().is_set()
+            self.set()
+            engine.wake()
+            return was
+
+    runner = threading.Thread(target=engine.run, args=[Late()], daemon=True)
+    runner.start()
+    runner.join(10)
+    assert not runner.is_alive()
+
+
+# Streams.
+
+
+def test_interleaved_streams_are_each_as_alone(llm, ex):
+    requests = [endless(i, max_tokens=30 + 5 * i, logprobs=[None, 2][i % 2]) for i in range(7)]
+    streams = [llm.start(request) for request in requests]
+    rng, texts, tokens = random.Random(0), [""] * 7, [[] for _ in range(7)]
+    going = list(range(7))
+    while going:
+        i = rng.choice(going)
+        piece = streams[i].next_piece()
+        if piece is None:
+            going.remove(i)
+            continue
+        texts[i] += piece.text
+        tokens[i] += piece.tokens
+        assert [each.token for each in piece.logprobs] == (piece.tokens if i % 2 else [])
+    for stream, text, ids, request in zip(streams, texts, tokens, requests, strict=True):
+        expected = alone(ex, request).result
+        assert (text, ids) == (expected.response, expected.tokens)
+        assert stream.result.tokens == ids
+        assert stream.result.timings["load_s"] == llm.load_s
+
+
+def test_a_stream_let_go_frees_its_slot(llm):
+    streams = [llm.start(endless(i, max_tokens=400)) for i in range(SLOTS)]
+    assert all(next(stream) for stream in streams)
+    assert llm.engine.running == SLOTS
+    last = streams.pop()
+    streams.clear()
+    assert llm.generate(prompt="Hi", seed=1).tokens
+    assert llm.engine.running == 1
+    last.close()
+    assert "".join(last)  # what was drawn before can be read
+    assert last.result.finish_reason == "cancelled"
+    assert llm.engine.running == 0
+
+
+def test_a_stream_that_fails_says_so(llm, monkeypatch):
+    generation = llm.engine.submit(endless())
+    raise_once(monkeypatch, generation, "push", ValueError("no such piece"), at=12)
+    stream = Stream(llm.engine, generation)
+    with pytest.raises(ValueError, match="no such piece"):
+        list(stream)
+    assert len(generation.tokens) == 11
+    assert not generation.unread  # what came before was given out
+    with pytest.raises(RuntimeError, match="has not been read to its end"):
+        _ = stream.result
+    assert llm.generate(prompt="Hi", seed=1).tokens
+
+
+def test_generate_all_yields_in_order_as_if_alone(llm, ex):
+    requests = [endless(i, max_tokens=1 + 7 * (i % 5)) for i in range(20)]
+    taken = []
+
+    def arriving():
+        for request in requests:
+            taken.append(request)
+            yield request
+
+    results = llm.generate_all(arriving())
+    first = next(results)
+    assert len(taken) <= 2 * SLOTS  # none is asked for before there is need
+    for request, result in zip(requests, [first, *results], strict=True):
+        assert result.tokens == alone(ex, request).tokens
+        assert result.seed == request.seed
+
+
+# Logprobs.
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return (
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - (logits.max(-1, keepdims=True))
+    )
+
+
+def assert_told(told, tokens, logprobs, count):
+    """What was told of tokens are the rows of these logprobs."""
+    assert [each.token for each in told] == tokens
+    for each, row in zip(told, logprobs, strict=True):
+        assert abs(each.logprob - row[each.token]) < 1e-4
+        ids, values = [i for i, _ in each.top], [value for _, value in each.top]
+        assert len(set(ids)) == count
+        np.testing.assert_allclose(values, row[ids], atol=1e-4)
+        np.testing.assert_allclose(values, np.sort(row)[::-1][:count], atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [0, 5, 20])
+def test_logprobs_are_those_of_the_models_own_logits(llm, ex, count):
+    """Whatever the parameters, among neighbours, and across the chunks of a long prompt."""
+    prompt = draw_ids(7, 300, ex)
+    request = make_request(
+        prompt_tokens=prompt,
+        seed=3,
+        max_tokens=20,
+        ignore_eos=True,
+        temperature=1.5,
+        top_k=50,
+        repetition_penalty=1.5,
+        frequency_penalty=1,
+        logprobs=count,
+        prompt_logprobs=True,
+    )
+    others = [llm.start(endless(i)) for i in range(3)]
+    stream = llm.start(request)
+    pieces = list(iter(stream.next_piece, None))
+    result = stream.result
+    logprobs = log_softmax(llm.logits(prompt + result.tokens))
+    assert_told(result.logprobs, result.tokens, logprobs[299:-1], count)
+    assert result.prompt_logprobs[0] is None
+    assert_told(result.prompt_logprobs[1:], prompt[1:], logprobs[:299], count)
+    assert [each for piece in pieces for each in piece.logprobs] == result.logprobs
+    whole = alone(ex, request)
+    assert_same(whole, stream._generation)
+    del others
+
+
+def test_a_prompt_may_be_scored_alone(llm, ex):
+    prompt = draw_ids(8, 290, ex)
+    result = llm.generate(prompt_tokens=prompt, max_tokens=0, prompt_logprobs=True, logprobs=1)
+    assert (result.tokens, result.logprobs, result.finish_reason) == ([], [], "length")
+    logprobs = log_softmax(llm.logits(prompt))
+    assert_told(result.prompt_logprobs[1:], prompt[1:], logprobs[:-1], 1)
+
+
+def test_scores_change_no_token(native_kernels):
+    """With kernels; elsewhere reading a prompt for its scores may round otherwise."""
+    ex = warm_executor(PLANS["native"])[0]
+    plain = sampled(draw_ids(9, 100, ex), max_tokens=40, logprobs=None)
+    expected = alone(ex, plain).tokens
+    for told in ({"logprobs": 3}, {"prompt_logprobs": True}, {"logprobs": 0}):
+        assert alone(ex, dataclasses.replace(plain, **told)).tokens == expected

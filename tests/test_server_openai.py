@@ -1,0 +1,543 @@
+"""The server's OpenAI routes."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from serving import (
+    ANSWER,
+    ASKING,
+    CHAT,
+    COMPLETIONS,
+    MODEL,
+    NATIVE,
+    QUESTION,
+    RUN,
+    events_of,
+    paused,
+    serving,
+    wait_until,
+)
+
+from llama_jax import Llama
+from llama_jax.checkpoint import load_checkpoint
+from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.request import make_request
+from llama_jax.server import openai_requests
+from llama_jax.server.logprobs import token_text
+from llama_jax.server.openai_requests import UNSUPPORTED
+
+TEXT = "The capital of"
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return Llama.load(DEMO_CHECKPOINT, slots=4)
+
+
+@pytest.fixture
+def client(llm):
+    with serving(llm) as client:
+        yield client
+
+
+def chat(**fields):
+    return {"model": MODEL, "messages": [ASKING], "seed": 5, **fields}
+
+
+def completion(**fields):
+    return {"model": MODEL, "prompt": TEXT, "seed": 5, "max_tokens": 8, **fields}
+
+
+def refusal(response):
+    """Return the text of a 400, without its head and the request's id, and its parameter."""
+    assert response.status_code == 400, response.text
+    [error] = response.json()["errors"]
+    assert error["code"] == 5006
+    text = re.fullmatch(r"AiError: Bad input: Error: (.*) \([0-9a-f-]{36}\)", error["message"])
+    assert text
+    return text[1], response.json()["error"]["param"]
+
+
+# Chat.
+
+
+@pytest.mark.parametrize("path", [CHAT, f"{NATIVE}/v1/chat/completions"])
+def test_chat(client, llm, path):
+    response = client.post(path, json=chat(temperature=0))
+    assert response.status_code == 200
+    body = response.json()
+    assert re.fullmatch(r"id-\d{13}", body.pop("id"))
+    assert abs(body.pop("created") - int(response.json()["id"][3:]) // 1000) <= 1
+    assert body == {
+        "object": "chat.completion",
+        "model": MODEL,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": ANSWER, "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+                "stop_reason": None,
+                "seed": 5,
+            }
+        ],
+        "usage": {
+            "prompt_tokens": 14,
+            "completion_tokens": 7,
+            "total_tokens": 21,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
+        "system_fingerprint": llm.engine.fingerprint,
+    }
+
+
+def test_chat_stream_as_recorded(client, llm):
+    body = chat(temperature=0, stream=True, stream_options={"include_usage": True})
+    response = client.post(CHAT, json=body)
+    *chunks, ending, counted, done = events_of(response.text)
+    assert done == "[DONE]"
+    heads = [(c["id"], c["object"], c["created"], c["model"]) for c in [*chunks, ending, counted]]
+    assert set(heads) == {(heads[0][0], "chat.completion.chunk", heads[0][2], MODEL)}
+    for chunk in chunks:  # no role, no finish_reason
+        [choice] = chunk["choices"]
+        assert choice == {"index": 0, "delta": {"content": choice["delta"]["content"]}}
+    assert "".join(c["choices"][0]["delta"]["content"] for c in chunks) == ANSWER
+    assert ending["choices"] == [{"index": 0, "delta": {}, "finish_reason": "stop", "seed": 5}]
+    assert ending["system_fingerprint"] == llm.engine.fingerprint
+    assert ending["usage"]["completion_tokens"] == 7
+    assert (counted["choices"], counted["usage"]) == ([], ending["usage"])
+    without = events_of(client.post(CHAT, json=chat(temperature=0, stream=True)).text)
+    assert len(without) == len(chunks) + 2
+
+
+def joined(events, key):
+    """Return each choice's text, logprobs and finish_reason from a stream's chunks."""
+    choices = {}
+    for chunk in events[:-1]:
+        for choice in chunk["choices"]:
+            whole = choices.setdefault(choice["index"], ["", [], None])
+            whole[0] += choice["delta"].get("content", "") if key == "delta" else choice["text"]
+            logprobs = choice.get("logprobs")
+            whole[1] += [] if not logprobs else [logprobs]
+            whole[2] = choice.get("finish_reason") or whole[2]
+    return [choices[index] for index in sorted(choices)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 40},
+        {"stop": "cap"},
+        {"stop": ["zzz", " of France"], "n": 3},
+        {"n": 3, "max_tokens": 30},
+        {"logprobs": True, "top_logprobs": 2, "n": 2, "stop": [" i", "apple"]},
+        {"max_tokens": 0, "n": 2},
+    ],
+)
+def test_chat_streamed_is_whole(client, fields):
+    body = chat(temperature=2.5, **fields)
+    whole = client.post(CHAT, json=body).json()
+    events = events_of(client.post(CHAT, json={**body, "stream": True}).text)
+    streamed = joined(events, "delta")
+    assert len(streamed) == len(whole["choices"]) == fields.get("n", 1)
+    for (text, logprobs, reason), choice in zip(streamed, whole["choices"], strict=True):
+        assert text == choice["message"]["content"]
+        assert reason == choice["finish_reason"]
+        entries = [entry for part in logprobs for entry in part["content"]]
+        assert entries == (choice["logprobs"] or {"content": []})["content"]
+    usages = [event["usage"] for event in events[:-1] if "usage" in event]
+    assert [usage["completion_tokens"] for usage in usages] == [whole["usage"]["completion_tokens"]]
+
+
+def test_each_choice_can_be_had_again_alone(client):
+    body = chat(temperature=5, max_tokens=12, seed=9_999_999_998)
+    choices = client.post(CHAT, json={**body, "n": 4}).json()["choices"]
+    assert [c["seed"] for c in choices] == [9_999_999_998, 9_999_999_999, 1, 2]
+    assert len({c["message"]["content"] for c in choices}) == 4
+    for choice in choices:
+        [alone] = client.post(CHAT, json={**body, "seed": choice["seed"]}).json()["choices"]
+        assert alone == {**choice, "index": 0}
+        native = {**body, "seed": choice["seed"]}
+        assert (
+            client.post(RUN, json=native).json()["result"]["response"]
+            == (choice["message"]["content"])
+        )
+
+
+def test_prompts_count_once_however_many_choices(client):
+    one, four = (client.post(CHAT, json=chat(n=n, max_tokens=3)).json()["usage"] for n in (1, 4))
+    assert one["prompt_tokens"] == four["prompt_tokens"] == 14
+    assert (one["completion_tokens"], four["completion_tokens"]) == (3, 12)
+
+
+def test_cached_tokens_are_reported(client, llm):
+    system = {"role": "system", "content": "Speak as a sailor would. " * 8}
+    body = chat(messages=[system, ASKING], max_tokens=1)
+    first, second = (
+        client.post(CHAT, json=body).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        for _ in range(2)
+    )
+    assert first == 0
+    assert second > 0
+    assert second % llm.executor.plan.reuse_multiple == 0
+
+
+def test_stop_strings_end_the_text(client):
+    for stop in ("Paris", ["Paris"], ["x", "Paris", "y", "z", "w"]):
+        [choice] = client.post(CHAT, json=chat(temperature=0, stop=stop)).json()["choices"]
+        assert choice["message"]["content"] == "The capital of France is "
+        assert choice["finish_reason"] == "stop"
+
+
+def test_a_stop_string_over_several_tokens_never_shows(client):
+    """What may be its beginning is held back, in a stream too."""
+    body = chat(temperature=0, stop="l of France is P")
+    [choice] = client.post(CHAT, json=body).json()["choices"]
+    assert choice["message"]["content"] == "The capita"
+    events = events_of(client.post(CHAT, json={**body, "stream": True}).text)
+    assert joined(events, "delta")[0][0] == "The capita"
+
+
+def test_max_completion_tokens_is_an_alias(client):
+    response = client.post(CHAT, json=chat(max_completion_tokens=2))
+    assert response.json()["usage"]["completion_tokens"] == 2
+    assert "warnings" not in response.json()
+    same = chat(max_completion_tokens=2, max_tokens=2)
+    assert client.post(CHAT, json=same).status_code == 200
+    both = client.post(CHAT, json=chat(max_completion_tokens=2, max_tokens=3))
+    assert refusal(both) == (
+        "max_completion_tokens is 2, expected the same as max_tokens; give only one",
+        "max_completion_tokens",
+    )
+
+
+def test_null_is_as_absent(client):
+    names = ("max_tokens", "temperature", "top_p", "stop", "n", "logprobs", "top_logprobs", "user")
+    names += ("stream", "stream_options", "tools", "response_format", "logit_bias", "functions")
+    for url, body in ((CHAT, chat(temperature=0)), (COMPLETIONS, completion(temperature=0))):
+        with_nulls = client.post(url, json=dict.fromkeys(names) | body).json()
+        without = client.post(url, json=body).json()
+        assert with_nulls["choices"] == without["choices"]
+        assert "warnings" not in with_nulls
+
+
+def test_harmless_unknown_parameters_are_named(client):
+    extra = {"user": "ann", "store": False, "stream_options": {"include_usage": True, "x": 1}}
+    for url, body in ((CHAT, chat(max_tokens=1)), (COMPLETIONS, completion(max_tokens=1))):
+        warnings = client.post(url, json={**body, **extra}).json()["warnings"]
+        assert [w.split()[0] for w in warnings] == ["stream_options.x", "user", "store"]
+        events = events_of(client.post(url, json={**body, **extra, "stream": True}).text)
+        assert [event["warnings"] for event in events[:-1] if "warnings" in event] == [warnings]
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+@pytest.mark.parametrize(("url", "make"), [(CHAT, chat), (COMPLETIONS, completion)])
+def test_what_would_change_the_answer_is_refused_by_name(client, url, make, name):
+    response = client.post(url, json=make(**{name: ["something"]}))
+    assert refusal(response) == (f"{name} is not supported, leave it out", name)
+    for harmless in UNSUPPORTED[name]:
+        assert client.post(url, json=make(**{name: harmless}, max_tokens=1)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"n": 0}, "n is 0, expected an integer from 1 to 8"),
+        ({"n": 9}, "n is 9, expected an integer from 1 to 8"),
+        ({"n": "2"}, "n is '2', expected an integer from 1 to 8"),
+        ({"n": True}, "n is True, expected an integer from 1 to 8"),
+        ({"best_of": 2}, "best_of is 2, expected the same as n, 1"),
+        ({"min_p": False}, "min_p is not supported, leave it out"),
+        ({"stop": ""}, "stop is [''], expected a string, or a list of up to 16 that are not empty"),
+        ({"stop": 5}, "stop is 5, expected a string, or a list of up to 16 that are not empty"),
+        ({"ignore_eos": 1}, "ignore_eos is 1, expected true or false"),
+        ({"stream_options": 1}, "stream_options is 1, expected an object"),
+        ({"stream_options": {"include_usage": 1}}, "include_usage is 1, expected true or false"),
+    ],
+)
+@pytest.mark.parametrize(("url", "make"), [(CHAT, chat), (COMPLETIONS, completion)])
+def test_wrong_values_are_refused(client, url, make, fields, text):
+    assert refusal(client.post(url, json=make(**fields)))[0] == text
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"logprobs": 1}, "logprobs is 1, expected true or false"),
+        ({"top_logprobs": 2}, "top_logprobs is 2, expected logprobs to be true with it"),
+        (
+            {"logprobs": True, "top_logprobs": 21},
+            "top_logprobs is 21, expected an integer from 0 to 20",
+        ),
+        (
+            {"temperature": 9},
+            "oneOf at '/' not met, 0 matches: '/temperature' must be <= 5",
+        ),
+    ],
+)
+def test_wrong_values_of_chat_are_refused(client, fields, text):
+    assert refusal(client.post(CHAT, json=chat(**fields)))[0] == text
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"prompt": None}, "prompt is None, expected text, token ids, or a list of either"),
+        ({"prompt": []}, "prompt is [], expected text, token ids, or a list of either"),
+        ({"prompt": [[]]}, "prompt[0] is [], expected text or a list of token ids"),
+        ({"prompt": [1, "x"]}, "prompt[0] is 1, expected text or a list of token ids"),
+        ({"prompt": ["x", [1.5]]}, "prompt[1] is [1.5], expected text or a list of token ids"),
+        ({"prompt": ""}, "prompt is empty, expected at least 1 character"),
+        ({"prompt": [5000]}, "prompt_tokens[0] is 5000, expected a token id from 0 to 1023"),
+        ({"logprobs": 6}, "logprobs is 6, expected an integer from 0 to 5"),
+        ({"logprobs": True}, "logprobs is True, expected an integer from 0 to 5"),
+        ({"temperature": 9}, "temperature is 9, expected a number from 0 to 5"),
+        ({"max_tokens": -1}, "max_tokens is -1, expected an integer from 0 up"),
+        ({"echo": "yes"}, "echo is 'yes', expected true or false"),
+        (
+            {"echo": True, "logprobs": 0, "stream": True},
+            "echo, logprobs and stream are given together; drop one of them",
+        ),
+        (
+            {"prompt": ["x"] * 33, "n": 8},
+            "the request asks for 264 answers, expected at most 256 (prompts times n); "
+            "send several requests",
+        ),
+    ],
+)
+def test_wrong_values_of_completions_are_refused(client, fields, text):
+    assert refusal(client.post(COMPLETIONS, json=completion(**fields)))[0] == text
+
+
+@pytest.mark.parametrize(("url", "make"), [(CHAT, chat), (COMPLETIONS, completion)])
+def test_the_model_has_to_be_the_one_served(client, url, make):
+    response = client.post(url, json=make(model="gpt-4"))
+    assert response.status_code == 400
+    assert response.json()["errors"][0]["code"] == 5007
+    assert "No such model gpt-4 or task" in response.json()["error"]["message"]
+    body = make()
+    del body["model"]
+    assert refusal(client.post(url, json=body))[1] == "model"
+    assert refusal(client.post(url, json=[]))[0].startswith("body is []")
+
+
+@pytest.mark.parametrize(("url", "make"), [(CHAT, chat), (COMPLETIONS, completion)])
+def test_too_many_tokens_are_5021(client, url, make):
+    response = client.post(url, json=make(max_tokens=5000))
+    assert response.status_code == 413
+    assert response.json()["errors"][0]["code"] == 5021
+
+
+def test_a_request_is_taken_whole_or_not_at_all(client, llm, monkeypatch):
+    """If its last choice has no room, the others are given up, not left to run for nobody."""
+    monkeypatch.setattr(llm.engine, "max_queue", 4)
+    too_many = client.post(CHAT, json=chat(n=8, max_tokens=1))
+    assert too_many.status_code == 200  # 4 slots and 4 that wait
+    refused = client.post(COMPLETIONS, json=completion(prompt=["x"] * 9))
+    assert "asks for 9 answers, expected at most 8" in refusal(refused)[0]
+    ended = dict(llm.engine.counts.ended)
+    with paused(llm):
+        waiting = [llm.engine.submit(make_request(prompt="x", max_tokens=1)) for _ in range(3)]
+        response = client.post(CHAT, json=chat(n=8, max_tokens=1))
+        assert response.status_code == 429
+    wait_until(lambda: llm.engine.queued == llm.engine.running == 0)
+    assert all(generation.done for generation in waiting)
+    assert llm.engine.counts.ended["cancelled"] == ended.get("cancelled", 0) + 5
+
+
+@pytest.mark.parametrize("base", ["/v1", f"{NATIVE}/v1"])
+def test_models(client, base):
+    body = client.get(f"{base}/models").json()
+    [model] = body["data"]
+    assert (body["object"], model["id"], model["object"]) == ("list", MODEL, "model")
+    for name in (MODEL, MODEL.replace("/", "%2F")):
+        assert client.get(f"{base}/models/{name}").json() == model
+    assert client.get(f"{base}/models/other").json()["errors"][0]["code"] == 5007
+
+
+# Completions.
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, f"{NATIVE}/v1/completions"])
+def test_completion(client, llm, path):
+    body = client.post(path, json=completion(temperature=0, max_tokens=4)).json()
+    expected = llm.generate(prompt=TEXT, raw=True, temperature=0, max_tokens=4)
+    assert body["object"] == "text_completion"
+    [choice] = body["choices"]
+    assert choice["text"].removeprefix(" ") == expected.response
+    assert choice == {
+        "index": 0,
+        "text": choice["text"],
+        "logprobs": None,
+        "finish_reason": expected.finish_reason,
+        "seed": 5,
+    }
+    assert body["usage"]["prompt_tokens"] == expected.usage["prompt_tokens"]
+    assert body["system_fingerprint"] == expected.fingerprint
+
+
+def test_prompts_of_every_kind(client, llm):
+    ids = llm.tokenizer.encode("Once there was")
+    texts = {}
+    for name, prompt in {
+        "text": "Once there was",
+        "ids": [1, *ids],
+        "list": ["Once there was"],
+        "lists": [[1, *ids]],
+    }.items():
+        [choice] = client.post(COMPLETIONS, json=completion(prompt=prompt)).json()["choices"]
+        texts[name] = choice["text"]
+    assert len(set(texts.values())) == 1
+    body = client.post(
+        COMPLETIONS, json=completion(prompt=["Once there was", [1, *ids], "No"], n=2)
+    )
+    choices = body.json()["choices"]
+    assert [choice["index"] for choice in choices] == list(range(6))
+    assert choices[0]["text"] == choices[2]["text"] == texts["text"]
+    assert choices[1]["text"] == choices[3]["text"]
+    assert [choice["seed"] for choice in choices] == [5, 6] * 3
+
+
+def test_a_completion_goes_on_where_its_prompt_ends(client, llm):
+    """A word's own space is part of it, as all that read completions expect."""
+    seen = set()
+    for seed in range(12):
+        body = completion(seed=seed, temperature=3, logprobs=0, max_tokens=5)
+        [choice] = client.post(COMPLETIONS, json=body).json()["choices"]
+        first = choice["logprobs"]["tokens"][0] if choice["logprobs"]["tokens"] else ""
+        if not first.startswith("bytes:"):
+            assert choice["text"].startswith(first)
+            seen.add(first[:1] == " ")
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n": 3},
+        {"echo": True, "n": 2},
+        {"prompt": ["Tell", [1, 500, 600]], "echo": True},
+        {"logprobs": 3, "stop": ["e"], "max_tokens": 30},
+        {"stop": [" a", "the"], "max_tokens": 30},
+        {"prompt": "日本 😀", "temperature": 5, "max_tokens": 30},
+    ],
+)
+def test_completion_streamed_is_whole(client, fields):
+    body = completion(**{"temperature": 2.5, **fields})
+    whole = client.post(COMPLETIONS, json=body).json()
+    events = events_of(client.post(COMPLETIONS, json={**body, "stream": True}).text)
+    for (text, logprobs, reason), choice in zip(
+        joined(events, "text"), whole["choices"], strict=True
+    ):
+        assert (text, reason) == (choice["text"], choice["finish_reason"])
+        for name, values in (choice["logprobs"] or {}).items():
+            assert [value for part in logprobs for value in part[name]] == values
+    assert events[-2]["usage"] == whole["usage"]
+
+
+def expected_logprobs(llm, tokens):
+    """Return the log-probabilities [T, V] that follow each token."""
+    return np.asarray(jax.nn.log_softmax(llm.logits(tokens).astype(np.float32), axis=-1))
+
+
+def test_chat_logprobs_are_the_models(client, llm):
+    body = chat(logprobs=True, top_logprobs=3, max_tokens=6, temperature=2)
+    entries = client.post(CHAT, json=body).json()["choices"][0]["logprobs"]["content"]
+    result = llm.generate(prompt=QUESTION, seed=5, max_tokens=6, temperature=2)
+    table = expected_logprobs(llm, result.prompt_tokens + result.tokens)
+    assert len(entries) == len(result.tokens) == 6
+    for i, (entry, token) in enumerate(zip(entries, result.tokens, strict=True)):
+        row = table[len(result.prompt_tokens) - 1 + i]
+        assert entry["token"] == token_text(token, llm.tokenizer)
+        assert entry["logprob"] == pytest.approx(row[token], abs=1e-4)
+        top = [value["logprob"] for value in entry["top_logprobs"]]
+        assert top == pytest.approx(np.sort(row)[::-1][:3], abs=1e-4)
+        assert entry["top_logprobs"][0]["token"] == token_text(int(row.argmax()), llm.tokenizer)
+    text = b"".join(bytes(entry["bytes"]) for entry in entries).decode()
+    assert text.removeprefix(" ") == result.response
+
+
+def test_bytes_and_control_tokens_are_spelt(llm):
+    texts = [token_text(token, llm.tokenizer) for token in (1, 2, 3 + 0xE6)]
+    assert texts == ["<s>", "</s>", r"bytes:\xe6"]
+    assert token_text(7, None) == "token_id:7"
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_echo_scores_the_prompt_as_lm_eval_reads_it(client, llm, max_tokens, as_ids):
+    """lm-eval's local-completions: echo, logprobs=1, max_tokens=1, temperature=0."""
+    contexts = ["The capital of France", "Hello"]
+    continuations = [" is Paris", " there, 日"]
+    prompts, lengths = [], []
+    for context, continuation in zip(contexts, continuations, strict=True):
+        whole = [1, *llm.tokenizer.encode(context + continuation)]
+        prompts.append(whole if as_ids else context + continuation)
+        lengths.append((1 + len(llm.tokenizer.encode(context)), whole))
+    body = completion(
+        prompt=prompts, max_tokens=max_tokens, logprobs=1, echo=True, temperature=0, seed=1234
+    )
+    choices = client.post(COMPLETIONS, json=body).json()["choices"]
+    for choice, (context, ids) in zip(choices, lengths, strict=True):
+        logprobs = choice["logprobs"]
+        table = expected_logprobs(llm, ids)
+        scores = logprobs["token_logprobs"]
+        assert {len(values) for values in logprobs.values()} == {len(scores)}
+        assert len(scores) - len(ids) in (0, max_tokens)  # EOS is no token of the text
+        assert scores[0] is None
+        assert logprobs["top_logprobs"][0] is None
+        for i in range(context, len(ids)):
+            assert scores[i] == pytest.approx(table[i - 1][ids[i]], abs=1e-4)
+            assert logprobs["tokens"][i] == token_text(ids[i], llm.tokenizer)
+            top = logprobs["top_logprobs"][i]
+            is_greedy = max(top, key=top.get) == logprobs["tokens"][i]
+            assert is_greedy == (table[i - 1].argmax() == ids[i])
+        assert choice["text"].startswith(contexts[choice["index"]])
+
+
+def test_text_offsets_point_into_the_text(client):
+    for echo in (False, True):
+        for seed in range(5):
+            body = completion(echo=echo, logprobs=0, seed=seed, temperature=1.5, max_tokens=12)
+            [choice] = client.post(COMPLETIONS, json=body).json()["choices"]
+            text, logprobs = choice["text"], choice["logprobs"]
+            ends = [*logprobs["text_offset"][1:], len(text)]
+            for token, start, end in zip(
+                logprobs["tokens"], logprobs["text_offset"], ends, strict=True
+            ):
+                first_word = echo and start == 0
+                expected = token.removeprefix(" ") if first_word else token
+                if not token.startswith(("bytes:", "<s>")):
+                    assert text[start:end] == expected
+
+
+def test_a_model_without_a_tokenizer_takes_ids(llm):
+    bare = Llama(dataclasses.replace(load_checkpoint(DEMO_CHECKPOINT), tokenizer=None), slots=4)
+    with serving(bare) as client:
+        body = completion(prompt=[1, 500], temperature=0, max_tokens=3, ignore_eos=True)
+        expected = llm.generate(
+            prompt_tokens=[1, 500], temperature=0, max_tokens=3, ignore_eos=True
+        )
+        ids = ",".join(map(str, expected.tokens))
+        [choice] = client.post(COMPLETIONS, json=body).json()["choices"]
+        assert choice["text"] == ids
+        for stream in (False, True):
+            response = client.post(COMPLETIONS, json={**body, "echo": True, "stream": stream})
+            if stream:
+                [(text, _, _)] = joined(events_of(response.text), "text")
+            else:
+                text = response.json()["choices"][0]["text"]
+            assert text == f"1,500,{ids}"
+        scored = client.post(COMPLETIONS, json={**body, "logprobs": 1, "echo": True}).json()
+        assert scored["choices"][0]["logprobs"]["tokens"][:2] == ["token_id:1", "token_id:500"]
+        assert "no tokenizer" in refusal(client.post(CHAT, json=chat()))[0]
+
+
+def test_seeds_beyond_the_cards_stay_within_64_bits():
+    body = b'{"model": "m", "prompt": "x", "n": 3, "seed": 18446744073709551614}'
+    asked = openai_requests.parse_completion(body, "m", 3)
+    assert [request.seed for request in asked.requests] == [2**64 - 2, 2**64 - 1, 1]
