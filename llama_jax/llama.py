@@ -4,7 +4,7 @@ import collections
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -150,17 +150,20 @@ class Llama:
         """Generate from a request that is checked already: what `generate` and `stream` run."""
         return Stream(self.engine, self.engine.submit(request), self.load_s)
 
-    def generate_all(self, requests: Iterable[GenerationRequest]) -> Iterator[Result]:
+    def generate_all(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[Result]:
         """Generate for many requests, as many at once as there are slots; yield in their order.
 
         The tokens are those of each request alone. Requests are taken one by one as slots get free.
+
+        Args:
+            requests: the arguments of `generate` for each.
 
         Raises:
             InputError: see `generate`; at the request's turn.
         """
         waiting: collections.deque[Stream] = collections.deque()
         for request in requests:
-            waiting.append(self.start(request))
+            waiting.append(self.stream(**request))
             while len(waiting) >= 2 * self.executor.batch:  # some in the queue: no slot falls idle
                 yield _read(waiting.popleft())
         while waiting:

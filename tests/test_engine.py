@@ -875,7 +875,7 @@ def test_generate_all_yields_in_order_as_if_alone(llm, ex):
     def arriving():
         for request in requests:
             taken.append(request)
-            yield request
+            yield {"messages": request.messages} | request.parameters()
 
     results = llm.generate_all(arriving())
     first = next(results)

@@ -17,7 +17,6 @@ from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine import Engine
 from llama_jax.fingerprint import fingerprint
 from llama_jax.llama import CHECKPOINT_VARIABLE, MAX_SLOTS, default_checkpoint
-from llama_jax.request import make_request
 from llama_jax.shards import tensors
 from llama_jax.tokenizer import BOS_ID, EOS_ID
 from tools.demo_corpus import read_corpus
@@ -218,21 +217,21 @@ def test_logprobs_and_pieces(llm):
 def test_all_of_many_are_answered_in_their_order_as_alone(llm, slots):
     many = llm if slots == 1 else Llama.load(DEMO_CHECKPOINT, slots=slots)
     prompts = ["Hi", "What is the capital of Japan?", "Tell me a story.", "Hello", "Thanks!"]
-    requests = [make_request(prompt=prompt, seed=i) for i, prompt in enumerate(prompts)]
+    requests = [{"prompt": prompt, "seed": i} for i, prompt in enumerate(prompts)]
     results = list(many.generate_all(iter(requests)))
     assert [result.seed for result in results] == [0, 1, 2, 3, 4]
-    one_by_one = [many.generate(prompt=prompt, seed=i) for i, prompt in enumerate(prompts)]
+    one_by_one = [many.generate(**request) for request in requests]
     assert [result.tokens for result in results] == [result.tokens for result in one_by_one]
     assert list(many.generate_all([])) == []
 
 
 def test_all_of_many_says_what_is_wrong_with_one(llm):
-    fits = make_request(prompt="Hi", seed=1, max_tokens=3)
-    results = llm.generate_all([fits, fits, make_request(prompt="Hi", max_tokens=10_000)])
+    fits = {"prompt": "Hi", "seed": 1, "max_tokens": 3}
+    results = llm.generate_all([fits, fits, {"prompt": "Hi", "max_tokens": 10_000}])
     assert next(results).tokens
     with pytest.raises(InputError, match="max_tokens is 10,000, but the context holds 512"):
         next(results)
-    assert llm.generate(prompt="Hi", seed=1, max_tokens=3).tokens
+    assert llm.generate(**fits).tokens
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 2, 8, 9, 10])

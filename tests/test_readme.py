@@ -4,12 +4,14 @@ The first two blocks install the package and run these tests, the fourth is the 
 runs those.
 """
 
+import json
 import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import sources
@@ -58,16 +60,48 @@ def test_the_first_two_commands():
 
 
 def test_command_line(folder):
-    story, japan, tale, *_ = shell(SHELL[4], folder).splitlines()
+    story, japan, tale, *_ = shell(SHELL[6], folder).splitlines()
     assert story.startswith("Once upon a time a young llama")
     assert japan == "{"
     assert "The capital of Japan is Tokyo." in tale
 
 
 def test_python(folder):
-    (block,) = PYTHON
-    output = run([sys.executable, "-W", "error", "-c", block], folder)
+    output = run([sys.executable, "-W", "error", "-c", PYTHON[2]], folder)
     assert output.startswith("The capital of France is Paris. stop {'prompt_tokens': 14,")
+
+
+@pytest.fixture(scope="module")
+def port():
+    """Of the server that the README starts, which chooses a free one."""
+    install, command = SHELL[4].splitlines()
+    assert install == 'pip install -e ".[serve]"'
+    program, *arguments = command.split()
+    assert program == "python"
+    server = subprocess.Popen(
+        [sys.executable, *arguments, "--port=0"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        ready = next(line for line in server.stderr if "serving @cf/meta/" in line)
+        # The access log must not fill the pipe.
+        threading.Thread(target=server.stderr.read, daemon=True).start()
+        yield int(re.search(r"127\.0\.0\.1:(\d+)", ready)[1])
+    finally:
+        server.terminate()
+        assert server.wait(timeout=60) == 0
+
+
+def test_curl(folder, port):
+    answer = json.loads(shell(SHELL[5].replace("8787", str(port)), folder))
+    assert answer["result"]["response"] == "The capital of France is Paris."
+    assert answer["result"]["seed"] == 7
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("block", [0, 1])
+def test_clients(folder, port, block):
+    program = PYTHON[block].replace("8787", str(port))
+    assert "The capital of France is Paris." in run([sys.executable, "-c", program], folder)
 
 
 @pytest.mark.parity
@@ -91,4 +125,4 @@ def test_the_corpus_is_as_large_as_it_says():
 
 
 def test_no_other_block_is_left_out():
-    assert (len(SHELL), len(PYTHON)) == (5, 1)
+    assert (len(SHELL), len(PYTHON)) == (7, 3)

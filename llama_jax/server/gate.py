@@ -17,6 +17,9 @@ from llama_jax.server.call import Call
 from llama_jax.server.errors import ApiError
 from llama_jax.server.settings import Settings
 
+_THROWN_AWAY = 4
+"""How often its limit a body may hold if it is to be read to its end before it is refused."""
+
 
 class HungUpError(Exception):
     """The client went away."""
@@ -72,19 +75,31 @@ class Gate:
 
 
 async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
-    """Read a body up to the limit; what it says of its own length is believed if it is too long."""
+    """Read a body up to the limit.
+
+    Of one too large the rest is read too, unless it is very large, and thrown away: a client that
+    still writes when the connection ends may never read why.
+    """
+    refusal = ApiError(errors.TOO_LARGE, headers={"connection": "close"})
     said = headers.get("content-length", "")
-    if said.isdecimal() and int(said) > limit:
-        raise ApiError(errors.TOO_LARGE, headers={"connection": "close"})
-    body, more = bytearray(), True
+    if said.isdecimal() and int(said) > (limit if "expect" in headers else _THROWN_AWAY * limit):
+        raise refusal
+    body, size, more = bytearray(), 0, True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise HungUpError
-        body += message.get("body", b"")
+        part = message.get("body", b"")
+        size += len(part)
         more = message.get("more_body", False)
-        if len(body) > limit:
-            raise ApiError(errors.TOO_LARGE, headers={"connection": "close"})
+        if size <= limit:
+            body += part
+        elif size > _THROWN_AWAY * limit:
+            raise refusal
+        else:
+            body.clear()
+    if size > limit:
+        raise refusal
     return bytes(body)
 
 

@@ -100,6 +100,9 @@ def parse_completion(body: bytes, model: str, most: int) -> Asked:
         name: payload.pop(name) for name in list(payload) if name in COMPLETION_PARAMETERS
     }
     scored = {"logprobs": logprobs, "prompt_logprobs": echo and logprobs is not None}
+    if echo and logprobs is not None and parameters.get("max_tokens") == 1:
+        # How lm-eval scores a prompt: it drops the last entry, so there is to be one, be it EOS.
+        parameters.setdefault("ignore_eos", True)
     requests: list[GenerationRequest] = []
     for prompt in prompts:
         requests += _choices(make_request(**prompt, **parameters, **scored), n)

@@ -1,0 +1,149 @@
+# pyright: reportMissingImports=false
+# (matplotlib comes with the bench extra, which type checks do not need)
+"""Throughput and the first token's wait by load, and streams' waits beside a long prompt."""
+
+import itertools
+import pathlib
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from benchmarks.plot import COLOURS, INK, LINE, MARKERS, QUIET
+
+Record = dict[str, Any]
+Look = dict[str, Any]
+
+
+def draw_serving(record: Record, path: pathlib.Path) -> None:
+    """Write the plot as a PNG.
+
+    Args:
+        record: of `make_record`.
+        path: the file.
+    """
+    gaps = [row for row in record["gaps"] if row["rounds"][0].get("gaps")]
+    figure = Figure(figsize=(12 if gaps else 9, 5), dpi=150, layout="constrained")
+    axes = figure.subplots(1, 3 if gaps else 2)
+    looks = _looks(record)
+    closed = [row for row in record["points"] if row["kind"] == "closed"]
+    most = max(row["slots"] for row in closed)
+    _draw_throughput(axes[0], [r for r in closed if r["slots"] in (1, most)], record, looks)
+    _draw_first_token(axes[1], [r for r in closed if r["slots"] in (1, most)], looks)
+    for row in gaps[:1]:
+        _draw_gaps(axes[2], row, looks[row["engine"], row["slots"]])
+    settings, machine = record["settings"], record["machine"]
+    figure.suptitle(
+        f"{record['model']}: {machine['cpu']}, {machine['cores']} cores; prompts of "
+        f"{settings['prompt_len']} tokens, {settings['new_tokens']} new ones",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+        color=INK,
+    )
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        labelcolor=INK,
+    )
+    figure.savefig(path)
+
+
+def _looks(record: Record) -> dict[tuple[str, int], Look]:
+    """Return each engine's look, at each number of slots."""
+    names = dict.fromkeys((row["engine"], row["slots"]) for row in record["points"])
+    looks = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS))
+    return {
+        name: {"color": colour, "marker": marker, "markeredgecolor": "white"}
+        for name, (colour, marker) in zip(names, looks, strict=False)
+    }
+
+
+def _curves(rows: list[Record]) -> dict[tuple[str, int], list[Record]]:
+    curves: dict[tuple[str, int], list[Record]] = {}
+    for row in sorted(rows, key=lambda row: row["amount"]):
+        curves.setdefault((row["engine"], row["slots"]), []).append(row)
+    return curves
+
+
+def _draw_throughput(axes: Axes, rows: list[Record], record: Record, looks: dict) -> None:
+    for name, curve in _curves(rows).items():
+        engine, slots = name
+        axes.plot(
+            [row["amount"] for row in curve],
+            [row["median"]["tokens_per_s"] for row in curve],
+            label=f"{engine.replace(':', ' ')}, {slots} slot{'s' * (slots > 1)}",
+            **looks[name],
+        )
+    for row in record["batches"]:
+        if (row["engine"], row["slots"]) in _curves(rows):
+            rate = row["median"]["tokens_per_s"]
+            colour = looks[row["engine"], row["slots"]]["color"]
+            axes.axhline(rate, color=colour, lw=1, ls=(0, (4, 3)), zorder=0)
+            axes.annotate(
+                "as one batch",
+                (1, rate),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8,
+                color=colour,
+            )
+    axes.set_ylim(bottom=0)
+    _style(axes, "output, tokens/s", "clients")
+    _by_clients(axes, rows)
+
+
+def _draw_first_token(axes: Axes, rows: list[Record], looks: dict) -> None:
+    """Draw the median, and a band up to the 99th percentile."""
+    for name, curve in _curves([r for r in rows if r["median"]["tokens"]]).items():
+        x = [row["amount"] for row in curve]
+        first = [row["median"]["first_token_s"] for row in curve]
+        p50, p99 = ([spread[p] for spread in first] for p in ("p50", "p99"))
+        axes.plot(x, p50, **looks[name])
+        axes.fill_between(x, p50, p99, color=looks[name]["color"], alpha=0.15, lw=0)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _style(axes, "wait for the first token, s (band: to p99)", "clients")
+    _by_clients(axes, rows)
+
+
+def _draw_gaps(axes: Axes, row: Record, look: Look) -> None:
+    figures = row["rounds"][0]
+    for begin, end in figures["admissions"]:
+        axes.axvspan(begin, end, color=LINE, alpha=0.35, lw=0)
+    axes.plot(
+        [begin for begin, _ in figures["gaps"]],
+        [1e3 * seconds for _, seconds in figures["gaps"]],
+        ls="",
+        marker=".",
+        ms=4,
+        color=look["color"],
+    )
+    idle = 1e3 * figures["idle_s"]["p50"]
+    for factor in (1, 3):
+        axes.axhline(factor * idle, color=QUIET, lw=0.8, ls=":")
+    axes.annotate("3 x", (0, 3 * idle), xytext=(2, 2), textcoords="offset points", fontsize=8)
+    axes.set_ylim(bottom=0)
+    title = f"waits of {figures['streams']} streams for a burst, ms\n"
+    _style(axes, f"{title}grey: a prompt of {figures['long_prompt']:,} is read", "s")
+
+
+def _by_clients(axes: Axes, rows: list[Record]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({row["amount"] for row in rows}))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _style(axes: Axes, title: str, along: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_xlabel(along, color=INK)
+    axes.grid(which="major", color="#ececec", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, which="both", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(LINE)

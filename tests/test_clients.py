@@ -1,0 +1,421 @@
+"""Clients that people use, as they come from PyPI, against one server process: whole and streamed.
+
+They are imported within the tests: what they warn of, at import and later, is theirs and not ours.
+"""
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from server_process import TOKEN, served
+from serving import ANSWER, ASKING, MODEL, QUESTION
+
+from llama_jax import Llama, card
+from llama_jax.demo import DEMO_CHECKPOINT
+
+ACCOUNT = "some-account"
+BASES = ("/v1", f"/client/v4/accounts/{ACCOUNT}/ai/v1")
+FREE = [{"role": "user", "content": "Tell me of the sea"}]
+"""What the demo model does not know: its answer depends on the seed."""
+
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return Llama.load(DEMO_CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with served() as server:
+        yield server
+    gc.collect()  # sockets that a client forgot: here, where its warnings are ignored
+
+
+# Cloudflare's own.
+
+
+@contextlib.contextmanager
+def cloudflare_client(server, token=TOKEN):
+    from cloudflare import Cloudflare
+
+    with Cloudflare(api_token=token, base_url=f"{server.url}/client/v4", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def native(server):
+    with cloudflare_client(server) as client:
+        yield client
+
+
+@pytest.mark.parametrize("asking", [{"prompt": FREE[0]["content"]}, {"messages": FREE}])
+def test_cloudflare_run(native, llm, asking):
+    fields = {"seed": 7, "temperature": 2, "max_tokens": 40}
+    result = native.ai.run(MODEL, account_id=ACCOUNT, **asking, **fields)
+    expected = llm.generate(messages=FREE, **fields)
+    assert result == {
+        "response": expected.response,
+        "tool_calls": [],
+        "usage": expected.usage,
+        "finish_reason": expected.finish_reason,
+        "seed": 7,
+        "fingerprint": expected.fingerprint,
+    }
+
+
+@pytest.mark.parametrize("asking", [{"prompt": QUESTION}, {"messages": [ASKING]}])
+def test_cloudflare_stream(native, asking):
+    streaming = native.ai.with_streaming_response
+    with streaming.run(MODEL, account_id=ACCOUNT, stream=True, **asking) as response:
+        assert "event-stream" in response.headers["content-type"]
+        lines = [line for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert len(events) > 4
+    assert "".join(event["response"] for event in events) == ANSWER
+    assert events[-1]["usage"]["completion_tokens"] == 7
+
+
+def test_cloudflare_errors(native, server):
+    import cloudflare
+
+    def refusal(kind, model=MODEL, client=native, **fields):
+        with pytest.raises(kind) as caught:
+            client.ai.run(model, account_id=ACCOUNT, **{"prompt": QUESTION, **fields})
+        [error] = caught.value.errors
+        return caught.value.status_code, error.code, error.message
+
+    status, code, text = refusal(cloudflare.BadRequestError, temperature=9)
+    assert (status, code) == (400, 5006)
+    assert "'/temperature' must be <= 5" in text
+    status, code, text = refusal(cloudflare.BadRequestError, model="@cf/x/y")
+    assert (status, code) == (400, 5007)
+    assert "No such model @cf/x/y" in text
+    status, code, text = refusal(cloudflare.APIStatusError, max_tokens=5000)
+    assert (status, code) == (413, 5021)
+    assert "(5014) exceeded this model context window limit (512)" in text
+    with cloudflare_client(server, "wrong") as other:
+        told = refusal(cloudflare.AuthenticationError, client=other)
+    assert told == (401, 10000, "Authentication error")
+
+
+def test_cloudflare_is_told_of_a_full_queue(native, server):
+    import cloudflare
+
+    with server.full(), pytest.raises(cloudflare.RateLimitError) as caught:
+        native.ai.run(MODEL, account_id=ACCOUNT, prompt="x")
+    [error] = caught.value.errors
+    assert error.code == 3040
+    assert "try again" in error.message
+    assert int(caught.value.response.headers["retry-after"]) > 0
+
+
+def test_cloudflare_models(native):
+    # It asks for page after page until one is empty.
+    models = list(itertools.islice(native.ai.models.list(account_id=ACCOUNT), 5))
+    assert [model["name"] for model in models] == [MODEL]
+    assert list(native.ai.models.list(account_id=ACCOUNT, search="nothing like it")) == []
+    schema = native.ai.models.schema.get(account_id=ACCOUNT, model=MODEL)
+    schemas = {"input": card.INPUT_SCHEMA, "output": card.OUTPUT_SCHEMA}
+    assert schema.to_dict() == {name: json.loads(text) for name, text in schemas.items()}
+
+
+# OpenAI's, which litellm, LangChain and many more are made of.
+
+
+def openai_at(server, base=BASES[0], token=TOKEN):
+    from openai import OpenAI
+
+    return OpenAI(api_key=token, base_url=server.url + base, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def openai_client(server):
+    with openai_at(server) as client:
+        yield client
+
+
+def chat(**fields):
+    return {"model": MODEL, "messages": FREE, "temperature": 2, "max_tokens": 40, **fields}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_openai_chat(server, llm, base):
+    with openai_at(server, base) as client:
+        whole = client.chat.completions.create(**chat(seed=7))
+        stream = list(client.chat.completions.create(**chat(seed=7), stream=True))
+    expected = llm.generate(messages=FREE, temperature=2, max_tokens=40, seed=7)
+    [choice] = whole.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", expected.response)
+    assert choice.finish_reason == expected.finish_reason
+    assert whole.usage.completion_tokens == expected.usage["completion_tokens"]
+    assert whole.system_fingerprint == expected.fingerprint
+    choices = [choice for chunk in stream for choice in chunk.choices]
+    assert "".join(choice.delta.content or "" for choice in choices) == expected.response
+    assert [c.finish_reason for c in choices if c.finish_reason] == [expected.finish_reason]
+    assert stream[-1].usage.total_tokens == whole.usage.total_tokens
+    assert {chunk.id for chunk in stream} == {stream[0].id}
+
+
+def test_openai_stream_options(openai_client):
+    create = openai_client.chat.completions.create
+    *_, last = create(**chat(), stream=True, stream_options={"include_usage": True})
+    assert last.choices == []
+    assert last.usage.completion_tokens > 0
+
+
+def test_openai_choices(openai_client, llm):
+    create = openai_client.chat.completions.create
+    whole = create(**chat(n=3, seed=7))
+    texts = [choice.message.content for choice in whole.choices]
+    assert texts == [
+        llm.generate(messages=FREE, temperature=2, max_tokens=40, seed=s).response
+        for s in (7, 8, 9)
+    ]
+    streamed = ["", "", ""]
+    for chunk in create(**chat(n=3, seed=7), stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+
+
+def test_openai_stop(openai_client):
+    create = openai_client.chat.completions.create
+    asking = {"model": MODEL, "messages": [ASKING], "temperature": 0, "stop": ["of", "zzz"]}
+    whole = create(**asking).choices[0]
+    assert (whole.message.content, whole.finish_reason) == ("The capital ", "stop")
+    chunks = [chunk.choices[0].delta.content or "" for chunk in create(**asking, stream=True)]
+    assert "".join(chunks) == whole.message.content
+
+
+def test_openai_logprobs(openai_client):
+    create = openai_client.chat.completions.create
+    asking = {"model": MODEL, "messages": [ASKING], "logprobs": True, "top_logprobs": 3}
+    [choice] = create(**asking, temperature=0).choices
+    tokens = choice.logprobs.content
+    assert "".join(token.token for token in tokens).strip() == ANSWER
+    assert all(token.logprob == token.top_logprobs[0].logprob for token in tokens)
+    assert all(len(token.top_logprobs) == 3 for token in tokens)
+    streamed = create(**asking, temperature=0, stream=True)
+    parts = [c.logprobs.content for chunk in streamed for c in chunk.choices if c.logprobs]
+    assert [token for part in parts for token in part] == tokens
+
+
+def test_openai_completions(openai_client, llm):
+    create = openai_client.completions.create
+    prompt = f"[INST] {QUESTION} [/INST] The capital of"
+    ids = [1, *llm.tokenizer.encode(prompt)]
+    asking = {"model": MODEL, "temperature": 0, "max_tokens": 3, "echo": True}
+    text = create(**asking, prompt=prompt).choices[0].text
+    assert text == f"{prompt} France is Paris"
+    assert create(**asking, prompt=ids).choices[0].text == text
+    scored = create(**asking, prompt=[ids, ids[:2]], logprobs=2).choices
+    for choice, prompt in zip(scored, (ids, ids[:2]), strict=True):
+        got = choice.logprobs.token_logprobs
+        assert got[0] is None
+        expected = logprobs_of(llm, prompt)
+        np.testing.assert_allclose(got[1 : len(prompt)], expected, atol=1e-3)
+        assert all(len(top) in (2, 3) for top in choice.logprobs.top_logprobs[1:])
+    stream = create(**asking, prompt=ids, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == text
+
+
+def logprobs_of(llm, tokens):
+    """Return the logprobs of tokens after the first, from the model itself."""
+    logprobs = jax.nn.log_softmax(llm.logits(tokens), axis=-1)
+    return [float(row[token]) for row, token in zip(logprobs[:-1], tokens[1:], strict=True)]
+
+
+def test_openai_models(openai_client):
+    assert [model.id for model in openai_client.models.list()] == [MODEL]
+    assert openai_client.models.retrieve(MODEL).id == MODEL
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_openai_errors(openai_client, server, stream):
+    import openai
+
+    def refusal(kind, client=openai_client, **fields):
+        with pytest.raises(kind) as caught:
+            client.chat.completions.create(**chat(stream=stream, **fields))
+        error = caught.value
+        assert error.type.endswith("_error")
+        return error.status_code, error.code, str(error)
+
+    status, code, text = refusal(openai.BadRequestError, top_p=9)
+    assert (status, code) == (400, "5006")
+    assert "'/top_p' must be <= 2" in text
+    status, code, text = refusal(openai.BadRequestError, tools=[{"type": "function"}])
+    assert (status, code) == (400, "5006")
+    assert "tools is not supported, leave it out" in text
+    status, code, text = refusal(openai.APIStatusError, max_completion_tokens=5000, max_tokens=5000)
+    assert (status, code) == (413, "5021")
+    assert "exceeded this model context window limit (512)" in text
+    with openai_at(server, token="wrong") as other:
+        status, code, text = refusal(openai.AuthenticationError, client=other)
+    assert (status, code) == (401, "10000")
+    assert "Authentication error" in text
+    with server.full():
+        status, code, text = refusal(openai.RateLimitError)
+    assert (status, code) == (429, "3040")
+
+
+def test_openai_async(server, llm):
+    """Sixteen at once, half of them streamed, get what each gets alone."""
+    from openai import AsyncOpenAI
+
+    async def ask(client, seed):
+        fields = chat(seed=seed, messages=FREE if seed % 3 else [ASKING])
+        if seed % 2:
+            return (await client.chat.completions.create(**fields)).choices[0].message.content
+        stream = await client.chat.completions.create(**fields, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def ask_all():
+        base_url = server.url + BASES[1]
+        async with AsyncOpenAI(api_key=TOKEN, base_url=base_url, max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, seed) for seed in range(1, 17)))
+
+    server.wait_until_idle()
+    alone = [
+        llm.generate(
+            messages=FREE if seed % 3 else [ASKING], seed=seed, temperature=2, max_tokens=40
+        ).response
+        for seed in range(1, 17)
+    ]
+    assert asyncio.run(ask_all()) == alone
+
+
+# What is built upon these.
+
+
+@pytest.mark.parametrize("provider", ["openai", "cloudflare"])
+def test_litellm(server, llm, monkeypatch, provider):
+    # Else it asks the network for prices, and for a tokenizer with each stream.
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import litellm
+
+    ai = f"{server.url}/client/v4/accounts/{ACCOUNT}/ai"
+    asking = chat(
+        model=f"{provider}/{MODEL}",
+        api_base=f"{ai}/v1" if provider == "openai" else f"{ai}/run/",
+        api_key=TOKEN,
+        num_retries=0,
+        **({"seed": 7} if provider == "openai" else {"extra_body": {"seed": 7}}),
+    )
+    expected = llm.generate(messages=FREE, temperature=2, max_tokens=40, seed=7)
+    whole = litellm.completion(**asking)
+    assert whole.choices[0].message.content == expected.response
+    assert whole.usage.completion_tokens == expected.usage["completion_tokens"]
+    stream = litellm.completion(**asking, stream=True)
+    texts = [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert "".join(texts) == expected.response
+    assert len(texts) > 4
+    with pytest.raises(litellm.AuthenticationError, match="Authentication error"):
+        litellm.completion(**{**asking, "api_key": "wrong"})
+
+
+def test_langchain(server, llm):
+    from langchain_openai import ChatOpenAI
+
+    model = ChatOpenAI(
+        model=MODEL,
+        base_url=server.url + BASES[1],
+        api_key=TOKEN,
+        temperature=2,
+        seed=7,
+        max_completion_tokens=12,
+        max_retries=0,
+    )
+    expected = llm.generate(messages=FREE, temperature=2, max_tokens=12, seed=7)
+    assert expected.finish_reason == "length"
+    whole = model.invoke([("user", FREE[0]["content"])])
+    assert whole.content == expected.response
+    assert whole.response_metadata["finish_reason"] == "length"
+    assert whole.usage_metadata["output_tokens"] == 12
+    assert "".join(part.content for part in model.stream(FREE)) == expected.response
+
+
+TASK = """
+task: capitals
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_lm_eval(server, llm, tmp_path):
+    """The harness's own command; its tokenizer is transformers', of the same tokenizer.model.
+
+    It sends token ids and reads `echo` and `logprobs`: the way for multiple choice.
+    """
+    from transformers import LlamaTokenizer
+
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    shutil.copy(DEMO_CHECKPOINT / "tokenizer.model", tokenizer)
+    LlamaTokenizer.from_pretrained(tokenizer).save_pretrained(tokenizer)
+    choices = ["Paris.", "Rome.", "Madrid."]
+    docs = [
+        {"question": "[INST] What is the capital of France? [/INST] The capital of France is"},
+        {"question": "[INST] What is the capital of Italy? [/INST] The capital of Italy is"},
+        {"question": "[INST] What is the capital of Spain? [/INST] The capital of Spain is"},
+    ]
+    lines = [doc | {"choices": choices, "answer": i} for i, doc in enumerate(docs)]
+    lines += [{**lines[0], "answer": 1}]  # wrong
+    data = tmp_path / "capitals.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "capitals.yaml").write_text(TASK.format(data=data))
+    url = f"{server.url}/v1/completions"
+    environment = {"OPENAI_API_KEY": TOKEN, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "lm_eval", "run", "--model", "local-completions"),
+            *(
+                "--model_args",
+                f"model={MODEL},base_url={url},tokenizer={tokenizer},"
+                "tokenizer_backend=huggingface,add_bos_token=True,max_length=512",
+            ),
+            *("--batch_size", "3", "--tasks", "capitals", "--include_path", str(tmp_path)),
+            *("--output_path", str(tmp_path / "out"), "--log_samples"),
+        ],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    [report] = (tmp_path / "out").rglob("results_*.json")
+    [samples] = (tmp_path / "out").rglob("samples_*.jsonl")
+    theirs = LlamaTokenizer.from_pretrained(tokenizer)
+    right = []
+    for sample in map(json.loads, samples.read_text().splitlines()):
+        context = theirs(sample["doc"]["question"]).input_ids
+        expected = []
+        for choice in choices:
+            tokens = theirs(f"{sample['doc']['question']} {choice}").input_ids
+            assert tokens[: len(context)] == context
+            expected.append(sum(logprobs_of(llm, tokens)[len(context) - 1 :]))
+        got = [float(loglikelihood) for [[loglikelihood, _]] in sample["resps"]]
+        np.testing.assert_allclose(got, expected, atol=1e-3)
+        right.append(np.argmax(expected) == sample["doc"]["answer"])
+    assert right[0]
+    assert not right[-1]
+    assert json.loads(report.read_text())["results"]["capitals"]["acc,none"] == np.mean(right)

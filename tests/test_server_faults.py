@@ -1,0 +1,311 @@
+"""The server as a process among clients that break off, dawdle, send nonsense or come in crowds.
+
+What protects it: a body is read within the request's time, kept up to its limit, and else answered
+with 408 or 413; an answer is drawn as fast as the model can and kept for whoever reads
+slowly; a header of more than 64 KiB is refused by uvicorn. A header that never ends costs one open
+file and nothing else: put a proxy with a time limit in front of a server for the whole world.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import signal
+import socket
+import threading
+
+import pytest
+from server_process import ENDLESS, QUEUE, SLOTS, TOKEN, served
+from serving import ANSWER, CHAT, COMPLETIONS, MODEL, QUESTION, RUN, serving, wait_until
+
+from llama_jax import Llama
+from llama_jax.demo import DEMO_CHECKPOINT
+
+KNOWN = {"prompt": QUESTION, "temperature": 0}
+LONG = json.dumps({**ENDLESS, "prompt": "x"}).encode()
+
+
+@pytest.fixture(scope="module")
+def process():
+    with served() as process:
+        yield process
+
+
+@pytest.fixture
+def server(process):
+    """The server, which must be idle and whole after every test."""
+    yield process
+    process.wait_until_idle()
+    assert_well(process)
+
+
+def assert_well(server):
+    status, body = server.post(RUN, KNOWN)
+    assert (status, body["result"]["response"]) == (200, ANSWER)
+
+
+def head(length, path=RUN):
+    """Return the head of a request whose body is so long, or comes in chunks."""
+    size = f"Content-Length: {length}" if isinstance(length, int) else "Transfer-Encoding: chunked"
+    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Authorization: Bearer {TOKEN}", size]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+@contextlib.contextmanager
+def connected(server, data=b""):
+    """Connect and send some bytes; give the socket."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        client.sendall(data)
+        yield client
+
+
+def read_all(client):
+    """Return what comes until the server closes."""
+    data = b""
+    with contextlib.suppress(ConnectionResetError):  # it closed on what we still had to say
+        while part := client.recv(1 << 16):
+            data += part
+    return data
+
+
+# Clients that go away.
+
+
+def test_a_killed_client_frees_its_slot(server):
+    before = server.metrics()["generation_tokens_total"]
+    with server.ask("POST", COMPLETIONS, LONG) as response:
+        assert response.readline().startswith(b"data: ")
+        assert server.in_use() == 1
+    server.wait_until_idle()
+    assert server.metrics()["generation_tokens_total"] - before < 500
+    assert server.metrics()['generations_total{end="cancelled"}'] >= 1
+
+
+def test_a_thousand_hang_ups(server):
+    """After nothing, a part of the head, a part of the body, or all of it."""
+    request = head(len(LONG), COMPLETIONS) + LONG
+    for i in range(1000):
+        with connected(server, request[: len(request) * (i % 8) // 7]):
+            pass
+    server.wait_until_idle()
+
+
+def test_a_reset_in_midstream(server):
+    """A connection that ends without a farewell: RST instead of FIN."""
+    for _ in range(SLOTS + 1):
+        with connected(server, head(len(LONG), COMPLETIONS) + LONG) as client:
+            assert client.recv(1)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    server.wait_until_idle()
+
+
+# Clients that dawdle.
+
+
+def test_slow_readers_hold_nobody_up(server):
+    """As many as there are slots read a byte, and no more, of all that is there for them."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(SLOTS):
+            client = socket.socket()
+            stack.callback(client.close)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            client.connect(("127.0.0.1", server.port))
+            body = json.dumps({**ENDLESS, "prompt": "x", "logprobs": 5}).encode()
+            client.sendall(head(len(body), COMPLETIONS) + body)
+            assert client.recv(1)
+        for _ in range(3):
+            assert_well(server)
+        server.wait_until_idle()  # their slots are free though they have not read
+        assert client.recv(1)
+
+
+def test_slow_writers_hold_nobody_up(server):
+    """Heads and bodies that never end, in four ways."""
+    parts = [
+        b"POST / HTTP/1.1\r\nHost",
+        head(1000) + b'{"prompt"',
+        head(None) + b'3\r\n{"p\r\n',
+        b"",
+    ]
+    with contextlib.ExitStack() as stack:
+        for i in range(100):
+            stack.enter_context(connected(server, parts[i % 4]))
+        assert_well(server)
+        assert server.in_use() == 0
+
+
+def test_a_head_without_end_is_refused(server):
+    with connected(server, b"GET / HTTP/1.1\r\n") as client:
+        with contextlib.suppress(ConnectionError):
+            for i in range(10_000):
+                client.sendall(b"x-%d: %s\r\n" % (i, b"y" * 100))
+        data = read_all(client)
+    assert data == b"" or data.startswith(b"HTTP/1.1 400")
+
+
+# Clients that send nonsense.
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"\xff\xfe\xfd", 400),
+        (b'{"prompt": "\xc3\x28"}', 400),
+        (b'{"prompt": "x"', 400),
+        (b"[" * 100_000, 400),
+        (b'{"prompt":' * 100_000, 400),
+        (b'{"prompt": "x", "temperature": NaN}', 400),
+        (b'{"prompt": "x", "max_tokens": 100000}', 413),
+        (b'{"prompt": "' + b"x" * (8 << 20) + b'"}', 413),
+    ],
+)
+@pytest.mark.parametrize("path", [RUN, CHAT, COMPLETIONS])
+def test_malformed_bodies(server, path, body, status):
+    if path != RUN:
+        body = body.replace(b"{", b'{"model": "%s", ' % MODEL.encode(), 1)
+    if path == CHAT:
+        body = body.replace(b'"prompt": "x"', b'"messages": [{"role": "user", "content": "x"}]')
+    got, answer = server.post(path, body)
+    assert got == status
+    assert answer["success"] is False
+    assert answer["errors"][0]["message"] == answer["error"]["message"]
+
+
+def test_a_chunked_body_without_end(server):
+    """It is cut off at a few times the limit for bodies, not where memory ends."""
+    chunk = b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
+    sent = 0
+    with connected(server, head(None)) as client:
+        with contextlib.suppress(ConnectionError):
+            for _ in range(200):
+                client.sendall(chunk)
+                sent += 1
+        data = read_all(client)
+    assert sent < 64  # of which the sockets hold a few
+    assert data == b"" or data.startswith(b"HTTP/1.1 413")
+
+
+def test_a_body_too_large_is_not_asked_for(server):
+    """A client that first asks whether to send it, as curl does, sends none of it."""
+    request = head(9 << 20).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
+    with connected(server, request) as client:
+        assert read_all(client).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "token", "status", "code"),
+    [
+        ("POST", RUN, "wrong", 401, 10000),
+        ("GET", "/metrics", "wrong", 401, 10000),
+        ("GET", RUN, TOKEN, 405, 7001),
+        ("DELETE", CHAT, TOKEN, 405, 7001),
+        ("POST", "/nowhere", TOKEN, 404, 7000),
+    ],
+)
+def test_wrong_tokens_methods_and_paths(server, method, path, token, status, code):
+    with server.ask(method, path, b"{}", Authorization=f"Bearer {token}") as response:
+        assert response.status == status
+        assert json.loads(response.read())["errors"][0]["code"] == code
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"\x00" * 1000 + b"\r\n\r\n"]
+)
+def test_what_is_not_http(server, data):
+    with connected(server, data) as client:
+        client.shutdown(socket.SHUT_WR)
+        data = read_all(client)
+    assert data == b"" or data.startswith(b"HTTP/1.1 400")
+
+
+def test_pipelined_requests_are_answered_in_order(server):
+    body = json.dumps(KNOWN).encode()
+    bad = b'{"prompt": 5, "temperature": 9}'
+    with connected(server, (head(len(body)) + body + head(len(bad)) + bad) * 3) as client:
+        client.settimeout(5)
+        data = b""
+        while data.count(b"HTTP/1.1 ") < 6:
+            data += client.recv(1 << 16)
+    statuses = [part[:3] for part in data.split(b"HTTP/1.1 ")[1:]]
+    assert statuses == [b"200", b"400"] * 3
+
+
+# Crowds.
+
+
+def test_a_full_queue_tells_when_to_come_back(server):
+    with server.full(), server.ask("POST", RUN, b'{"prompt": "x"}') as response:
+        assert response.status == 429
+        assert int(response.headers["retry-after"]) > 0
+        assert json.loads(response.read())["errors"][0]["code"] == 3040
+
+
+def test_a_crowd_gets_its_answers_or_is_told_to_come_back(server):
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda _: server.post(RUN, KNOWN), range(128)))
+    assert {status for status, _ in answers} <= {200, 429}
+    right = [body["result"]["response"] for status, body in answers if status == 200]
+    assert len(right) >= SLOTS + QUEUE
+    assert set(right) == {ANSWER}
+
+
+def test_a_fault_in_one_request_leaves_the_others_alone(monkeypatch, caplog):
+    """What breaks while one prompt is read is told its client: the rest go on."""
+    llm = Llama.load(DEMO_CHECKPOINT, slots=SLOTS)
+    from llama_jax.server import openai_responses
+
+    real = openai_responses.CompletionChoices.chunk
+
+    def chunk(self, index, piece):
+        if self._asked.requests[0].seed == 13:
+            raise RuntimeError("a secret")
+        return real(self, index, piece)
+
+    monkeypatch.setattr(openai_responses.CompletionChoices, "chunk", chunk)
+    asking = {"model": MODEL, "prompt": "The capital of", "max_tokens": 30}
+    with serving(llm) as client, concurrent.futures.ThreadPoolExecutor(8) as pool:
+
+        def ask(seed):
+            return client.post(COMPLETIONS, json={**asking, "seed": seed, "stream": seed % 2 == 0})
+
+        alone = [ask(seed).status_code for seed in (12, 14)]
+        answers = list(pool.map(ask, [13, 12, 13, 14, 13, 15, 13, 16]))
+        assert alone == [200, 200]
+        assert [answer.status_code for answer in answers] == [500, 200] * 4
+        assert "secret" not in "".join(answer.text for answer in answers)
+        wait_until(lambda: llm.engine.running == llm.engine.queued == 0)
+    assert "a secret" in caplog.text
+
+
+# The end.
+
+
+def test_told_to_stop_under_load_it_answers_what_runs_and_exits_0():
+    """Streams and whole answers that are under way; the queue too; nothing new."""
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 100, "ignore_eos": True}
+    results = []
+
+    def ask(server, number):
+        with contextlib.suppress(ConnectionError):  # it came after the end
+            results.append(server.post(COMPLETIONS, {**body, "seed": number}))
+
+    with served() as server:
+        assert server.post(COMPLETIONS, body)[0] == 200
+        with server.ask("POST", COMPLETIONS, LONG) as stream:
+            assert stream.readline()
+            threads = [threading.Thread(target=ask, args=(server, i)) for i in range(12)]
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: server.in_use() > SLOTS)
+            server.process.send_signal(signal.SIGTERM)
+            rest = stream.read()
+        for thread in threads:
+            thread.join(60)
+        assert rest.endswith(b"data: [DONE]\n\n")
+        assert server.end() == 0
+    assert len(results) > SLOTS
+    for status, answer in results:
+        assert status in (200, 503)
+        if status == 200:
+            assert answer["usage"]["completion_tokens"] == 100
+    assert [status for status, _ in results].count(200) >= SLOTS
