@@ -1,5 +1,7 @@
 """Stop strings: the answer ends before the first, however its text came in pieces."""
 
+import itertools
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ def first_stop(text, stops):
 
 def pieces(text, cuts):
     places = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
-    return [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(places)]
 
 
 @settings(max_examples=500, deadline=None, derandomize=True)
