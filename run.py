@@ -73,6 +73,9 @@ flags.DEFINE_string(
     "api_token", None, "serve: what clients must send; default: $LLAMA_JAX_API_TOKEN, else none."
 )
 flags.DEFINE_bool("insecure", False, "serve: let other machines in without a token.")
+flags.DEFINE_list(
+    "allowed_origins", [], "serve: origins, as https://example.com, whose pages may call it."
+)
 flags.DEFINE_integer("max_queue", 64, "serve: requests that may wait; more are told to come back.")
 flags.DEFINE_float("timeout_s", 600, "serve: seconds that a request may take.")
 flags.DEFINE_bool("ignore_eos", False, "Go on to max_tokens, past the end-of-sequence token.")
@@ -98,7 +101,7 @@ PARAMETER_FLAGS = (
 PROMPT_FLAGS = ("prompt", "system", "messages", "prompt_tokens", "raw", "request")
 VERB_FLAGS = {
     "batch": ("input",),
-    "serve": ("host", "port", "api_token", "insecure", "max_queue", "timeout_s"),
+    "serve": ("host", "port", "api_token", "insecure", "max_queue", "timeout_s", "allowed_origins"),
 }
 
 CHAT_HELP = (
@@ -138,6 +141,8 @@ def read_request() -> GenerationRequest:
     """Return the request that the flags describe, checked."""
     if FLAGS.output not in ("text", "json"):
         raise InputError(f"--output is {FLAGS.output!r:.40}, expected text or json")
+    if FLAGS.logprobs is not None and FLAGS.output != "json":
+        raise InputError("--logprobs is given without --output=json, where they are told; add it")
     if FLAGS.request is not None:
         return read_card_request(FLAGS.request)
     request: dict[str, Any] = {name: FLAGS[name].value for name in PARAMETER_FLAGS}
@@ -226,7 +231,8 @@ def batch() -> None:
     """Answer a file of requests."""
     if FLAGS.input is None or FLAGS.output in ("text", "json"):
         raise InputError("batch needs --input and --output, two files of JSON lines; name both")
-    refuse_flags("batch", "whose requests are in --input", *PROMPT_FLAGS, *PARAMETER_FLAGS)
+    others = (*PROMPT_FLAGS, *PARAMETER_FLAGS, "stream", "print_prompt_tokens")
+    refuse_flags("batch", "whose requests are in --input", *others)
     work = Batch(FLAGS.input, FLAGS.output)
     if work.done:
         note(f"{FLAGS.output} has {work.done:,} of {work.total:,} lines already; going on")
@@ -243,16 +249,20 @@ def batch() -> None:
 
 def serve() -> None:
     """Answer requests over HTTP until told to stop."""
-    refuse_flags("serve", "whose requests come over HTTP", *PROMPT_FLAGS, *PARAMETER_FLAGS)
+    others = (*PROMPT_FLAGS, *PARAMETER_FLAGS, "stream", "output", "print_prompt_tokens")
+    refuse_flags("serve", "whose requests come over HTTP", *others)
     try:
         from llama_jax.server import serve as server
     except ImportError as error:
         raise InputError(f"{error.name} is not installed; pip install 'llama_jax[serve]'") from None
+    token = FLAGS.api_token
     server.serve(
         lambda: load(slots=8, max_queue=FLAGS.max_queue),
         host=FLAGS.host,
         port=FLAGS.port,
-        api_token=FLAGS.api_token or os.environ.get("LLAMA_JAX_API_TOKEN"),
+        # An empty token is a mistake, which Settings tells, and no wish to have none.
+        api_token=token if token is not None else os.environ.get("LLAMA_JAX_API_TOKEN"),
+        allowed_origins=tuple(FLAGS.allowed_origins),
         insecure=FLAGS.insecure,
         timeout_s=FLAGS.timeout_s,
     )
@@ -289,7 +299,9 @@ def summary(llm: Llama, result: Result, *, drawn: bool) -> str:
 def chat() -> None:
     """Talk in turns until /quit or the end of the input."""
     refuse_flags(
-        "chat", "which asks for the turns", "prompt", "messages", "prompt_tokens", "request"
+        "chat",
+        "which asks for the turns",
+        *("prompt", "messages", "prompt_tokens", "request", "print_prompt_tokens", "logprobs"),
     )
     if FLAGS.raw or FLAGS.output != "text" or not FLAGS.stream:
         raise InputError("chat streams text in the chat format; drop --raw, --output, --nostream")

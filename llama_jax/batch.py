@@ -7,13 +7,13 @@ import itertools
 import json
 import pathlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from llama_jax import contract
 from llama_jax.errors import InputError
 from llama_jax.files import parse_json
 from llama_jax.llama import Llama
-from llama_jax.stream import Stream
+from llama_jax.stream import Stream, finish_in_order
 
 
 class Batch:
@@ -38,6 +38,8 @@ class Batch:
         try:
             self.total = sum(1 for _ in self._lines())
             self.output.touch()
+            if self.output.samefile(self.source):
+                raise InputError(f"{self.output} is both input and output; name a new file")
             self.done = self._take_up()
         except OSError as error:
             raise InputError(f"{error.filename}: {error.strerror}; name another file") from None
@@ -47,24 +49,19 @@ class Batch:
 
         A line is written, whole, as soon as those before it are.
         """
-        waiting: collections.deque[tuple[dict[str, Any], Stream | None]] = collections.deque()
+        lines = itertools.islice(self._lines(), self.done, None)
         with self.output.open("ab") as output:
-            for number, line in itertools.islice(self._lines(), self.done, None):
-                row = {"line": number, "sha256": _digest(line)}
-                waiting.append((row, _start(llm, line, row)))
-                if len(waiting) == 2 * llm.executor.batch:  # some in the queue: no slot falls idle
-                    yield self._write(output, *waiting.popleft())
-            while waiting:
-                yield self._write(output, *waiting.popleft())
-
-    def _write(self, output: BinaryIO, row: dict[str, Any], answer: Stream | None) -> None:
-        if answer is not None:
-            collections.deque(answer, maxlen=0)
-            row["result"] = dataclasses.asdict(answer.result)
-        self.failed += "error" in row
-        output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        output.flush()
-        self.done += 1
+            for row, stream in finish_in_order(llm.engine, (_start(llm, *each) for each in lines)):
+                if stream is not None:
+                    collections.deque(stream, maxlen=0)
+                    row["result"] = dataclasses.asdict(stream.result)
+                self.failed += "error" in row
+                # A field may be named by half a character.
+                text = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
+                output.write(text + b"\n")
+                output.flush()
+                self.done += 1
+                yield
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         with self.source.open("rb") as lines:
@@ -78,36 +75,37 @@ class Batch:
         requests = self._lines()
         with self.output.open("r+b") as output:
             for text in output:
-                if not text.endswith(b"\n"):
-                    break
                 number, line = next(requests, (0, b""))
                 if not number:
                     raise InputError(
                         f"{self.output} has more lines than {self.source} has requests; "
                         "name a new file"
                     )
-                row = parse_json(text, f"{self.output}, line {whole + 1}")
-                if not isinstance(row, dict) or row.get("sha256") != _digest(line):
+                begins = json.dumps(_head(number, line)).encode().removesuffix(b"}")
+                if text[: len(begins)] != begins[: len(text)]:
                     raise InputError(
                         f"{self.output}, line {whole + 1}, is no result of {self.source}, line "
                         f"{number}: that has changed, or the results are another's; name a new file"
                     )
-                self.failed += "error" in row
-                whole, size = whole + 1, size + len(text)
+                if text.endswith(b"\n"):
+                    self.failed += "error" in parse_json(text, f"{self.output}, line {whole + 1}")
+                    whole, size = whole + 1, size + len(text)
             output.truncate(size)
         return whole
 
 
-def _start(llm: Llama, line: bytes, row: dict[str, Any]) -> Stream | None:
-    """Submit a line's request; note in its row what is wrong with it, or left out of account."""
+def _head(number: int, line: bytes) -> dict[str, Any]:
+    """Return what a line of output begins with: whose it is."""
+    return {"line": number, "sha256": hashlib.sha256(line.strip()).hexdigest()}
+
+
+def _start(llm: Llama, number: int, line: bytes) -> tuple[dict[str, Any], Stream | None]:
+    """Submit a line's request; say in its row what is wrong with it, or left out of account."""
+    row = _head(number, line)
     try:
         card = contract.check(contract.parse_body(line, "the request"))
         row["ignored"] = card.ignored
-        return llm.start(card.request())
+        return row, llm.start(card.request())
     except InputError as error:
         row["error"] = str(error)
-        return None
-
-
-def _digest(line: bytes) -> str:
-    return hashlib.sha256(line.strip()).hexdigest()
+        return row, None

@@ -6,7 +6,7 @@ a client written for the service sees what it knows.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jsonschema import Draft202012Validator, ValidationError, validators
@@ -15,6 +15,9 @@ from llama_jax.card import INPUT_SCHEMA
 from llama_jax.errors import InputError
 from llama_jax.files import parse_json
 from llama_jax.request import GenerationRequest, make_request
+
+MAX_NAMES = 16
+"""Of the fields that are ignored so many are named."""
 
 
 class SchemaError(InputError):
@@ -74,7 +77,15 @@ def _card_request(payload: dict[str, Any], properties: dict[str, Any]) -> CardRe
         for i, message in enumerate(fields["messages"]):
             ignored += [f"messages[{i}].{name}" for name in _unknown(message, known)]
         fields["messages"] = [{name: m[name] for name in known} for m in fields["messages"]]
-    return CardRequest(stream=fields.pop("stream", False), fields=fields, ignored=ignored)
+    return CardRequest(
+        stream=fields.pop("stream", False), fields=fields, ignored=first_names(ignored)
+    )
+
+
+def first_names(names: Sequence[str]) -> list[str]:
+    """Return names to tell a client; of very many the first, and how many more there are."""
+    more = len(names) - MAX_NAMES
+    return [*names[:MAX_NAMES], f"{more:,} more"] if more > 0 else list(names)
 
 
 def _unknown(given: dict[str, Any], known: dict[str, Any]) -> list[str]:

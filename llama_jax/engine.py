@@ -65,7 +65,8 @@ class _Reading:
 
     slot: Slot
     generation: Generation
-    chunks: Iterator[tuple[int, int]]
+    chunks: collections.deque[tuple[int, int]]
+    """Those not read yet: (start, size)."""
 
 
 @dataclasses.dataclass
@@ -123,6 +124,12 @@ class Engine:
         """Slots in use."""
         return sum(slot.generation is not None for slot in self._slots)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether another request would be taken in."""
+        free = len(self._slots) - self.running
+        return self.max_queue is None or self.queued < self.max_queue + free
+
     def submit(
         self, request: GenerationRequest, on_change: Callable[[], None] | None = None
     ) -> Generation:
@@ -152,8 +159,7 @@ class Engine:
         if request.max_tokens == 0 and not request.prompt_logprobs:
             self._end(generation, "length")
             return generation
-        free = len(self._slots) - self.running
-        if self.max_queue is not None and self.queued >= self.max_queue + free:
+        if not self.has_room:
             raise QueueFullError(f"{self.queued} requests wait already; try again later")
         self._queue.append(generation)
         self._work.set()
@@ -215,11 +221,15 @@ class Engine:
     def _read_prompts(self) -> None:
         """Read as many tokens of the next prompts as one chunk has at most."""
         budget = self.executor.plan.prefill_sizes[-1]
-        while budget > 0:
+        while True:
             self._reading = self._reading or self._admit()
             if self._reading is None:
                 return
-            budget -= self._read_chunk(self._reading)
+            _, size = self._reading.chunks[0]
+            if size > budget:
+                return
+            budget -= size
+            self._read_chunk(self._reading)
 
     def _admit(self) -> _Reading | None:
         """Give the next request in the queue a slot, if there is one."""
@@ -257,15 +267,16 @@ class Engine:
         generation.begin(start)
         self.counts.prompt_tokens += len(prompt)
         self.counts.reused_tokens += start
-        return _Reading(slot, generation, run.chunks(len(prompt), start))
+        chunks = collections.deque(run.chunks(len(prompt), start))
+        return _Reading(slot, generation, chunks)
 
-    def _read_chunk(self, reading: _Reading) -> int:
-        """Read one chunk of a prompt; return its size."""
+    def _read_chunk(self, reading: _Reading) -> None:
+        """Read one chunk of a prompt."""
         slot, generation, run = reading.slot, reading.generation, self.executor
         prompt, scored = generation.prompt, generation.request.prompt_logprobs
-        start, size = next(reading.chunks)
+        start, size = reading.chunks.popleft()
         args = (self._take_state(), slot.row, prompt, start, size)
-        last = start + size >= len(prompt)
+        last = not reading.chunks
         columns = [(slot, generation, 0)] if last else []
         if scored:
             self._state, drawn, logprobs = run.prefill_scored(*args)
@@ -274,12 +285,12 @@ class Engine:
         else:
             self._state, drawn = run.prefill_chunk(*args)
             dispatched = _Dispatched(drawn, columns)
-        slot.cached = prompt[: start + size]
+        # Read with scores, tokens may have other bits than those of a prompt that is only read.
+        slot.cached = prompt[: start + size] if run.plan.invariant or not scored else []
         if last:
             slot.asked, self._reading = 1, None
         if columns or scored:
             self._push(dispatched)
-        return size
 
     def _draw(self) -> None:
         """Draw the next tokens of all answers; read what is ready."""
@@ -315,7 +326,8 @@ class Engine:
         if dispatched.prompt_logprobs is not None:
             generation, logprobs, targets = dispatched.prompt_logprobs
             count = generation.request.logprobs or 0
-            generation.push_prompt_logprobs(token_logprobs(logprobs, 0, targets, count))
+            if not generation.done:
+                generation.push_prompt_logprobs(token_logprobs(logprobs, 0, targets, count))
         for slot, generation, column in dispatched.columns:
             if generation.done:
                 continue
@@ -341,8 +353,8 @@ class Engine:
         for token, logprob in zip(tokens, scores, strict=True):
             self.counts.tokens += 1
             generation.push(token, logprob)
-            if generation.result is not None:
-                self._count(generation.result.finish_reason)
+            if generation.done:
+                self._count_result(generation)
                 break
         return None
 
@@ -362,13 +374,17 @@ class Engine:
     def _end(self, generation: Generation, reason: FinishReason) -> None:
         try:
             generation.finish(reason)
-            self._count(reason)
+            self._count_result(generation)
         except Exception as error:
             self._fail(generation, error)
 
     def _fail(self, generation: Generation, error: BaseException) -> None:
         generation.fail(error)
         self._count("error")
+
+    def _count_result(self, generation: Generation) -> None:
+        assert generation.result is not None
+        self._count(generation.result.finish_reason)
 
     def _count(self, ending: str) -> None:
         self.counts.ended[ending] = self.counts.ended.get(ending, 0) + 1

@@ -157,12 +157,8 @@ class Executor:
         state, drawn = self._run(name, function, self.params, state, *named, donate=1)
         return state, drawn, rows
 
-    def warm_up(self, *, scored: bool = True) -> Iterator[tuple[int, int]]:
-        """Compile all that a request can need; yield (done, of how many) after each program.
-
-        Args:
-            scored: `prefill_scored` too.
-        """
+    def warm_up(self) -> Iterator[tuple[int, int]]:
+        """Compile all that a request can need; yield (done, of how many) after each program."""
         state = jax.eval_shape(self._init_state)
         one = np.int32(1)
         new = decode.make_admission(sampling.make_params(), [0], self.config.vocab_size, limit=1)
@@ -173,14 +169,12 @@ class Executor:
             ("copy_row", decode.copy_row, (state, one, one), (0,)),
         ]
         for bucket in sorted({self._bucket(n) for n in range(1, self.capacity + 1)}):
-            for size in self.plan.prefill_sizes:
+            for size in (size for size in self.plan.prefill_sizes if size <= bucket):
                 chunk = np.zeros(size, np.int32)
                 args = (self.params, state, one, chunk, one, np.False_)
-                if size <= bucket:
-                    needed.append((*self._prefill(size, bucket), args, (1,)))
-                if size <= bucket and scored:
-                    named = self._prefill(size, bucket, scored=True)
-                    needed.append((*named, (*args, chunk), (1,)))
+                needed.append((*self._prefill(size, bucket), args, (1,)))
+                scored = self._prefill(size, bucket, scored=True)
+                needed.append((*scored, (*args, chunk), (1,)))
             for count in sorted(
                 {len(self._decode_rows(range(n))) for n in range(1, self.batch + 1)}
             ):

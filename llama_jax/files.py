@@ -1,5 +1,6 @@
 """Read JSON that people edit, move and damage, or that a stranger sends."""
 
+import collections
 import json
 import math
 import pathlib
@@ -9,6 +10,7 @@ from typing import Any, NoReturn
 from llama_jax.errors import InputError
 
 _MAX_DEPTH = 64
+_MAX_DIGITS = 1000
 _TOO_DEEP = f"nested deeper than {_MAX_DEPTH}"
 
 
@@ -38,14 +40,13 @@ def parse_json(text: str | bytes, source: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        [(twice, _)] = collections.Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {twice!r:.40} is given twice")
     return values
 
 
 def _integer(text: str) -> int:
-    if len(text) > 4300:  # Python's own limit, whose error speaks of a setting of Python's
+    if len(text) > _MAX_DIGITS:  # well below Python's limit, so that sums can be printed too
         raise ValueError(f"the number {text:.20}... is too large")
     return int(text)
 

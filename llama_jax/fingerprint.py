@@ -17,7 +17,7 @@ from llama_jax.version import __version__
 def fingerprint(checkpoint: Checkpoint, executor: Executor) -> str:
     """Return `fp_` and 16 hexadecimal digits: of weights, program, versions and kind of device.
 
-    The number of slots is part of it where the bits of a logit depend on the batch.
+    The sizes of batch and cache are part of it where the bits of a logit can depend on them.
     """
     plan = executor.plan
     parts = {
@@ -25,7 +25,7 @@ def fingerprint(checkpoint: Checkpoint, executor: Executor) -> str:
         "config": dataclasses.asdict(checkpoint.config),
         "dtype": checkpoint.dtype,
         "plan": plan._asdict(),
-        "batch": None if plan.invariant else executor.batch,
+        "sizes": None if plan.invariant else (executor.batch, executor.capacity),
         "instructions": instruction_set() if plan.invariant else None,
         "device": jax.devices()[0].device_kind,
         "sampler": SAMPLER_VERSION,

@@ -19,7 +19,7 @@ from llama_jax.executor import Executor
 from llama_jax.fingerprint import fingerprint
 from llama_jax.request import GenerationRequest, check_tokens, make_request
 from llama_jax.result import Result
-from llama_jax.stream import Stream
+from llama_jax.stream import Stream, finish_in_order
 from llama_jax.tokenizer import Tokenizer
 
 CHECKPOINT_VARIABLE = "LLAMA_JAX_CHECKPOINT"
@@ -35,8 +35,8 @@ class Llama:
 
     Args:
         checkpoint: as from `load_checkpoint`.
-        context, slots, reuse: see `load`.
-        max_queue: see `Engine`.
+        context, slots, max_queue: see `load`.
+        reuse: see `Engine`.
         load_s: seconds that loading took, for the results' timings.
     """
 
@@ -57,6 +57,8 @@ class Llama:
                 f"context is {context!r}, expected 1 to {config.max_seq_len}, "
                 "the positions this model was trained for"
             )
+        if max_queue is not None and (type(max_queue) is not int or max_queue < 0):
+            raise InputError(f"max_queue is {max_queue!r}, expected a whole number from 0")
         if type(slots) is not int or not 1 <= slots <= MAX_SLOTS:
             raise InputError(f"slots is {slots!r}, expected 1 to {MAX_SLOTS}")
         tokenizer = checkpoint.tokenizer and Tokenizer(checkpoint.tokenizer)
@@ -159,15 +161,19 @@ class Llama:
             requests: the arguments of `generate` for each.
 
         Raises:
-            InputError: see `generate`; at the request's turn.
+            InputError: see `generate`; in the place of the result.
         """
-        waiting: collections.deque[Stream] = collections.deque()
-        for request in requests:
-            waiting.append(self.stream(**request))
-            while len(waiting) >= 2 * self.executor.batch:  # some in the queue: no slot falls idle
-                yield _read(waiting.popleft())
-        while waiting:
-            yield _read(waiting.popleft())
+        for error, stream in finish_in_order(self.engine, map(self._submit, requests)):
+            if stream is None:
+                assert error is not None
+                raise error
+            yield _read(stream)
+
+    def _submit(self, request: Mapping[str, Any]) -> tuple[InputError | None, Stream | None]:
+        try:
+            return None, self.stream(**request)
+        except InputError as error:
+            return error, None
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Return the float32 logits [T, V] that follow each of T tokens.

@@ -60,7 +60,8 @@ def choose(slots: Sequence[Slot], prompt: Sequence[int], multiple: int | None) -
     oldest = min(free, key=lambda slot: slot.used)
     if multiple is None:
         return Choice(oldest, oldest, 0)
-    best = max(slots, key=lambda slot: slot.common(prompt))
+    # Of equals a free one: from that, nothing need be copied.
+    best = max(slots, key=lambda slot: (slot.common(prompt), slot.generation is None))
     common = min(best.common(prompt), len(prompt) - 1)  # one is read at least, for its logits
     start = common - common % multiple
     if start == 0:

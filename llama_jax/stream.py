@@ -1,11 +1,15 @@
 """Stream: an answer read piece by piece, which moves the engine on."""
 
+import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from llama_jax.engine import Engine
 from llama_jax.generation import Generation
 from llama_jax.result import Piece, Result
+
+T = TypeVar("T")
 
 
 class Stream:
@@ -44,6 +48,11 @@ class Stream:
             self._engine.step()
 
     @property
+    def done(self) -> bool:
+        """Whether all is drawn; it may not be read yet."""
+        return self._generation.done
+
+    @property
     def result(self) -> Result:
         """The whole result, equal to that of `generate`."""
         if self._generation.result is None or self._generation.unread:
@@ -57,3 +66,27 @@ class Stream:
 
     def __del__(self) -> None:
         self.close()
+
+
+def finish_in_order(
+    engine: Engine, submitted: Iterable[tuple[T, Stream | None]]
+) -> Iterator[tuple[T, Stream | None]]:
+    """Work until every stream is done; yield them in order, each with what it came with.
+
+    Args:
+        engine: whose streams they are.
+        submitted: asked for one by one, as early as it takes to keep every slot busy; None stands
+            for one that could not be.
+    """
+    source, waiting = iter(submitted), collections.deque[tuple[T, Stream | None]]()
+    more = True
+    while more or waiting:
+        if waiting and (waiting[0][1] is None or waiting[0][1].done):
+            yield waiting.popleft()
+        elif more and engine.has_room and engine.queued < engine.executor.batch:
+            item = next(source, None)
+            more = item is not None
+            if item is not None:
+                waiting.append(item)
+        else:  # with nothing of its own too: others may hold all the room
+            engine.step()

@@ -88,7 +88,9 @@ def test_results_of_other_requests_are_not_taken_up(files, llm):
     assert files[1].read_bytes() == kept
 
 
-@pytest.mark.parametrize("text", ["[1]\n", "3\n", '{"line": 1}\n', "<html>\n"])
+@pytest.mark.parametrize(
+    "text", ["[1]\n", "3\n", '{"line": 1}\n', "<html>\n", "no newline", "\x00"]
+)
 def test_a_stranger_s_file_is_not_written_to(files, text):
     files[1].write_text(text)
     with pytest.raises(InputError, match=r"out\.jsonl, line 1"):
@@ -106,7 +108,27 @@ def test_more_results_than_requests(files, llm):
     assert files[1].read_bytes() == kept
 
 
+def test_a_long_answer_does_not_hold_up_those_behind_it(tmp_path, llm):
+    """While the first is drawn the other slot goes on to the next, and the next."""
+    short = [{"prompt": "Hi", "seed": seed, "max_tokens": 2} for seed in range(1, 9)]
+    long = {"prompt": "Hi", "seed": 1, "max_tokens": 90, "ignore_eos": True}
+    source = iter([long, *short])
+    next(llm.generate_all(source))
+    assert next(source, None) is None
+
+
+def test_half_a_character_in_a_name_is_written_as_it_came(tmp_path, llm):
+    (tmp_path / "in").write_text('{"prompt": "Hi", "seed": 1, "max_tokens": 1, "\\ud800": 1}')
+    (row,) = run((tmp_path / "in", tmp_path / "out"), llm)[2]
+    assert row["result"]["tokens"]
+    assert row["ignored"] == ["\ud800"]
+
+
 def test_files_that_cannot_be_used(tmp_path):
+    (tmp_path / "same").write_text("{}")
+    with pytest.raises(InputError, match="is both input and output"):
+        Batch(tmp_path / "same", tmp_path / "same")
+    assert (tmp_path / "same").read_text() == "{}"
     with pytest.raises(InputError, match=r"none\.jsonl: No such file or directory; name another"):
         Batch(tmp_path / "none.jsonl", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -260,7 +260,7 @@ def test_every_parameter_of_the_card_is_one_of_the_requests():
         (b"[-Infinity]", "-Infinity is not a number of JSON"),
         (b'{"seed":\n1e999}', "the number 1e999 is too large"),
         (b"[-1e999]", "the number -1e999 is too large"),
-        (b"[1, %s]" % (b"9" * 4301), "the number 99999999999999999999... is too large"),
+        (b"[1, %s]" % (b"9" * 1001), "the number 99999999999999999999... is too large"),
         (b"[1, %s]" % (b"9" * 1_000_000), "the number 99999999999999999999... is too large"),
         (b'{"a": 1, "b": 2,\n"a": 1}', "the key 'a' is given twice"),
         (b'[{"a": 1}, {"a": 1, "\\u0061": 2}]', "the key 'a' is given twice"),
@@ -286,7 +286,7 @@ def test_bodies_that_are_not_json(body, expected):
         ('"[[[ {\\"a\\": NaN, \\"a\\": 1e999"', '[[[ {"a": NaN, "a": 1e999'),
         ('[{"a": 1}, {"a": {"a": ["a", "a"]}}]', [{"a": 1}, {"a": {"a": ["a", "a"]}}]),
         ("[" * 64 + "]" * 64, json.loads("[" * 64 + "]" * 64)),
-        ("1" * 4300, int("1" * 4300)),
+        ("1" * 1000, int("1" * 1000)),
         ("[1e308, -0.0, 1E-999]", [1e308, 0.0, 0.0]),
         ('"\\ud83d\\ude00"', "😀"),
     ],
@@ -350,3 +350,16 @@ def test_damaged_json_is_parsed_as_python_does_or_refused(text, data):
     except InputError:
         return
     assert json.dumps(value) == json.dumps(json.loads(damaged))
+
+
+def test_a_key_given_twice_is_found_among_very_many():
+    """In time that grows with their number, not with its square: then this would take an hour."""
+    keys = ",".join(f'"{i}": 1' for i in range(300_000))
+    with pytest.raises(InputError, match="the key '299999' is given twice"):
+        parse_body(f'{{{keys},"299999": 2}}'.encode())
+
+
+def test_of_very_many_ignored_fields_the_first_are_named():
+    many = {f"field{i}": 1 for i in range(1000)}
+    expected = [*(f"field{i}" for i in range(16)), "984 more"]
+    assert check({"prompt": "hi", **many}).ignored == expected

@@ -11,8 +11,6 @@ import threading
 import jax
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from test_decode import CONFIG, NATIVE, PURE, PURE_MARKS
 from test_model import random_params
 
@@ -32,7 +30,7 @@ from tools.demo_corpus import read_corpus
 DEMO = load_checkpoint(DEMO_CHECKPOINT)
 TOKENIZER = Tokenizer(DEMO.tokenizer)
 QUESTIONS = [phrasings[0] for phrasings, _ in read_corpus().questions[:50]]
-SLOTS = 4
+SLOTS = 5  # of which three are computed as four, where a plan computes only some
 SIZES = (16, 64)  # few to compile, and many chunks to a prompt
 PLANS = {
     name: plan._replace(prefill_sizes=SIZES) for name, plan in (("pure", PURE), ("native", NATIVE))
@@ -276,13 +274,14 @@ def test_a_cache_that_was_copied_from_is_still_whole(any_ex):
 
 
 def test_a_conversation_is_read_on_turn_by_turn(any_ex):
-    """With the answers' tokens where they have the same bits as those of a prompt.
+    """With the answers' tokens, where they have the same bits as those of a prompt.
 
-    The last token drawn is not in the cache. Here it would complete a reusable length.
+    But for the last, which is not in the cache. The first prompt is of such a length that with one
+    token more, here the answer's last and there any of it, more would be reusable.
     """
     unit, invariant = any_ex.plan.reuse_multiple, any_ex.plan.invariant
     engine, held = make(any_ex), 0
-    history = draw_ids(3, (unit + 4) if invariant else unit + 9, any_ex)
+    history = draw_ids(3, unit + 4 if invariant else 2 * unit - 5, any_ex)
     for turn in range(5):
         generation = answer(engine, sampled(history, seed=turn))
         assert generation.reused == held // unit * unit
@@ -322,8 +321,9 @@ def test_a_prompt_given_up_half_way_leaves_what_was_read(any_ex):
     assert_same(again, alone(any_ex, again.request))
 
 
-def test_a_prompt_to_be_scored_is_read_anew_and_may_be_reused(any_ex):
-    unit = any_ex.plan.reuse_multiple
+def test_a_prompt_to_be_scored_is_read_anew(any_ex):
+    """And reused where reading it for its scores does not change its bits."""
+    unit, invariant = any_ex.plan.reuse_multiple, any_ex.plan.invariant
     text = draw_ids(5, unit + 40, any_ex)
     engine = make(any_ex)
     answer(engine, sampled(text))
@@ -334,7 +334,7 @@ def test_a_prompt_to_be_scored_is_read_anew_and_may_be_reused(any_ex):
     engine = make(any_ex)
     answer(engine, sampled(text, prompt_logprobs=True))
     again = answer(engine, sampled(text))
-    assert again.reused == len(text) // unit * unit
+    assert again.reused == (len(text) // unit * unit if invariant else 0)
     assert_same(again, alone(any_ex, again.request))
 
 
@@ -390,11 +390,9 @@ def test_with_kernels_sizes_change_no_token(native_kernels, change):
     ex = warm_executor(PLANS["native"])[0]
     rng, earlier = random.Random(2), []
     engine = make(changed(ex, **change))
-    for _ in range(8):
-        pair = [engine.submit(draw_request(rng, earlier)) for _ in range(2)]
-        rest(engine)
-        for generation in pair:
-            assert_same(generation, alone(ex, generation.request))
+    for _ in range(16):
+        generation = answer(engine, draw_request(rng, earlier))
+        assert_same(generation, alone(ex, generation.request))
 
 
 def test_no_request_compiles_anything_after_warm_up(any_ex):
@@ -423,10 +421,10 @@ def test_no_request_compiles_anything_after_warm_up(any_ex):
 def test_a_long_prompt_does_not_hold_up_the_answers_under_way(ex):
     slow = changed(ex, prefill_sizes=(16,))
     engine = make(slow)
-    running = [engine.submit(endless(i, max_tokens=300)) for i in range(2)]
+    running = [engine.submit(endless(i, max_tokens=400)) for i in range(2)]
     while not all(generation.tokens for generation in running):
         engine.step()
-    reader = engine.submit(sampled(draw_ids(0, 480, ex)))
+    reader = engine.submit(sampled(draw_ids(0, 320, ex)))
     turns = 0
     while not reader.tokens:
         before = [len(generation.tokens) for generation in running]
@@ -434,18 +432,19 @@ def test_a_long_prompt_does_not_hold_up_the_answers_under_way(ex):
         turns += 1
         grown = [len(g.tokens) - n for g, n in zip(running, before, strict=True)]
         assert grown == [ex.plan.decode_steps] * 2
-    assert turns == 480 / 16
+    assert turns == 320 / 16
     rest(engine)
     for generation in (*running, reader):
         assert_same(generation, alone(ex, generation.request))
 
 
-def test_short_prompts_get_on_in_one_turn(ex):
+def test_a_turn_reads_as_many_short_prompts_as_a_long_chunk_has_room_for(ex):
     engine = make(ex)
-    generations = [engine.submit(endless(i)) for i in range(6)]
+    short = [make_request(prompt_tokens=[3 + i], seed=i, ignore_eos=True) for i in range(6)]
+    generations = [engine.submit(request) for request in short]
     engine.step()
-    assert [bool(generation.tokens) for generation in generations] == [True] * 4 + [False] * 2
-    assert (engine.running, engine.queued) == (4, 2)
+    began = [bool(generation.tokens) for generation in generations]
+    assert began == [True] * (SIZES[-1] // SIZES[0]) + [False] * 2
     rest(engine)
 
 
@@ -570,27 +569,28 @@ def test_a_slot_is_free_however_its_answer_ends(ex, ending, dispatches, monkeypa
             ending, "error"
         )
     ]
+    assert_no_slot_is_lost(engine)
+
+
+def assert_no_slot_is_lost(engine):
+    """All draw nothing now, and all can be in use at once."""
     assert np.asarray(engine._state.done).all()
-    for i in range(SLOTS):
-        engine.submit(endless(i))
-    engine.step()
-    assert engine.running == SLOTS
+    generations = [engine.submit(endless(i, max_tokens=120)) for i in range(SLOTS)]
+    for _ in range(SLOTS):
+        engine.step()
+    assert (engine.running, engine.queued) == (SLOTS, 0)
     rest(engine)
+    for generation in generations:
+        assert_same(generation, alone(engine.executor, generation.request))
 
 
-OPERATIONS = st.sampled_from(
-    ["submit"] * 4 + ["step"] * 4 + ["cancel", "too long", "scored", "long", "break", "stop"]
-)
+OPERATIONS = ["submit"] * 4 + ["step"] * 4
+OPERATIONS += ["cancel", "too long", "scored", "long", "break", "stop"]
 
 
-@settings(
-    max_examples=5,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-@given(st.lists(OPERATIONS, min_size=200, max_size=200), st.randoms(use_true_random=False))
-def test_after_any_operations_no_slot_and_no_request_is_lost(ex, operations, rng):
+@pytest.mark.parametrize("seed", range(4))
+def test_after_any_200_operations_no_slot_and_no_request_is_lost(ex, seed):
+    rng = random.Random(seed)
     engine, generations, refused = make(ex, max_queue=9), [], 0
     changes = {
         "submit": {},
@@ -599,7 +599,7 @@ def test_after_any_operations_no_slot_and_no_request_is_lost(ex, operations, rng
         "stop": {"stop": "e"},
         "too long": {"max_tokens": 512},
     }
-    for operation in operations:
+    for operation in rng.choices(OPERATIONS, k=200):
         if operation == "step":
             engine.step()
         elif operation == "cancel" and generations:
@@ -615,21 +615,17 @@ def test_after_any_operations_no_slot_and_no_request_is_lost(ex, operations, rng
                 refused += 1
         assert engine.queued <= 9 + SLOTS
         assert engine.running <= SLOTS
+    assert refused > 5
     rest(engine)
-    assert np.asarray(engine._state.done).all()
     endings = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
     for generation in generations:
         assert generation.done
         assert (generation.error is None) == (generation.result is not None)
         result = generation.result
         endings[result.finish_reason if result else "error"] += 1
-    assert engine.counts.ended == {ending: n for ending, n in endings.items() if n}
-    again = [engine.submit(endless(i)) for i in range(SLOTS)]
-    engine.step()
-    assert engine.running == SLOTS
-    rest(engine)
-    for generation in again:
-        assert_same(generation, alone(ex, generation.request))
+    assert all(endings.values())
+    assert engine.counts.ended == endings
+    assert_no_slot_is_lost(engine)
 
 
 def test_what_was_done_is_counted(ex):
@@ -710,7 +706,7 @@ CALLS = ["init_state", "admit", "copy_row", "release", "prefill_chunk", "prefill
 def test_a_failure_of_the_device_ends_those_in_slots_and_no_other(ex, call, error, monkeypatch):
     """An interrupt too, which besides goes on to whoever pressed the keys."""
     engine = make(ex)
-    prompt = TOKENIZER.encode("Tell me a story. " * 12)
+    prompt = TOKENIZER.encode("Tell me a story. " * 20)
     changes = [{}, {"stop": "e"}, {"prompt_logprobs": True}, {}]
     requests = [sampled([*prompt, i], seed=i, **change) for i, change in enumerate(changes * 2)]
     generations = [engine.submit(request) for request in requests]
@@ -883,6 +879,22 @@ def test_generate_all_yields_in_order_as_if_alone(llm, ex):
     for request, result in zip(requests, [first, *results], strict=True):
         assert result.tokens == alone(ex, request).tokens
         assert result.seed == request.seed
+
+
+@pytest.mark.parametrize("max_queue", [0, None])
+def test_generate_all_gets_on_though_others_hold_all_the_room(llm, max_queue):
+    llm.engine.max_queue = max_queue
+    count = SLOTS if max_queue == 0 else 4 * SLOTS
+    others = [llm.start(endless(i)) for i in range(count)]
+    results = []
+    worker = threading.Thread(
+        target=lambda: results.extend(llm.generate_all([{"prompt": "Hi", "seed": 1}] * 3)),
+        daemon=True,
+    )
+    worker.start()
+    worker.join(60)
+    assert [result.finish_reason for result in results] == ["stop"] * 3
+    assert all(other.done for other in others[:SLOTS])
 
 
 # Logprobs.

@@ -228,10 +228,10 @@ def test_all_of_many_are_answered_in_their_order_as_alone(llm, slots):
 def test_all_of_many_says_what_is_wrong_with_one(llm):
     fits = {"prompt": "Hi", "seed": 1, "max_tokens": 3}
     results = llm.generate_all([fits, fits, {"prompt": "Hi", "max_tokens": 10_000}])
-    assert next(results).tokens
+    assert [next(results).tokens for _ in range(2)] == [llm.generate(**fits).tokens] * 2
     with pytest.raises(InputError, match="max_tokens is 10,000, but the context holds 512"):
         next(results)
-    assert llm.generate(**fits).tokens
+    assert list(llm.generate_all([fits]))  # and the engine goes on
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 2, 8, 9, 10])

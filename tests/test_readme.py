@@ -84,11 +84,14 @@ def port():
     try:
         ready = next(line for line in server.stderr if "serving @cf/meta/" in line)
         # The access log must not fill the pipe.
-        threading.Thread(target=server.stderr.read, daemon=True).start()
+        log = threading.Thread(target=server.stderr.read)
+        log.start()
         yield int(re.search(r"127\.0\.0\.1:(\d+)", ready)[1])
     finally:
         server.terminate()
         assert server.wait(timeout=60) == 0
+        log.join()
+        server.stderr.close()
 
 
 def test_curl(folder, port):

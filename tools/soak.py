@@ -22,7 +22,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 from absl import app, flags, logging
 from prometheus_client.parser import text_string_to_metric_families
 

@@ -17,6 +17,9 @@ from llama_jax.server.call import Call
 from llama_jax.server.errors import ApiError
 from llama_jax.server.settings import Settings
 
+_READING_S = 60
+"""How much longer than the time limit a client may take to read its answer."""
+
 _THROWN_AWAY = 4
 """How often its limit a body may hold if it is to be read to its end before it is refused."""
 
@@ -71,7 +74,9 @@ class Gate:
             check_token(headers, self._settings.api_token)
         async with asyncio.timeout(self._settings.timeout_s):
             body = await _read_body(headers, receive, self._settings.max_body_bytes)
-        await _while_connected(self._app(scope, _replay(body, receive), send), receive)
+        # The answer has its own deadline; this is for a client that does not read it.
+        async with asyncio.timeout(self._settings.timeout_s + _READING_S):
+            await _while_connected(self._app(scope, _replay(body, receive), send), receive)
 
 
 async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:

@@ -12,6 +12,7 @@ from llama_jax.server.call import Call
 _PREFIX = "llama_jax:"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -63,7 +64,8 @@ class Metrics:
     def observe(self, call: Call) -> None:
         """Count a call that is over."""
         status = "none" if call.status is None else str(call.status)
-        self._requests.labels(call.route, call.method, status).inc()
+        method = call.method if call.method in _METHODS else "other"  # a client may send any word
+        self._requests.labels(call.route, method, status).inc()
         if call.error is not None:
             self._errors.labels(str(call.error.kind.code)).inc()
         if call.disconnected:

@@ -112,7 +112,7 @@ def parse_completion(body: bytes, model: str, most: int) -> Asked:
         stream=stream,
         include_usage=include_usage,
         echo=echo,
-        warnings=warnings + [_warning(name) for name in payload],
+        warnings=warnings + [_warning(name) for name in contract.first_names(list(payload))],
     )
 
 

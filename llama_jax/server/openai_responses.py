@@ -81,13 +81,12 @@ class CompletionChoices:
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
         """Return what a piece adds, if it adds anything."""
-        wanted = self._asked.requests[index].logprobs is not None
-        text, offsets = self._texts[index].add(piece)
-        if not (text or wanted):
-            return None
-        logprobs = None
-        if wanted:
-            logprobs = completion_logprobs(piece.tokens, piece.logprobs, offsets, self._tokenizer)
+        texts = self._texts[index]
+        text = texts.joint(piece.tokens) + piece.text
+        if self._asked.requests[index].logprobs is None:
+            return self._choice(index, text) if text else None
+        offsets = texts.offsets(piece.tokens)
+        logprobs = completion_logprobs(piece.tokens, piece.logprobs, offsets, self._tokenizer)
         return self._choice(index, text, logprobs)
 
     def ending(self, index: int, result: Result) -> dict[str, Any]:
@@ -150,15 +149,15 @@ class _CompletionText:
         lengths = [len(decoder.push(token) if decoder else f"{token},") for token in self._tokens]
         return list(itertools.accumulate(lengths[:-1], initial=0))
 
-    def add(self, piece: Piece) -> tuple[str, list[int]]:
-        """Return a piece's text, and where in the whole text its tokens begin."""
+    def offsets(self, tokens: Sequence[int]) -> list[int]:
+        """Return where in the whole text the next tokens begin."""
         offsets = []
-        for token in piece.tokens:
+        for token in tokens:
             offsets.append(self._position)
             self._position += len(self._decoder.push(token) if self._decoder else f"{token},")
-        return self._joint(piece.tokens) + piece.text, offsets
+        return offsets
 
-    def _joint(self, tokens: Sequence[int]) -> str:
+    def joint(self, tokens: Sequence[int]) -> str:
         """Return, once, what stands between the prompt and the first token that shows."""
         tokenizer = self._tokenizer
         shown = [token for token in tokens if not (tokenizer and tokenizer.is_control(token))]

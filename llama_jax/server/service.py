@@ -176,7 +176,7 @@ class Answers:
                 self._changed.clear()
                 for number, generation in list(waiting.items()):
                     done = generation.done  # asked first: the last piece comes before the end
-                    while (piece := generation.take()) is not None:
+                    if (piece := _take_all(generation)) is not None:
                         self._call.text_came()
                         yield number, piece
                     if done:
@@ -211,3 +211,15 @@ class Answers:
         """Wake the reader up; runs in the engine's thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
             self._loop.call_soon_threadsafe(self._changed.set)
+
+
+def _take_all(generation: Generation) -> Piece | None:
+    """Return all that has come of a generation as one piece: one event for the client, not many."""
+    pieces = list(iter(generation.take, None))
+    if not pieces:
+        return None
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        [token for piece in pieces for token in piece.tokens],
+        [logprob for piece in pieces for logprob in piece.logprobs],
+    )
