@@ -54,10 +54,10 @@ _PACKAGES = {
 """What the tests of each marker need: the extra of that name."""
 
 
-@pytest.fixture(autouse=True)
-def _need_packages(request):
+def pytest_runtest_setup(item):
+    """Before any fixture, which may need them itself."""
     for marker, packages in _PACKAGES.items():
-        if request.node.get_closest_marker(marker):
+        if item.get_closest_marker(marker):
             missing = [p for p in packages if importlib.util.find_spec(p) is None]
             if missing:
                 _skip_or_fail(f"needs {' and '.join(missing)}: pip install -e '.[{marker}]'")

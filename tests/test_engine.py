@@ -435,7 +435,7 @@ def test_a_long_prompt_does_not_hold_up_the_answers_under_way(ex):
     assert turns == 320 / 16
     rest(engine)
     for generation in (*running, reader):
-        assert_same(generation, alone(ex, generation.request))
+        assert_same(generation, alone(slow, generation.request))
 
 
 def test_a_turn_reads_as_many_short_prompts_as_a_long_chunk_has_room_for(ex):

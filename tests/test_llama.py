@@ -333,8 +333,8 @@ def test_the_fingerprint_names_all_that_decides_the_tokens(llm, tmp_path, monkey
 
     assert re.fullmatch("fp_[0-9a-f]{16}", of())
     assert of() == llm.engine.fingerprint
-    assert of(context=64) == of()  # it changes no bit
-    assert (of(slots=2) == of()) == llm.executor.plan.invariant
+    for sizes in ({"slots": 2}, {"context": 64}):  # which may decide a bit, or not
+        assert (of(**sizes) == of()) == llm.executor.plan.invariant
     demo = load_checkpoint(DEMO_CHECKPOINT)
     save_checkpoint(tmp_path / "copy", tensors(demo.params), demo.config)
     assert of(tmp_path / "copy") == of()

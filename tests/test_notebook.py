@@ -33,9 +33,8 @@ def outputs(tmp_path_factory):
 
 
 def printed(cell):
-    streams = {output.name for output in cell.outputs if output.output_type == "stream"}
-    assert streams <= {"stdout"}, cell.outputs
-    return "".join(output.get("text", "") for output in cell.outputs)
+    """Its standard output; on the other there may be a warning, as that kernels are missing."""
+    return "".join(o.text for o in cell.outputs if o.get("name") == "stdout")
 
 
 def test_generate(outputs):

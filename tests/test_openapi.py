@@ -18,6 +18,8 @@ from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.server import openapi
 from llama_jax.server.openai_requests import UNSUPPORTED
 
+pytestmark = pytest.mark.slow
+
 DEADLINE_S = 5
 DOCUMENT = openapi.document(MODEL)
 PATHS = {

@@ -20,6 +20,8 @@ from serving import ANSWER, CHAT, COMPLETIONS, MODEL, QUESTION, RUN, serving, wa
 from llama_jax import Llama
 from llama_jax.demo import DEMO_CHECKPOINT
 
+pytestmark = pytest.mark.slow
+
 KNOWN = {"prompt": QUESTION, "temperature": 0}
 LONG = json.dumps({**ENDLESS, "prompt": "x"}).encode()
 
