@@ -29,8 +29,8 @@ SMALL = ModelConfig(
         ("llama-2-7b", 6_738_415_616),
         ("llama-2-13b", 13_015_864_320),
         ("llama-2-13b-chat", 13_015_864_320),
-        ("llama-2-70b", 68_976_648_192),
-        ("llama-2-70b-chat", 68_976_648_192),
+        pytest.param("llama-2-70b", 68_976_648_192, marks=pytest.mark.slow),
+        pytest.param("llama-2-70b-chat", 68_976_648_192, marks=pytest.mark.slow),
     ],
 )
 def test_published_sizes(name, parameters):

@@ -11,6 +11,8 @@ import pytest
 
 from tools.demo_corpus import read_corpus
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
 

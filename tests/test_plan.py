@@ -184,7 +184,7 @@ def test_the_demo_answers_by_every_plan(form, request):
     assert llm.executor.compiled.names  # it was this plan that answered
 
 
-@pytest.mark.parametrize("width", [256, 1024])
+@pytest.mark.parametrize("width", [256, pytest.param(1024, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_with_kernels_a_logit_has_the_same_bits_however_it_is_computed(
     native_kernels, dtype, width

@@ -94,12 +94,14 @@ def port():
         server.stderr.close()
 
 
+@pytest.mark.slow
 def test_curl(folder, port):
     answer = json.loads(shell(SHELL[5].replace("8787", str(port)), folder))
     assert answer["result"]["response"] == "The capital of France is Paris."
     assert answer["result"]["seed"] == 7
 
 
+@pytest.mark.slow
 @pytest.mark.clients
 @pytest.mark.parametrize("block", [0, 1])
 def test_clients(folder, port, block):
