@@ -321,6 +321,21 @@ def test_a_prompt_given_up_half_way_leaves_what_was_read(any_ex):
     assert_same(again, alone(any_ex, again.request))
 
 
+def test_a_prompt_given_up_before_it_is_read_leaves_what_it_was_to_reuse(any_ex):
+    text = draw_ids(10, 100, any_ex)
+    engine = make(any_ex)
+    answer(engine, sampled(text))
+    engine.submit(sampled([3]))
+    second = engine.submit(sampled(text[:70] + draw_ids(11, 90, any_ex)))
+    engine.step()  # after the first, a chunk of 64 is too much for this turn
+    assert (second.reused, engine.running, engine.queued) == (64, 2, 0)
+    second.cancel()
+    rest(engine)
+    again = answer(engine, sampled([*text, 5]))
+    assert again.reused == 64
+    assert_same(again, alone(any_ex, again.request))
+
+
 def test_a_prompt_to_be_scored_is_read_anew(any_ex):
     """And reused where reading it for its scores does not change its bits."""
     unit, invariant = any_ex.plan.reuse_multiple, any_ex.plan.invariant

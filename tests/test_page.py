@@ -246,7 +246,7 @@ def driver(tmp_path_factory):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     chromedriver = shutil.which("chromedriver")
     if not (chromium and chromedriver and importlib.util.find_spec("selenium")):
-        _skip_or_fail("needs chromium and chromedriver, and selenium: pip install -e '.[clients]'")
+        _skip_or_fail("needs chromium and chromedriver, and selenium: pip install -e '.[browser]'")
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()

@@ -54,6 +54,8 @@ def test_a_choice_is_free_and_true_and_reuses_all_that_it_can(slots, prompt, mul
         assert start == longest // multiple * multiple
     if start == 0:
         assert source is slot  # there is nothing to copy
+    equals = [s for s in slots if common(s.cached, prompt) == common(source.cached, prompt)]
+    assert source.generation is None or start == 0 or not any(s.generation is None for s in equals)
     if source is not slot or start == 0:
         assert slot.used == min(s.used for s in slots if s.generation is None)
 
