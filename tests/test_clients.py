@@ -82,7 +82,7 @@ def test_cloudflare_stream(native, asking):
         lines = [line for line in response.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
     events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-    assert len(events) > 4
+    assert len(events) > 1
     assert "".join(event["response"] for event in events) == ANSWER
     assert events[-1]["usage"]["completion_tokens"] == 7
 
@@ -322,7 +322,7 @@ def test_litellm(server, llm, monkeypatch, provider):
     stream = litellm.completion(**asking, stream=True)
     texts = [chunk.choices[0].delta.content or "" for chunk in stream]
     assert "".join(texts) == expected.response
-    assert len(texts) > 4
+    assert len(texts) > 1
     with pytest.raises(litellm.AuthenticationError, match="Authentication error"):
         litellm.completion(**{**asking, "api_key": "wrong"})
 
