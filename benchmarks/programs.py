@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import sampling
-from llama_jax.decode import Admission, DecodeState, make_admission
+from llama_jax.decode_state import Admission, DecodeState, make_admission
 from llama_jax.executor import Executor
 
 

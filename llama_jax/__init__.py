@@ -7,10 +7,19 @@
 """
 
 from llama_jax.config import ModelConfig
+from llama_jax.engine import QueueFullError
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
 from llama_jax.result import Result
 from llama_jax.stream import Stream
 from llama_jax.version import __version__
 
-__all__ = ["InputError", "Llama", "ModelConfig", "Result", "Stream", "__version__"]
+__all__ = [
+    "InputError",
+    "Llama",
+    "ModelConfig",
+    "QueueFullError",
+    "Result",
+    "Stream",
+    "__version__",
+]

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -20,8 +21,8 @@ class Batch:
     """A file of requests, and the file that its results go to.
 
     Each line of the input is a request in the model card's form. For each there is a line of
-    output: `line`, its number from 1, its `sha256`, `ignored`, the fields that the card does not
-    have, and its `result` or its `error`.
+    output: `line`, its number from 1, its `sha256`, `ignored`, the fields that change nothing
+    (those that the card does not have, and `stream`), and its `result` or its `error`.
 
     Args:
         source: JSON lines; empty ones are passed over.
@@ -51,7 +52,8 @@ class Batch:
         """
         lines = itertools.islice(self._lines(), self.done, None)
         with self.output.open("ab") as output:
-            for row, stream in finish_in_order(llm.engine, (_start(llm, *each) for each in lines)):
+            submissions = (functools.partial(_start, llm, *each) for each in lines)
+            for row, stream in finish_in_order(llm.engine, submissions):
                 if stream is not None:
                     collections.deque(stream, maxlen=0)
                     row["result"] = dataclasses.asdict(stream.result)
@@ -104,7 +106,7 @@ def _start(llm: Llama, number: int, line: bytes) -> tuple[dict[str, Any], Stream
     row = _head(number, line)
     try:
         card = contract.check(contract.parse_body(line, "the request"))
-        row["ignored"] = card.ignored
+        row["ignored"] = card.ignored + ["stream"] * card.stream
         return row, llm.start(card.request())
     except InputError as error:
         row["error"] = str(error)

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from llama_jax import sampling
-from llama_jax.decode import NO_TOKEN, DecodeState, Drawn, Logprobs, make_admission
+from llama_jax.decode import Drawn, Logprobs
+from llama_jax.decode_state import NO_TOKEN, DecodeState, make_admission
 from llama_jax.errors import InputError
 from llama_jax.executor import Executor
 from llama_jax.generation import Clock, Generation, token_logprobs
@@ -111,7 +112,7 @@ class Engine:
         self._dispatched: collections.deque[_Dispatched] = collections.deque()
         self._state: DecodeState | None = None
         self._admitted = itertools.count(1)
-        self._turn_lock = threading.Lock()
+        self._turn_lock, self._submit_lock = threading.Lock(), threading.Lock()
         self._work = threading.Event()
 
     @property
@@ -156,12 +157,10 @@ class Engine:
             fingerprint=self.fingerprint,
             on_change=on_change,
         )
-        if request.max_tokens == 0 and not request.prompt_logprobs:
-            self._end(generation, "length")
-            return generation
-        if not self.has_room:
-            raise QueueFullError(f"{self.queued} requests wait already; try again later")
-        self._queue.append(generation)
+        with self._submit_lock:
+            if not self.has_room:
+                raise QueueFullError(f"{self.queued} requests wait already; try again later")
+            self._queue.append(generation)
         self._work.set()
         return generation
 
@@ -178,13 +177,19 @@ class Engine:
         """Let `run` look again whether there is something to do."""
         self._work.set()
 
-    def step(self) -> bool:
-        """Do one turn of work; return whether there was any.
+    def step(self, unless: Callable[[], bool] = lambda: False) -> bool:
+        """Do one turn of work; return whether there is more.
 
         A request that fails is ended by its error, and harms no other. If the device fails, all
         that were in slots are ended by that error; the ones in the queue go on.
+
+        Args:
+            unless: asked when no other thread is at work any more: whether what its turn has done
+                is all that was waited for.
         """
         with self._turn_lock:
+            if unless():
+                return True
             began, compiled = time.perf_counter(), self.executor.compiled.seconds
             self._turn_began = (began, compiled)
             try:
@@ -197,6 +202,14 @@ class Engine:
             finally:
                 self._tick()
 
+    def score(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return the float32 logits [T, V] after each token of a text; no turn is made meanwhile.
+
+        So what it compiles is no part of the time that any generation took.
+        """
+        with self._turn_lock:
+            return self.executor.score(tokens)
+
     def warm_up(self) -> Iterator[tuple[int, int]]:
         """Compile all that any request can need; yield (done, of how many)."""
         yield from self.executor.warm_up()
@@ -204,15 +217,16 @@ class Engine:
     # One turn.
 
     def _turn(self) -> bool:
-        self._end_cancelled()
+        self._end_early()
         self._read_prompts()
         self._draw()
         return bool(self._queue or self._dispatched or self.running)
 
-    def _end_cancelled(self) -> None:
-        for generation in [g for g in list(self._queue) if g.cancelled]:
+    def _end_early(self) -> None:
+        """End what was cancelled, and what asks for no token: that needs no slot."""
+        for generation in [g for g in list(self._queue) if g.cancelled or g.wants_nothing]:
             self._queue.remove(generation)
-            self._end(generation, "cancelled")
+            self._end(generation, "cancelled" if generation.cancelled else "length")
         for slot in self._slots:
             if slot.generation is not None and slot.generation.cancelled:
                 self._end(slot.generation, "cancelled")
@@ -241,7 +255,8 @@ class Engine:
         choice = choose(self._slots, prompt, run.plan.reuse_multiple if reuse else None)
         slot, start = choice.slot, choice.start
         # From here on it is the slot's: whatever fails below ends it, and does not lose it.
-        slot.generation, slot.asked, slot.used = self._queue.popleft(), 0, next(self._admitted)
+        slot.generation, slot.asked, slot.used = generation, 0, next(self._admitted)
+        self._queue.popleft()
         if choice.source is not slot:
             self._state = run.copy_row(self._take_state(), choice.source.row, slot.row)
         slot.cached = choice.source.cached[:start]
@@ -397,6 +412,8 @@ class Engine:
             if slot.generation is not None and not slot.generation.done:
                 self._fail(slot.generation, error)
             slot.generation, slot.cached = None, []
+        if self._queue and self._queue[0].done:  # interrupted just as it got its slot
+            self._queue.popleft()
 
     def _take_state(self) -> DecodeState:
         """Return the state to hand over to a program, which consumes it."""

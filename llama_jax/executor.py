@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import attention, decode, sampling
+from llama_jax import attention, decode, decode_state, sampling
 from llama_jax import cache as kv
 from llama_jax.config import ModelConfig
-from llama_jax.decode import Admission, DecodeState, Drawn, Logprobs
+from llama_jax.decode import Drawn, Logprobs
+from llama_jax.decode_state import Admission, DecodeState
 from llama_jax.model import Llama, Params
 from llama_jax.plan import Plan, choose_plan
 
@@ -32,7 +33,7 @@ class CompileLog:
 
 
 class Executor:
-    """Compile and call the functions of `decode.py` for one set of weights.
+    """Compile and call the functions of `decode.py` and `decode_state.py` for one set of weights.
 
     Args:
         config: the model's shape.
@@ -92,16 +93,17 @@ class Executor:
         return self._run("init_state", self._init_state, donate=())
 
     def admit(self, state: DecodeState, row: int, new: Admission) -> DecodeState:
-        """See `decode.admit`; consumes `state`."""
-        return self._run("admit", decode.admit, state, np.int32(row), new)
+        """See `decode_state.admit`; consumes `state`."""
+        return self._run("admit", decode_state.admit, state, np.int32(row), new)
 
     def release(self, state: DecodeState, row: int) -> DecodeState:
-        """See `decode.release`; consumes `state`."""
-        return self._run("release", decode.release, state, np.int32(row))
+        """See `decode_state.release`; consumes `state`."""
+        return self._run("release", decode_state.release, state, np.int32(row))
 
     def copy_row(self, state: DecodeState, source: int, target: int) -> DecodeState:
-        """See `decode.copy_row`; consumes `state`."""
-        return self._run("copy_row", decode.copy_row, state, np.int32(source), np.int32(target))
+        """See `decode_state.copy_row`; consumes `state`."""
+        rows = np.int32(source), np.int32(target)
+        return self._run("copy_row", decode_state.copy_row, state, *rows)
 
     def prefill_chunk(
         self, state: DecodeState, row: int, prompt: Sequence[int], start: int, size: int
@@ -161,12 +163,13 @@ class Executor:
         """Compile all that a request can need; yield (done, of how many) after each program."""
         state = jax.eval_shape(self._init_state)
         one = np.int32(1)
-        new = decode.make_admission(sampling.make_params(), [0], self.config.vocab_size, limit=1)
+        params = sampling.make_params()
+        new = decode_state.make_admission(params, [0], self.config.vocab_size, limit=1)
         needed: list[tuple[str, Callable, Any, tuple[int, ...]]] = [
             ("init_state", self._init_state, (), ()),
-            ("admit", decode.admit, (state, one, new), (0,)),
-            ("release", decode.release, (state, one), (0,)),
-            ("copy_row", decode.copy_row, (state, one, one), (0,)),
+            ("admit", decode_state.admit, (state, one, new), (0,)),
+            ("release", decode_state.release, (state, one), (0,)),
+            ("copy_row", decode_state.copy_row, (state, one, one), (0,)),
         ]
         for bucket in sorted({self._bucket(n) for n in range(1, self.capacity + 1)}):
             for size in (size for size in self.plan.prefill_sizes if size <= bucket):
@@ -204,7 +207,7 @@ class Executor:
         return np.concatenate(rows)
 
     def _init_state(self) -> DecodeState:
-        return decode.init_state(self.config, self.batch, self.capacity, self.plan.cache)
+        return decode_state.init_state(self.config, self.batch, self.capacity, self.plan.cache)
 
     def _prefill(self, size: int, attend_len: int, *, scored: bool = False) -> tuple[str, Callable]:
         function = decode.prefill_scored if scored else decode.prefill

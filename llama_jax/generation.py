@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llama_jax.decode import NO_TOKEN, Logprobs
+from llama_jax.decode import Logprobs
+from llama_jax.decode_state import NO_TOKEN
 from llama_jax.request import GenerationRequest
 from llama_jax.result import FinishReason, Piece, Result, TokenLogprob
 from llama_jax.stop import StopCutter
@@ -74,6 +75,11 @@ class Generation:
     def done(self) -> bool:
         """Whether its result or its error is there; pieces may still be waiting to be taken."""
         return self._ended.is_set()
+
+    @property
+    def wants_nothing(self) -> bool:
+        """Whether it asks for no token, and for no word on its prompt's."""
+        return self.request.max_tokens == 0 and not self.request.prompt_logprobs
 
     @property
     def unread(self) -> bool:
@@ -189,7 +195,7 @@ class _Times:
         self._clock = clock
         self._submitted = time.perf_counter()
         self._compiled = clock.compiled_s
-        self._queue_s = 0.0
+        self._queue_s: float | None = None
         self._began = self._first = self._last = clock.worked_s
         self._count = 0
 
@@ -207,9 +213,10 @@ class _Times:
         """Return `Result.timings` without load_s."""
         prefill_s, decode_s = self._first - self._began, self._last - self._first
         read, decoded = prompt_length - reused, self._count - 1
+        waiting = self._queue_s is None  # it never got a slot
         return {
             "compile_s": self._clock.compiled_s - self._compiled,
-            "queue_s": self._queue_s,
+            "queue_s": time.perf_counter() - self._submitted if waiting else self._queue_s,
             "prefill_s": prefill_s,
             "decode_s": decode_s,
             "prefill_tokens_per_s": read / prefill_s if self._count and prefill_s else None,

@@ -1,6 +1,7 @@
 """Llama: load a checkpoint, generate, stream, score. What a notebook imports."""
 
 import collections
+import functools
 import os
 import pathlib
 import time
@@ -10,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax.checkpoint import Checkpoint, load_checkpoint
+from llama_jax.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
 from llama_jax.compile_cache import use_compile_cache
+from llama_jax.config import ModelConfig
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine import Engine
 from llama_jax.errors import InputError
@@ -51,16 +53,8 @@ class Llama:
         load_s: float = 0.0,
     ):
         config = checkpoint.config
+        _check_sizes(config, context, slots, max_queue)
         context = config.max_seq_len if context is None else context
-        if type(context) is not int or not 1 <= context <= config.max_seq_len:
-            raise InputError(
-                f"context is {context!r}, expected 1 to {config.max_seq_len}, "
-                "the positions this model was trained for"
-            )
-        if max_queue is not None and (type(max_queue) is not int or max_queue < 0):
-            raise InputError(f"max_queue is {max_queue!r}, expected a whole number from 0")
-        if type(slots) is not int or not 1 <= slots <= MAX_SLOTS:
-            raise InputError(f"slots is {slots!r}, expected 1 to {MAX_SLOTS}")
         tokenizer = checkpoint.tokenizer and Tokenizer(checkpoint.tokenizer)
         if tokenizer and tokenizer.vocab_size != config.vocab_size:
             raise InputError(
@@ -111,7 +105,9 @@ class Llama:
         """
         use_compile_cache()
         began = time.perf_counter()
-        path = default_checkpoint() if path is None else path
+        path = pathlib.Path(default_checkpoint() if path is None else path).expanduser()
+        # Before the weights: a mistake should not take a minute to show.
+        _check_sizes(open_checkpoint(path)[1], context, slots, max_queue)
         checkpoint = load_checkpoint(path, dtype, verify=verify, progress=progress)
         jax.block_until_ready(checkpoint.params)
         load_s = time.perf_counter() - began
@@ -137,6 +133,7 @@ class Llama:
 
         Raises:
             InputError: naming what is wrong with the request, or that it does not fit the context.
+            QueueFullError: `max_queue` requests wait already.
         """
         return _read(self.stream(**request))
 
@@ -155,7 +152,8 @@ class Llama:
     def generate_all(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[Result]:
         """Generate for many requests, as many at once as there are slots; yield in their order.
 
-        The tokens are those of each request alone. Requests are taken one by one as slots get free.
+        The tokens are those of each request alone (on a GPU or TPU as far as docs/design.md says,
+        Exactness). Requests are taken one by one as slots get free.
 
         Args:
             requests: the arguments of `generate` for each.
@@ -163,7 +161,8 @@ class Llama:
         Raises:
             InputError: see `generate`; in the place of the result.
         """
-        for error, stream in finish_in_order(self.engine, map(self._submit, requests)):
+        submissions = (functools.partial(self._submit, request) for request in requests)
+        for error, stream in finish_in_order(self.engine, submissions):
             if stream is None:
                 assert error is not None
                 raise error
@@ -186,7 +185,22 @@ class Llama:
             raise InputError(
                 f"got {len(token_ids):,} tokens, but the context holds {self.context:,}; give fewer"
             )
-        return self.executor.score(token_ids)
+        return self.engine.score(token_ids)
+
+
+def _check_sizes(
+    config: ModelConfig, context: int | None, slots: int, max_queue: int | None
+) -> None:
+    """Refuse what `Llama` cannot be made with."""
+    if context is not None and (type(context) is not int or not 1 <= context <= config.max_seq_len):
+        raise InputError(
+            f"context is {context!r}, expected 1 to {config.max_seq_len}, "
+            "the positions this model was trained for"
+        )
+    if max_queue is not None and (type(max_queue) is not int or max_queue < 0):
+        raise InputError(f"max_queue is {max_queue!r}, expected a whole number from 0")
+    if type(slots) is not int or not 1 <= slots <= MAX_SLOTS:
+        raise InputError(f"slots is {slots!r}, expected 1 to {MAX_SLOTS}")
 
 
 def _read(stream: Stream) -> Result:

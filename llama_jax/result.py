@@ -47,7 +47,8 @@ class Result:
     """prompt_tokens, completion_tokens (without EOS) and total_tokens, counted."""
     seed: int
     fingerprint: str
-    """Of weights and configuration: where it and the request are equal, so are the tokens."""
+    """Of weights and configuration: where it and the request are equal, so are the tokens (on a GPU
+    or TPU as far as docs/design.md says, Exactness)."""
     parameters: dict[str, Any]
     """The effective parameters, defaults and drawn seed included."""
     timings: dict[str, float | None]

@@ -1,7 +1,6 @@
 """Slots: the rows of the engine's state, and what their caches still hold."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,10 +27,16 @@ class Slot:
         assert self.generation is not None
         return len(self.generation.prompt) + self.asked - 1
 
-    def common(self, prompt: Sequence[int]) -> int:
+    def common(self, prompt: list[int]) -> int:
         """Return how many of a prompt's first tokens its cache holds."""
-        pairs = zip(self.cached, prompt, strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        low, high = 0, min(len(self.cached), len(prompt))
+        while low < high:  # by halves: lists are compared much faster than item by item
+            middle = (low + high + 1) // 2
+            if self.cached[low:middle] == prompt[low:middle]:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
 
 class Choice(NamedTuple):
@@ -45,7 +50,7 @@ class Choice(NamedTuple):
     """How many tokens that is."""
 
 
-def choose(slots: Sequence[Slot], prompt: Sequence[int], multiple: int | None) -> Choice:
+def choose(slots: Sequence[Slot], prompt: list[int], multiple: int | None) -> Choice:
     """Choose a slot for a prompt; one is free.
 
     What a free slot holds is used where it is if little else would be lost, and is else copied to
@@ -61,8 +66,9 @@ def choose(slots: Sequence[Slot], prompt: Sequence[int], multiple: int | None) -
     if multiple is None:
         return Choice(oldest, oldest, 0)
     # Of equals a free one: from that, nothing need be copied.
-    best = max(slots, key=lambda slot: (slot.common(prompt), slot.generation is None))
-    common = min(best.common(prompt), len(prompt) - 1)  # one is read at least, for its logits
+    held = {slot.row: slot.common(prompt) for slot in slots}
+    best = max(slots, key=lambda slot: (held[slot.row], slot.generation is None))
+    common = min(held[best.row], len(prompt) - 1)  # one is read at least, for its logits
     start = common - common % multiple
     if start == 0:
         return Choice(oldest, oldest, 0)

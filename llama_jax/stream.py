@@ -1,11 +1,12 @@
 """Stream: an answer read piece by piece, which moves the engine on."""
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from llama_jax.engine import Engine
+from llama_jax.engine import Engine, QueueFullError
 from llama_jax.generation import Generation
 from llama_jax.result import Piece, Result
 
@@ -45,7 +46,7 @@ class Stream:
                 if self._generation.error is not None:
                     raise self._generation.error
                 return None
-            self._engine.step()
+            self._engine.step(unless=lambda: self._generation.done or self._generation.unread)
 
     @property
     def done(self) -> bool:
@@ -55,6 +56,8 @@ class Stream:
     @property
     def result(self) -> Result:
         """The whole result, equal to that of `generate`."""
+        if self._generation.error is not None and not self._generation.unread:
+            raise RuntimeError("the stream failed: it has no result") from self._generation.error
         if self._generation.result is None or self._generation.unread:
             raise RuntimeError("the stream has not been read to its end yet")
         timings = {"load_s": self._load_s} | self._generation.result.timings
@@ -69,24 +72,32 @@ class Stream:
 
 
 def finish_in_order(
-    engine: Engine, submitted: Iterable[tuple[T, Stream | None]]
+    engine: Engine, submissions: Iterable[Callable[[], tuple[T, Stream | None]]]
 ) -> Iterator[tuple[T, Stream | None]]:
     """Work until every stream is done; yield them in order, each with what it came with.
 
     Args:
         engine: whose streams they are.
-        submitted: asked for one by one, as early as it takes to keep every slot busy; None stands
-            for one that could not be.
+        submissions: each submits a request; None stands for one that cannot be. They are asked for
+            and called one by one, as early as it takes to keep every slot busy, and called again
+            if other threads were faster and the queue is full.
     """
-    source, waiting = iter(submitted), collections.deque[tuple[T, Stream | None]]()
+    source, waiting = iter(submissions), collections.deque[tuple[T, Stream | None]]()
+    submit = None
     more = True
+
+    def first_is_done() -> bool:
+        return bool(waiting) and (waiting[0][1] is None or waiting[0][1].done)
+
     while more or waiting:
-        if waiting and (waiting[0][1] is None or waiting[0][1].done):
+        if first_is_done():
             yield waiting.popleft()
         elif more and engine.has_room and engine.queued < engine.executor.batch:
-            item = next(source, None)
-            more = item is not None
-            if item is not None:
-                waiting.append(item)
+            submit = submit or next(source, None)
+            more = submit is not None
+            if submit is not None:
+                with contextlib.suppress(QueueFullError):
+                    waiting.append(submit())
+                    submit = None
         else:  # with nothing of its own too: others may hold all the room
-            engine.step()
+            engine.step(unless=first_is_done)

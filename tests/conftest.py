@@ -16,8 +16,8 @@ from jaxtyping import install_import_hook
 # Shapes and dtypes are checked at every call, under trace and outside it, in the modules that
 # compute. The others face the user and answer for wrong types themselves.
 _COMPUTING = (
-    *("kernels", "ops", "projection", "cache", "attention", "model", "sampling", "decode"),
-    "executor",
+    *("kernels", "ops", "projection", "cache", "attention", "model", "sampling"),
+    *("decode_state", "decode", "executor"),
 )
 install_import_hook([f"llama_jax.{name}" for name in _COMPUTING], "beartype.beartype")
 

@@ -13,7 +13,7 @@ REQUESTS = [
     {"prompt": "Tell me a story about a llama.", "seed": 3, "max_tokens": 60},
     {"prompt": "Hello", "temperature": 9},
     {"messages": [{"role": "assistant", "content": "Hello"}]},
-    {"prompt": "Hi", "temperature": 3, "seed": 4, "max_tokens": 20, "lora": "x"},
+    {"prompt": "Hi", "temperature": 3, "seed": 4, "max_tokens": 20, "lora": "x", "stream": True},
     {"prompt": "Hi", "max_tokens": 5000},
     {"prompt": "What is the capital of Japan?", "temperature": 0},
 ]
@@ -57,7 +57,7 @@ def test_results_are_in_order_and_as_alone(files, llm):
         part = expected.get(i, "")
         assert part in error
         assert bool(part) == bool(error)
-    assert rows[5]["ignored"] == ["lora"]
+    assert rows[5]["ignored"] == ["lora", "stream"]
     for row, request in zip((rows[0], rows[1], rows[7]), (0, 1, 6), strict=True):
         assert row["result"]["tokens"] == llm.generate(**REQUESTS[request]).tokens
     assert rows[0]["result"]["response"] == "The capital of France is Paris."

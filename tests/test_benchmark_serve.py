@@ -613,7 +613,6 @@ def test_help_names_every_flag(cli):
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path):
-    pytest.importorskip("uvicorn", reason="needs the serve extra")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "benchmarks.serve", "--shape=demo", "--slots=2"),

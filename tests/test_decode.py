@@ -9,8 +9,8 @@ import pytest
 from test_config import SMALL
 from test_model import random_params
 
-from llama_jax import decode, sampling
-from llama_jax.decode import NO_TOKEN
+from llama_jax import decode_state, sampling
+from llama_jax.decode_state import NO_TOKEN
 from llama_jax.executor import Executor
 from llama_jax.kernels import has_kernels
 from llama_jax.model import Forms
@@ -34,7 +34,7 @@ def make(params=None, dtype="float32", plan=None, batch=1, **changes):
 
 def admit(ex, state, row, prompt, limit, stop=NO_TOKEN, **params):
     """Let a row read a prompt; return the state and its first token in a list."""
-    new = decode.make_admission(
+    new = decode_state.make_admission(
         sampling.make_params(**params), prompt, ex.config.vocab_size, limit=limit, stop_token=stop
     )
     state, drawn = ex.prefill(ex.admit(state, row, new), row, prompt)
@@ -203,7 +203,7 @@ def test_decoding_between_the_chunks_of_a_prompt_changes_nothing(batch_ex):
     expected = run(ex, prompt, 10, row=1, seed=1, **SAMPLED)
     state, _ = admit(ex, ex.init_state(), 0, PROMPT, 100, temperature=1.0)
     params = sampling.make_params(seed=1, **SAMPLED)
-    new = decode.make_admission(params, prompt, CONFIG.vocab_size, limit=10)
+    new = decode_state.make_admission(params, prompt, CONFIG.vocab_size, limit=10)
     state = ex.admit(state, 1, new)
     for start, size in ex.chunks(len(prompt)):
         state, drawn = ex.prefill_chunk(state, 1, prompt, start, size)
@@ -279,7 +279,7 @@ def test_a_prompt_goes_on_from_what_a_row_holds(batch_ex, target):
     if target != 0:
         state = ex.copy_row(state, 0, target)
     params = sampling.make_params(seed=1, **SAMPLED)
-    new = decode.make_admission(params, prompt, CONFIG.vocab_size, limit=9, start=start)
+    new = decode_state.make_admission(params, prompt, CONFIG.vocab_size, limit=9, start=start)
     state, drawn = ex.prefill(ex.admit(state, target, new), target, prompt, start)
     state, (more,) = decode_rows(ex, state, [target], len(prompt))
     assert [*np.asarray(drawn.tokens)[:, 0].tolist(), *more] == expected
@@ -318,11 +318,11 @@ def test_every_column_says_whose_it_is(batch_ex, rows):
 
 def test_an_admission_is_values_of_fixed_shapes():
     params = sampling.make_params(seed=1)
-    plain = decode.make_admission(params, [5, 2, 5], 8, limit=3)
+    plain = decode_state.make_admission(params, [5, 2, 5], 8, limit=3)
     assert np.flatnonzero(plain.in_prompt).tolist() == [2, 5]
     assert (plain.limit, plain.stop_token, plain.start) == (3, NO_TOKEN, 0)
     assert not plain.wants_logprobs
-    other = decode.make_admission(
+    other = decode_state.make_admission(
         params, range(8), 8, limit=9, stop_token=2, wants_logprobs=True, start=4
     )
     assert other.in_prompt.all()
@@ -335,7 +335,8 @@ def test_an_admission_is_values_of_fixed_shapes():
 def test_an_admission_forgets_who_had_the_row(ex):
     state, _ = admit(ex, ex.init_state(), 0, PROMPT, 50, stop=7, seed=1, **SAMPLED)
     state, _ = decode_rows(ex, state, [0], len(PROMPT))
-    new = decode.make_admission(sampling.make_params(), [3], CONFIG.vocab_size, limit=2, start=16)
+    params = sampling.make_params()
+    new = decode_state.make_admission(params, [3], CONFIG.vocab_size, limit=2, start=16)
     fresh = ex.admit(ex.init_state(), 0, new)
     ours, theirs = entries(ex.admit(state, 0, new), 0), entries(fresh, 0)
     assert_equal(ours._replace(tokens=0), theirs._replace(tokens=0))  # no one reads the last one's

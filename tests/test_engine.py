@@ -1,12 +1,15 @@
 """Many requests at once are each answered as if alone, and none is lost, whatever happens."""
 
+import collections
 import concurrent.futures
+import contextlib
 import copy
 import dataclasses
 import functools
 import itertools
 import random
 import threading
+import time
 
 import jax
 import numpy as np
@@ -23,6 +26,7 @@ from llama_jax.executor import Executor
 from llama_jax.generation import Generation
 from llama_jax.plan import choose_plan
 from llama_jax.request import make_request
+from llama_jax.result import Piece
 from llama_jax.stream import Stream
 from llama_jax.tokenizer import Tokenizer
 from tools.demo_corpus import read_corpus
@@ -522,10 +526,11 @@ def test_what_does_not_fit_is_refused_and_leaves_no_trace(ex):
 def test_no_tokens_are_no_work(ex):
     engine = make(ex)
     generation = engine.submit(question(max_tokens=0))
+    assert not engine.step()
     assert generation.done
     assert (generation.result.tokens, generation.result.finish_reason) == ([], "length")
     assert generation.result.response == ""
-    assert not engine.step()
+    assert engine._state is None
 
 
 @pytest.mark.parametrize("where", ["queue", "prompt", "answer"])
@@ -547,6 +552,7 @@ def test_a_cancelled_request_ends_wherever_it_is(ex, where):
     assert engine.queued == 0
     assert engine.running == len(others)
     assert generation.result.finish_reason == "cancelled"
+    assert generation.result.timings["queue_s"] > 0
     assert generation.tokens == alone(ex, request).tokens[: len(generation.tokens)]
     assert generation.result.response == read(generation)[0]
     rest(engine)
@@ -771,7 +777,85 @@ def test_an_interrupt_between_tokens_ends_the_turn(ex, monkeypatch):
     assert_same(generations[-1], alone(ex, generations[-1].request))
 
 
+def test_an_interrupt_as_a_request_gets_its_slot_ends_it_once(ex):
+    engine = make(ex)
+
+    class Interrupted(collections.deque):
+        calls = 0
+
+        def popleft(self):
+            self.calls += 1
+            if self.calls == 1:
+                raise KeyboardInterrupt
+            return super().popleft()
+
+    engine._queue = Interrupted()
+    first, second = (engine.submit(endless(i, max_tokens=9)) for i in range(2))
+    with pytest.raises(KeyboardInterrupt):
+        rest(engine)
+    assert (engine.running, engine.queued) == (0, 1)
+    assert type(first.error) is KeyboardInterrupt
+    rest(engine)
+    assert_same(second, alone(ex, second.request))
+    assert engine.counts.ended == {"error": 1, "length": 1}
+
+
 # Threads.
+
+
+def test_no_more_are_taken_in_than_there_is_room_for(ex, monkeypatch):
+    engine, has_room = make(ex, max_queue=3), Engine.has_room
+
+    def slow(self):
+        room = has_room.fget(self)
+        time.sleep(0.005)  # for others to ask the same
+        return room
+
+    monkeypatch.setattr(Engine, "has_room", property(slow))
+
+    def submit(i):
+        with contextlib.suppress(QueueFullError):
+            return engine.submit(endless(i, max_tokens=2))
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        taken = [g for g in pool.map(submit, range(32)) if g is not None]
+    assert len(taken) == engine.queued == SLOTS + 3
+    rest(engine)
+
+
+def test_a_reader_makes_no_turn_once_another_has_drawn_its_piece(llm, monkeypatch):
+    stream, lock, asked = llm.start(endless()), llm.engine._turn_lock, threading.Event()
+
+    class Watched:
+        def __enter__(self):
+            asked.set()
+            return lock.__enter__()
+
+        def __exit__(self, *error):
+            return lock.__exit__(*error)
+
+    monkeypatch.setattr(llm.engine, "_turn_lock", Watched())
+    monkeypatch.setattr(llm.engine, "_turn", error_raiser(SystemExit("a turn that is not needed")))
+    with lock, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(stream.next_piece)
+        assert asked.wait(60)
+        stream._generation._pieces.append(Piece("drawn meanwhile", [], []))
+        lock.release()
+        assert reading.result(60).text == "drawn meanwhile"
+        lock.acquire()
+
+
+def test_logits_are_computed_between_turns(llm, monkeypatch):
+    """So the time that it takes to compile for them is no generation's."""
+    score, locked = llm.executor.score, []
+
+    def watched(tokens):
+        locked.append(llm.engine._turn_lock.locked())
+        return score(tokens)
+
+    monkeypatch.setattr(llm.executor, "score", watched)
+    llm.logits([1, 2, 3])
+    assert locked == [True]
 
 
 def test_threads_that_generate_at_once_are_answered_as_if_alone(llm, ex):
@@ -874,8 +958,9 @@ def test_a_stream_that_fails_says_so(llm, monkeypatch):
         list(stream)
     assert len(generation.tokens) == 11
     assert not generation.unread  # what came before was given out
-    with pytest.raises(RuntimeError, match="has not been read to its end"):
+    with pytest.raises(RuntimeError, match="the stream failed: it has no result") as told:
         _ = stream.result
+    assert told.value.__cause__ is generation.error
     assert llm.generate(prompt="Hi", seed=1).tokens
 
 
@@ -910,6 +995,14 @@ def test_generate_all_gets_on_though_others_hold_all_the_room(llm, max_queue):
     worker.join(60)
     assert [result.finish_reason for result in results] == ["stop"] * 3
     assert all(other.done for other in others[:SLOTS])
+
+
+@pytest.mark.parametrize("at", [1, 2, 8, 20])
+def test_generate_all_comes_again_if_another_thread_was_faster(llm, monkeypatch, at):
+    requests = [{"prompt": "Hi", "seed": seed, "max_tokens": 9} for seed in range(1, 21)]
+    expected = [llm.generate(**request).tokens for request in requests]
+    raise_once(monkeypatch, llm.engine, "submit", QueueFullError("try again"), at=at)
+    assert [result.tokens for result in llm.generate_all(requests)] == expected
 
 
 # Logprobs.

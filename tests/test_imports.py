@@ -11,7 +11,7 @@ LAYERS = [
     {"compile_cache", "draft", "files", "kernels", "result", "stop"},
     {"config", "manifest", "ops", "projection", "sampling", "shards", "tokenizer"},
     {"cache", "chat"},
-    {"attention"},
+    {"attention", "decode_state"},
     {"model"},
     {"checkpoint", "decode", "plan"},
     {"executor", "request"},

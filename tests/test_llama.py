@@ -314,13 +314,15 @@ def test_bits_do_not_depend_on_the_context(llm, context):
 
 
 @pytest.mark.parametrize("context", [0, -1, 513, True, 64.0, "64"])
-def test_context_out_of_range(context):
+def test_context_out_of_range(context, monkeypatch):
+    monkeypatch.setattr("llama_jax.llama.load_checkpoint", None)  # it is told before
     with pytest.raises(InputError, match=f"context is {context!r}, expected 1 to 512"):
         Llama.load(DEMO_CHECKPOINT, context=context)
 
 
 @pytest.mark.parametrize("slots", [0, -1, MAX_SLOTS + 1, True, 2.0, "2"])
-def test_slots_out_of_range(slots):
+def test_slots_out_of_range(slots, monkeypatch):
+    monkeypatch.setattr("llama_jax.llama.load_checkpoint", None)
     with pytest.raises(InputError, match=f"slots is {slots!r}, expected 1 to 256"):
         Llama.load(DEMO_CHECKPOINT, slots=slots)
 

@@ -11,7 +11,7 @@ import pytest
 from llama_jax import llama, plan, sampling
 from llama_jax.cache import init_cache
 from llama_jax.config import ModelConfig
-from llama_jax.decode import make_admission
+from llama_jax.decode_state import make_admission
 from llama_jax.engine import Engine
 from llama_jax.executor import Executor
 from llama_jax.model import Forms, Llama, forward, param_shapes

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from llama_jax import attention, decode, sampling
+from llama_jax import attention, decode, decode_state, sampling
 from llama_jax.checkpoint import load_checkpoint
 from llama_jax.config import ModelConfig
 from llama_jax.demo import DEMO_CHECKPOINT
@@ -104,7 +104,7 @@ def scan_lengths() -> None:
 
         def generate(run: Executor = run, steps: int = steps) -> None:
             params, prompt = sampling.make_params(1, 0.6), [1] * 10
-            new = decode.make_admission(params, prompt, run.config.vocab_size, limit=500)
+            new = decode_state.make_admission(params, prompt, run.config.vocab_size, limit=500)
             state, first = run.prefill(run.admit(run.init_state(), 0, new), 0, prompt)
             np.asarray(first.tokens)
             for asked in range(0, 192, steps):
@@ -131,7 +131,7 @@ def compile_7b() -> None:
     config = ModelConfig(32000, 4096, 11008, 32, 32, 32, 1e-5, 1e4, 4096)
     for dtype in ("float32", "float16"):
         params = param_shapes(config, dtype)
-        state = jax.eval_shape(lambda dtype=dtype: decode.init_state(config, 1, 4096, dtype))
+        state = jax.eval_shape(lambda dtype=dtype: decode_state.init_state(config, 1, 4096, dtype))
         step = functools.partial(
             decode.decode, Llama(config, jnp.dtype(dtype)), num_steps=8, attend_len=256
         )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from benchmarks.choices.setting import Setting
 from benchmarks.choices.trial import Trial
-from llama_jax import attention, decode
+from llama_jax import attention, decode, decode_state
 from llama_jax.model import Llama, param_shapes
 from llama_jax.plan import choose_plan
 
@@ -40,7 +40,7 @@ def _summarise(setting: Setting, dtype: str) -> dict[str, int]:
     config, plan = setting.config, choose_plan(setting.config, dtype)
     slots = 2 * attention.BLOCK
     sizes = (config, 1, min(config.max_seq_len, 8 * slots), plan.cache)
-    state = jax.eval_shape(lambda: decode.init_state(*sizes))
+    state = jax.eval_shape(lambda: decode_state.init_state(*sizes))
     step = functools.partial(
         decode.decode,
         Llama(config, jnp.dtype(plan.weights), plan.forms),

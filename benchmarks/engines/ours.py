@@ -11,7 +11,7 @@ from benchmarks.engines import protocol
 from benchmarks.programs import draw_tokens, greedy, read_prompt, set_rows
 from benchmarks.weights import make_weights
 from llama_jax.config import ModelConfig
-from llama_jax.decode import DecodeState
+from llama_jax.decode_state import DecodeState
 from llama_jax.executor import Executor
 from llama_jax.llama import Llama
 from llama_jax.plan import choose_plan

@@ -6,8 +6,9 @@ import http.client
 import io
 import itertools
 import json
+import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.load.client import BURST_S, Recording
 
@@ -48,7 +49,7 @@ class Answer:
 
 
 class _Recorded:
-    """What `http.client` takes for a socket."""
+    """All that `http.client` asks of a socket."""
 
     def __init__(self, data: bytes):
         self.file = io.BufferedReader(io.BytesIO(data))
@@ -91,14 +92,14 @@ def _events(recording: Recording) -> Iterator[tuple[float, dict[str, Any]]]:
         http.client.HTTPException, ValueError: it is no stream of events, or no whole one.
     """
     ends = list(itertools.accumulate(len(data) for _, data in recording.arrivals))
-    socket = _Recorded(b"".join(data for _, data in recording.arrivals))
-    response = http.client.HTTPResponse(socket)  # pyright: ignore[reportArgumentType]
+    recorded = _Recorded(b"".join(data for _, data in recording.arrivals))
+    response = http.client.HTTPResponse(cast(socket.socket, recorded))
     response.begin()
     if response.status != 200:
         raise ValueError(
             f"status {response.status}: {response.read()[:200].decode(errors='replace')}"
         )
-    file = socket.file  # the response lets go of it at its end
+    file = recorded.file  # the response lets go of it at its end
     while line := response.readline():
         place = file.tell() if not file.closed else ends[-1]
         if line.startswith(b"data:") and line.strip() != b"data: [DONE]":
