@@ -18,44 +18,65 @@ ENDLESS = {"model": MODEL, "max_tokens": 500, "ignore_eos": True, "temperature":
 """As long as the context allows, for the completions route; its prompt is to be added."""
 
 _CODE = f"""
+import json, sys
 from llama_jax import Llama
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.server.serve import serve
 
-load = lambda: Llama.load(DEMO_CHECKPOINT, slots={SLOTS}, max_queue={QUEUE})
-serve(load, port=0, api_token={TOKEN!r}, warm_up=False)
+max_queue, arguments = map(json.loads, sys.argv[1:])
+serve(lambda: Llama.load(DEMO_CHECKPOINT, slots={SLOTS}, max_queue=max_queue), **arguments)
 """
 
 
 class ServerProcess:
-    """A process that serves the demo model, and what it said on stderr so far."""
+    """A process that serves the demo model, and what it said on stderr so far.
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-c", _CODE]
+    Args:
+        max_queue: the engine's.
+        **arguments: of `serve`.
+    """
+
+    def __init__(self, max_queue: int | None = QUEUE, **arguments: Any):
+        arguments = {"port": 0, "api_token": TOKEN, "warm_up": False, **arguments}
+        command = [sys.executable, "-c", _CODE, json.dumps(max_queue), json.dumps(arguments)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
-        wait_until(lambda: "serving" in self.log or self.process.poll() is not None, 120)
-        [port] = re.findall(r"http://127\.0\.0\.1:(\d+) ", self.log)
+        try:
+            wait_until(lambda: "serving" in self.log or self.process.poll() is not None, 120)
+            [port] = re.findall(r"http://127\.0\.0\.1:(\d+) ", self.log)
+        except BaseException:
+            self.process.kill()
+            self.end()
+            raise
         self.port = int(port)
         self.url = f"http://127.0.0.1:{port}"
 
     @property
+    def lines(self) -> list[str]:
+        """What it said so far."""
+        return list(self._lines)
+
+    @property
     def log(self) -> str:
+        """The same as one text."""
         return "".join(self._lines)
 
     def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
-        """Return the status and the parsed answer; a body of bytes is sent as it is."""
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        with self.ask("POST", path, content, **headers) as response:
+        """Return the status and the parsed answer."""
+        with self.ask("POST", path, body, **headers) as response:
             return response.status, json.loads(response.read())
 
     @contextlib.contextmanager
     def ask(
-        self, method: str, path: str, content: bytes | None = None, **headers: str
+        self, method: str, path: str, body: Any = None, **headers: str
     ) -> Iterator[http.client.HTTPResponse]:
-        """Send a request; give the response, of which nothing is read yet, and hang up."""
+        """Send a request; give the response, of which nothing is read yet, and hang up.
+
+        A body of bytes is sent as it is, another as JSON.
+        """
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body)
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         with contextlib.closing(connection):
             connection.request(
@@ -67,9 +88,8 @@ class ServerProcess:
     @contextlib.contextmanager
     def full(self) -> Iterator[None]:
         """Have as many requests run and wait as may, for about a second."""
-        body = json.dumps({**ENDLESS, "prompt": ["x"] * (SLOTS + QUEUE)}).encode()
         self.wait_until_idle()
-        with self.ask("POST", COMPLETIONS, body) as response:
+        with self.ask("POST", COMPLETIONS, endless(SLOTS + QUEUE)) as response:
             assert response.status == 200
             yield
 
@@ -104,14 +124,18 @@ class ServerProcess:
         self._lines += iter(self.process.stderr.readline, "")
 
 
+def endless(answers: int) -> dict[str, Any]:
+    """Return the body of a completion that asks for so many endless answers."""
+    return {**ENDLESS, "prompt": ["x"] * answers}
+
+
 @contextlib.contextmanager
-def served() -> Iterator[ServerProcess]:
+def served(max_queue: int | None = QUEUE, **arguments: Any) -> Iterator[ServerProcess]:
     """Start a server and see to it that it ends; it must not have logged a bug."""
-    server = ServerProcess()
+    server = ServerProcess(max_queue, **arguments)
     try:
         yield server
         assert "Traceback" not in server.log
     finally:
-        if server.process.poll() is None:
-            server.process.kill()
-            server.end()
+        server.process.kill()  # if it is not over yet
+        server.end()

@@ -1,114 +1,37 @@
 """The server as a process: how it starts, and how it ends."""
 
-import contextlib
-import http.client
+import errno
 import json
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 
 import pytest
+from server_process import TOKEN, endless, served
 from serving import COMPLETIONS, MODEL, QUESTION, RUN, events_of, wait_until
 
 from llama_jax import InputError
+from llama_jax.server import serve as server
 from llama_jax.server.serve import serve
-
-CODE = """
-import json, sys
-from llama_jax import Llama
-from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.server.serve import serve
-
-serve(lambda: Llama.load(DEMO_CHECKPOINT, slots=4), warm_up=False, **json.loads(sys.argv[1]))
-"""
-TOKEN = "a-token-nobody-else-has"
-
-
-class Server:
-    """A process that serves the demo model, and what it said so far."""
-
-    def __init__(self, **arguments):
-        arguments = {"port": 0, "api_token": TOKEN, **arguments}
-        command = [sys.executable, "-c", CODE, json.dumps(arguments)]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self.lines = []
-        self._connections = contextlib.ExitStack()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self):
-        self.lines += iter(self.process.stderr.readline, "")
-
-    @property
-    def log(self):
-        return "".join(self.lines)
-
-    @property
-    def port(self):
-        wait_until(lambda: "serving" in self.log or self.process.poll() is not None, 120)
-        [port] = re.findall(r"http://127\.0\.0\.1:(\d+) ", self.log)
-        return int(port)
-
-    def request(self, method, path, body=None, token=TOKEN):
-        """Begin a request; return its response, which is yet to be read."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        self._connections.callback(connection.close)
-        headers = {"Authorization": f"Bearer {token}"}
-        connection.request(method, path, None if body is None else json.dumps(body), headers)
-        return self._connections.enter_context(connection.getresponse())
-
-    def end(self):
-        """Wait for its end; return its exit status."""
-        status = self.process.wait(60)
-        self._reader.join(60)
-        self._connections.close()
-        self.process.stdout.close()
-        self.process.stderr.close()
-        return status
-
-
-@contextlib.contextmanager
-def started(**arguments):
-    server = Server(**arguments)
-    try:
-        yield server
-    finally:
-        if server.process.poll() is None:
-            server.process.kill()
-            server.end()
-
-
-def long_request(choices):
-    return {
-        "model": MODEL,
-        "prompt": ["x"] * choices,
-        "stream": True,
-        "max_tokens": 500,
-        "ignore_eos": True,
-        "temperature": 5,
-    }
 
 
 def test_it_lets_what_runs_end_and_exits_0():
-    with started() as server:
-        answer = json.load(server.request("POST", RUN, {"prompt": QUESTION, "seed": 1}))
+    with served() as server:
+        _, answer = server.post(RUN, {"prompt": QUESTION, "seed": 1})
         assert answer["result"]["response"] == "The capital of France is Paris."
         assert re.search(
             rf"^serving {MODEL} at http://127\.0\.0\.1:{server.port} \(4 slots, context 512\)$",
             server.log,
             re.MULTILINE,
         )
-        assert server.request("GET", "/v1/models", token="other").status == 401
+        assert server.post(RUN, {"prompt": "x"}, Authorization="Bearer other")[0] == 401
         hang_up_often(server)
-        running = server.request("POST", COMPLETIONS, long_request(8))
-        first = running.readline()
-        server.process.send_signal(signal.SIGTERM)
-        events = events_of((first + running.read()).decode())
+        with server.ask("POST", COMPLETIONS, endless(8)) as running:
+            first = running.readline()
+            server.process.send_signal(signal.SIGTERM)
+            events = events_of((first + running.read()).decode())
         assert events[-1] == "[DONE]"
         assert events[-2]["usage"]["completion_tokens"] == 8 * 500
         assert server.end() == 0
@@ -128,21 +51,15 @@ def hang_up_often(server):
     for i in range(200):
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             client.sendall(request[: -(i % 3) or None])
-
-    def idle():
-        text = server.request("GET", "/metrics").read().decode()
-        values = re.findall(
-            r"^llama_jax:num_requests_(?:running|waiting) (.*)$", text, re.MULTILINE
-        )
-        return values == ["0.0", "0.0"]
-
-    wait_until(idle)
+    server.wait_until_idle()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_what_takes_too_long_is_broken_off(number):
-    with started(drain_s=0.1) as server:
-        running = server.request("POST", COMPLETIONS, long_request(128))
+    with (
+        served(max_queue=None, drain_s=0.1) as server,
+        server.ask("POST", COMPLETIONS, endless(128)) as running,
+    ):
         first = running.readline()
         server.process.send_signal(number)
         events = events_of((first + running.read()).decode())
@@ -153,8 +70,10 @@ def test_what_takes_too_long_is_broken_off(number):
 
 
 def test_told_twice_it_waits_no_longer():
-    with started(drain_s=3600) as server:
-        running = server.request("POST", COMPLETIONS, long_request(128))
+    with (
+        served(max_queue=None, drain_s=3600) as server,
+        server.ask("POST", COMPLETIONS, endless(128)) as running,
+    ):
         first = running.readline()
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: not connects(server.port))
@@ -179,6 +98,16 @@ def test_a_server_open_to_the_network_needs_a_token():
             serve(never, host="0.0.0.0", port=0, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [({}, 200), ({"api_token": None}, 403), ({"api_token": None, "insecure": True}, 200)],
+)
+def test_another_name_of_this_machine_needs_a_token(arguments, status):
+    with served(**arguments) as server:
+        assert server.post(RUN, {"prompt": "x"})[0] == 200
+        assert server.post(RUN, {"prompt": "x"}, Host="example.com")[0] == status
+
+
 def test_a_port_that_is_taken_is_told_before_the_model_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -186,6 +115,20 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded():
             serve(never, port=port)
     with pytest.raises(InputError, match="port is 70000, expected 0"):
         serve(never, port=70000)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has it")
+def test_a_client_that_reads_nothing_is_cut_off(monkeypatch):
+    monkeypatch.setattr(server, "_UNREAD_S", 0.5)
+    with (
+        server._listen("127.0.0.1", 0) as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as connection,
+    ):
+        connection.settimeout(60)
+        with pytest.raises(TimeoutError) as cut_off:
+            connection.sendall(bytes(1 << 26))
+        assert cut_off.value.errno == errno.ETIMEDOUT
 
 
 class LoadedError(Exception):

@@ -29,7 +29,7 @@ from starlette.testclient import TestClient
 from llama_jax import InputError, Llama, card
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.request import make_request
-from llama_jax.server import openapi, page
+from llama_jax.server import gate, openapi, page
 from llama_jax.server.settings import Settings
 
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}"
@@ -258,6 +258,7 @@ def test_a_request_that_takes_too_long_is_408(llm, stream):
         with paused(llm):
             response = client.post(RUN, json={"prompt": "x", "stream": stream})
             check_error(response, 408, 3007, "Ai: Request timeout")
+            assert response.headers["x-should-retry"] == "false"
         wait_until(lambda: llm.engine.running == llm.engine.queued == 0)
 
 
@@ -276,11 +277,9 @@ def test_a_body_that_does_not_come_is_408(llm):
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_too_large_is_413(llm, chunked):
     body = json.dumps({"prompt": "x" * 1000}).encode()
-    read = []
 
     def chunks():
         for start in range(0, len(body), 100):
-            read.append(start)
             yield body[start : start + 100]
 
     with serving(llm, max_body_bytes=500) as client:
@@ -356,6 +355,71 @@ def test_without_the_token_nothing_is_told(llm, headers, status, code, text):
             check_error(response, status, code, text, front_door=True)
 
 
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        (None, True),
+        ("http://127.0.0.1:8787", True),
+        ("https://example.com", True),  # named below
+        ("http://127.0.0.1:8788", False),
+        ("http://127.0.0.1", False),
+        ("http://example.com", False),
+        ("http://192.0.2.1", False),
+        ("null", False),
+        ("http://[", False),
+    ],
+)
+def test_without_a_token_only_its_own_and_allowed_pages_are_answered(llm, origin, allowed):
+    headers = {"Host": "127.0.0.1:8787"} | ({"Origin": origin} if origin else {})
+    body = {"prompt": "x", "max_tokens": 1}
+    with serving(llm, local_only=True, allowed_origins=("https://example.com",)) as client:
+        response = client.post(RUN, json=body, headers=headers)
+        if allowed:
+            assert response.status_code == 200
+        else:
+            text = (
+                f"Unauthorized to access requested resource: pages of {origin!r} may not; name "
+                "that origin in --allowed_origins, or give the server an API token"
+            )
+            check_error(response, 403, 9109, text, front_door=True)
+    with serving(llm, local_only=True, allowed_origins=("*",)) as client:
+        assert client.post(RUN, json=body, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("localhost", True),
+        ("localhost:8787", True),
+        ("LOCALHOST:8787", True),
+        ("chat.localhost:8787", True),
+        ("127.0.0.1:8787", True),
+        ("[::1]:8787", True),
+        ("192.0.2.1", True),
+        ("example.com", False),
+        ("example.com:8787", False),
+        ("localhost.example.com", False),
+        ("notlocalhost", False),
+        ("127.0.0.1.example.com:8787", False),
+        ("localhost@example.com", False),
+        ("[::1", False),
+        ("", False),
+    ],
+)
+def test_without_a_token_only_names_of_this_machine_are_answered(llm, host, local):
+    with serving(llm, local_only=True) as client:
+        response = client.get("/v1/models", headers={"Host": host})
+        if local:
+            assert response.status_code == 200
+        else:
+            text = (
+                f"Unauthorized to access requested resource: {host!r} is no name of this machine; "
+                "give the server an API token, or start it with --insecure"
+            )
+            check_error(response, 403, 9109, text, front_door=True)
+        assert client.get("/healthz", headers={"Host": host}).status_code == 200
+
+
 def test_the_token_lets_in(llm):
     with serving(llm, api_token="s3cret") as client:
         for headers in (
@@ -382,6 +446,9 @@ def test_settings_that_would_open_or_close_the_server_are_refused():
         Settings(timeout_s=0)
     with pytest.raises(InputError, match="max_body_bytes is nan"):
         Settings(max_body_bytes=float("nan"))
+    for origin in ("example.com", "https://example.com/", "https://example.com/a", "https://", ""):
+        with pytest.raises(InputError, match=f"allowed_origins has '{origin}', expected"):
+            Settings(allowed_origins=("*", "https://example.com:8443", origin))
 
 
 def test_other_origins_are_let_in_only_if_named(llm):
@@ -401,8 +468,9 @@ def test_other_origins_are_let_in_only_if_named(llm):
 # Clients that go away.
 
 
-def test_a_hang_up_frees_the_slot(llm):
+def test_a_hang_up_frees_the_slot(llm, caplog):
     """Within one turn of the engine, whether the answer was streamed or waited for."""
+    caplog.set_level(logging.INFO, "llama_jax.access")
     body = {"model": MODEL, "prompt": "x", "max_tokens": 500, "ignore_eos": True, "temperature": 5}
 
     async def run():
@@ -417,7 +485,7 @@ def test_a_hang_up_frees_the_slot(llm):
                 if stream:
                     await asyncio.wait_for(call.came.wait(), 20)
                 else:
-                    await wait(lambda: llm.engine.counts.tokens > drawn)  # noqa: B023
+                    await wait(lambda drawn=drawn: llm.engine.counts.tokens > drawn)
                 with paused(llm):
                     call.hang_up.set()
                     await asyncio.wait_for(answering, 20)
@@ -430,6 +498,10 @@ def test_a_hang_up_frees_the_slot(llm):
         await asyncio.to_thread(wait_until, condition)
 
     asyncio.run(run())
+    streamed, waited = [json.loads(record.getMessage()) for record in caplog.records]
+    assert (streamed["client_disconnected"], waited["client_disconnected"]) == (True, True)
+    assert streamed["prompt_tokens"] == waited["prompt_tokens"] > 0
+    assert 0 < streamed["completion_tokens"] < 500
 
 
 def test_a_thousand_hang_ups_leave_no_slot_in_use(llm, caplog):
@@ -460,6 +532,28 @@ def test_a_thousand_hang_ups_leave_no_slot_in_use(llm, caplog):
     asyncio.run(run())
     lines = [json.loads(record.getMessage()) for record in caplog.records]
     assert sum(line["client_disconnected"] for line in lines) > 900
+
+
+def test_an_answer_that_nobody_reads_is_broken_off(llm, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "llama_jax.access")
+    monkeypatch.setattr(gate, "_READING_S", 0.05)
+
+    class Stuck(RawCall):
+        async def _send(self, message):
+            await super()._send(message)
+            if message.get("body"):
+                await asyncio.Event().wait()
+
+    async def run():
+        app = make_app(llm, timeout_s=0.5)
+        async with app.router.lifespan_context(app):
+            await asyncio.to_thread(wait_until, lambda: app.state.service.ready)
+            await Stuck(RUN, {"prompt": "x", "stream": True, "max_tokens": 400}).run(app)
+            await asyncio.to_thread(wait_until, lambda: llm.engine.running == 0)
+
+    asyncio.run(run())
+    [line] = [json.loads(record.getMessage()) for record in caplog.records]
+    assert (line["status"], line["error_code"]) == (200, 3007)
 
 
 # Models.
@@ -531,13 +625,13 @@ def test_ready_only_when_warm_and_until_drained(llm, monkeypatch):
         assert client.get("/readyz").status_code == 503
         assert client.get("/healthz").status_code == 200
         response = client.post(RUN, json={"prompt": "x"})
-        text = "Ai: The model is not available now: it is not loaded yet"
+        text = "Ai: The model is not available now: it is warming up"
         check_error(response, 503, 5001, text)
         assert int(response.headers["retry-after"]) > 0
         go_on.set()
         wait_until(lambda: client.get("/readyz").status_code == 200)
         app.state.service.drain()
-        assert client.get("/readyz").text == "draining\n"
+        assert client.get("/readyz").text == "shutting down\n"
         assert client.get("/healthz").status_code == 200
         assert client.post(CHAT, json={"model": MODEL, "messages": [ASKING]}).status_code == 503
 
@@ -551,7 +645,8 @@ def test_an_engine_that_ended_is_not_ready(llm, monkeypatch, caplog):
     app = make_app(llm, warm_up=True)
     with TestClient(app) as client:
         wait_until(lambda: app.state.service.failed)
-        assert client.get("/readyz").status_code == 503
+        response = client.get("/readyz")
+        assert (response.status_code, response.text) == (503, "broken\n")
     assert "no such device" in caplog.text
 
 

@@ -1,17 +1,20 @@
 """The server as a process among clients that break off, dawdle, send nonsense or come in crowds.
 
 What protects it: a body is read within the request's time, kept up to its limit, and else answered
-with 408 or 413; an answer is drawn as fast as the model can and kept for whoever reads
-slowly; a header of more than 64 KiB is refused by uvicorn. A header that never ends costs one open
-file and nothing else: put a proxy with a time limit in front of a server for the whole world.
+with 408 or 413; an answer is drawn as fast as the model can and kept for whoever reads slowly, but
+not for who reads nothing for a minute; a header of more than 64 KiB is refused by uvicorn. A header
+that never ends costs one open file and nothing else: put a proxy with a time limit in front of a
+server for the whole world.
 """
 
 import concurrent.futures
 import contextlib
+import http.client
 import json
 import signal
 import socket
 import threading
+import time
 
 import pytest
 from server_process import ENDLESS, QUEUE, SLOTS, TOKEN, served
@@ -103,6 +106,19 @@ def test_a_reset_in_midstream(server):
 # Clients that dawdle.
 
 
+def test_an_idle_connection_is_kept(server):
+    """Beyond the 5 s of uvicorn's own: who used it again just then would meet its end."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    with contextlib.closing(connection):
+        sockets = set()
+        for seconds in (0, 6):
+            time.sleep(seconds)
+            connection.request("GET", "/healthz")
+            sockets.add(connection.sock)
+            assert connection.getresponse().read() == b"ok\n"
+        assert len(sockets) == 1
+
+
 def test_slow_readers_hold_nobody_up(server):
     """As many as there are slots read a byte, and no more, of all that is there for them."""
     with contextlib.ExitStack() as stack:
@@ -132,7 +148,7 @@ def test_slow_writers_hold_nobody_up(server):
         for i in range(100):
             stack.enter_context(connected(server, parts[i % 4]))
         assert_well(server)
-        assert server.in_use() == 0
+        server.wait_until_idle()
 
 
 def test_a_head_without_end_is_refused(server):

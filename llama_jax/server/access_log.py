@@ -17,7 +17,6 @@ def write(call: Call) -> None:
 
 
 def _line(call: Call) -> dict[str, Any]:
-    results = call.results
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         "request_id": call.id,
@@ -26,9 +25,9 @@ def _line(call: Call) -> dict[str, Any]:
         "route": call.route,
         "status": call.status,
         "error_code": call.error and call.error.kind.code,
-        "prompt_tokens": sum(len(result.prompt_tokens) for result in results),
-        "completion_tokens": sum(len(result.tokens) for result in results),
-        "finish_reason": ",".join(sorted({result.finish_reason for result in results})) or None,
+        "prompt_tokens": call.prompt_tokens,
+        "completion_tokens": call.completion_tokens,
+        "finish_reason": ",".join(sorted({r.finish_reason for r in call.results})) or None,
         "ttft_s": _rounded(call.first_text_s),
         "duration_s": _rounded(call.duration_s),
         "client_disconnected": call.disconnected,

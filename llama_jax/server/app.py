@@ -108,11 +108,10 @@ async def healthz(request: Request) -> Response:
 
 async def readyz(request: Request) -> Response:
     """GET /readyz: whether requests are taken."""
-    service = workers_ai.service_of(request)
-    if service.ready:
+    unready = workers_ai.service_of(request).unready
+    if unready is None:
         return PlainTextResponse("ready\n")
-    reason = "draining\n" if service.draining else "warming up\n"
-    return PlainTextResponse(reason, 503, {"retry-after": "1"})
+    return PlainTextResponse(f"{unready}\n", 503, {"retry-after": "1"})
 
 
 async def metrics(request: Request) -> Response:

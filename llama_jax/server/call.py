@@ -27,7 +27,12 @@ class Call:
     """None: nothing was sent."""
     error: ApiError | None = None
     """What the client was told, be it in the midst of a stream."""
+    prompt_tokens: int = 0
+    """Of all prompts that were submitted."""
+    completion_tokens: int = 0
+    """That came so far, of all answers."""
     results: list[Result] = dataclasses.field(default_factory=list)
+    """Of the answers that came to their end."""
     disconnected: bool = False
     """The client went away before it had everything."""
     first_text_s: float | None = None
@@ -49,8 +54,9 @@ class Call:
             return None
         return (self.last_text_s - self.first_text_s) / (len(self.results[0].tokens) - 1)
 
-    def text_came(self) -> None:
+    def tokens_came(self, count: int) -> None:
         """Note that there are new tokens."""
+        self.completion_tokens += count
         self.last_text_s = self.duration_s
         if self.first_text_s is None:
             self.first_text_s = self.last_text_s

@@ -30,6 +30,18 @@ BAD_HEADER = Kind(
     chain=(6111, "Invalid format for Authorization header"),
 )
 WRONG_TOKEN = Kind(401, 10000, "Authentication error", True)
+WRONG_ORIGIN = Kind(
+    *(403, 9109),
+    "Unauthorized to access requested resource: pages of {!r:.80} may not; name that origin in "
+    "--allowed_origins, or give the server an API token",
+    front_door=True,
+)
+WRONG_HOST = Kind(
+    *(403, 9109),
+    "Unauthorized to access requested resource: {!r:.80} is no name of this machine; give the "
+    "server an API token, or start it with --insecure",
+    front_door=True,
+)
 NO_ROUTE = Kind(404, 7000, "No route for that URI", True)
 WRONG_METHOD = Kind(405, 7001, "{} not supported for requested URI.", True)
 
@@ -46,7 +58,7 @@ FULL = Kind(429, 3040, "Ai: Capacity temporarily exceeded, please try again.", r
 UNAVAILABLE = Kind(503, 5001, "Ai: The model is not available now: {}", retry_after_s=5)
 INTERNAL = Kind(500, 5000, "Ai: Internal server error")
 
-_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
@@ -112,5 +124,6 @@ def to_api_error(error: Exception) -> ApiError:
         case QueueFullError():
             return ApiError(FULL)
         case TimeoutError():
-            return ApiError(TIMEOUT)
+            # Else the official clients, which repeat a 408, would ask for as much twice more.
+            return ApiError(TIMEOUT, headers={"x-should-retry": "false"})
     return ApiError(INTERNAL)

@@ -1,8 +1,8 @@
 """Gate: what every request passes, whatever it asks for.
 
-In this order: a call is made for it, its token is checked, its body is read, and it is answered
-for as long as its client is there. Whatever goes wrong is told the client in one form, and the
-call is logged and counted at the end.
+In this order: a call is made for it, who sends it is checked, its body is read, and it is answered
+for as long as its client is there. Whatever goes wrong is told the client in one form, and the call
+is logged and counted at the end.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_jax.server import errors
-from llama_jax.server.auth import OPEN_PATHS, check_token
+from llama_jax.server.auth import OPEN_PATHS, check_page, check_token
 from llama_jax.server.call import Call
 from llama_jax.server.errors import ApiError
 from llama_jax.server.settings import Settings
@@ -59,9 +59,10 @@ class Gate:
             call.disconnected = True
         except Exception as error:
             refusal = call.fail(error)
-            if call.status is not None:
+            if call.status is None:
+                await refusal.reply(call.id)(scope, receive, send_noting)
+            elif not isinstance(error, TimeoutError):
                 raise  # in the midst of an answer: all there is to do is to break it off
-            await refusal.reply(call.id)(scope, receive, send_noting)
         finally:
             endpoint = scope.get("endpoint")
             call.route = getattr(endpoint, "__name__", call.route)
@@ -71,6 +72,8 @@ class Gate:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         if scope["path"] not in OPEN_PATHS:
+            if self._settings.local_only:
+                check_page(headers, self._settings.allowed_origins)
             check_token(headers, self._settings.api_token)
         async with asyncio.timeout(self._settings.timeout_s):
             body = await _read_body(headers, receive, self._settings.max_body_bytes)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +35,12 @@ async def completions(request: Request) -> Response:
     service = service_of(request)
     asked = await _parse(parse_completion, request)
     answers = await service.answer(call_of(request.scope), asked.requests)
-    choices = CompletionChoices(asked, service.llm.tokenizer, answers.prompts)
+    make = functools.partial(CompletionChoices, asked, service.llm.tokenizer, answers.prompts)
+    try:
+        choices = await asyncio.to_thread(make)  # as it decodes the prompts
+    except BaseException:
+        answers.cancel()
+        raise
     return await _respond(request, asked, answers, choices)
 
 

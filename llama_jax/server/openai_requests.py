@@ -1,7 +1,6 @@
 """OpenAI's requests: a body to the generations that it asks for."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 from llama_jax import contract
@@ -94,7 +93,7 @@ def parse_completion(body: bytes, model: str, most: int) -> Asked:
     logprobs = _integer(payload, "logprobs", 0, MAX_COMPLETION_LOGPROBS)
     if stream and echo and logprobs is not None:
         raise InputError("echo, logprobs and stream are given together; drop one of them")
-    prompts = list(_prompts(payload.pop("prompt", None)))
+    prompts = _prompts(payload.pop("prompt", None))
     _check_count(len(prompts) * n, most)
     parameters = {
         name: payload.pop(name) for name in list(payload) if name in COMPLETION_PARAMETERS
@@ -104,8 +103,9 @@ def parse_completion(body: bytes, model: str, most: int) -> Asked:
         # How lm-eval scores a prompt: it drops the last entry, so there is to be one, be it EOS.
         parameters.setdefault("ignore_eos", True)
     requests: list[GenerationRequest] = []
-    for prompt in prompts:
-        requests += _choices(make_request(**prompt, **parameters, **scored), n)
+    for i, prompt in enumerate(prompts):
+        request = make_request(**_prompt(i, prompt), **parameters, **scored)
+        requests += _choices(request, n)
     return Asked(
         requests=requests,
         n=n,
@@ -176,19 +176,22 @@ def _choices(request: GenerationRequest, n: int) -> list[GenerationRequest]:
     return [dataclasses.replace(request, seed=seed) for seed in seeds]
 
 
-def _prompts(prompt: Any) -> Iterator[dict[str, Any]]:
-    """Yield each prompt in the terms of `make_request`."""
+def _prompts(prompt: Any) -> list[Any]:
+    """Return a prompt, or several, as a list."""
     if isinstance(prompt, str) or _is_ids(prompt):
-        prompt = [prompt]
+        return [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise _wrong("prompt", prompt, "text, token ids, or a list of either")
-    for i, item in enumerate(prompt):
-        if isinstance(item, str):
-            yield {"prompt": item, "raw": True}
-        elif _is_ids(item):
-            yield {"prompt_tokens": item}
-        else:
-            raise _wrong(f"prompt[{i}]", item, "text or a list of token ids")
+    return prompt
+
+
+def _prompt(i: int, prompt: Any) -> dict[str, Any]:
+    """Return one of them in the terms of `make_request`."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "raw": True}
+    if _is_ids(prompt):
+        return {"prompt_tokens": prompt}
+    raise _wrong(f"prompt[{i}]", prompt, "text or a list of token ids")
 
 
 def _is_one_of(value: Any, others: tuple[Any, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from llama_jax.server.auth import OPEN_PATHS
 from llama_jax.server.openapi_schemas import BOOLEAN, STRING, a_number, schemas
 from llama_jax.server.workers_ai import MAX_PAGE, MAX_PER_PAGE
 from llama_jax.version import __version__
@@ -9,6 +10,7 @@ from llama_jax.version import __version__
 _ERRORS = {
     400: "The request is wrong, or has no token that can be read.",
     401: "The token is wrong.",
+    403: "The server is addressed by the name of another host.",
     404: "There is no such route.",
     408: "The request took too long.",
     413: "The body is too large, or prompt and max_tokens do not fit the context.",
@@ -18,7 +20,6 @@ _BUSY = {
     429: "As many requests wait as may.",
     503: "The model is being loaded, or the server is shutting down.",
 }
-_OPEN = ("/", "/healthz", "/readyz", "/openapi.json")
 
 
 def document(model: str) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def document(model: str) -> dict[str, Any]:
         for operation in item.values():
             if "{account}" in path:
                 operation["parameters"].append(_path("account", {"type": "string", "minLength": 1}))
-            if path in _OPEN:
+            if path in OPEN_PATHS:
                 operation["security"] = []
     return {
         "openapi": "3.1.0",

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import ipaddress
 import logging
 import math
@@ -29,6 +30,9 @@ _LAST_WORDS_S = 5
 _KEEP_ALIVE_S = 75
 """For idle connections; longer than clients keep theirs, or a request meets the end of its own."""
 
+_UNREAD_S = 60
+"""After which a client that reads nothing of what it was sent is cut off (Linux)."""
+
 _WATCH_S = 0.05
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -49,18 +53,20 @@ def serve(
         load: loads the model; called once the port is taken, so that a mistake shows at once.
         host: address to listen on; beyond this machine only with a token.
         port: 0: any free one.
-        insecure: listen beyond this machine without a token.
+        insecure: without a token, listen beyond this machine and answer to any name of it.
         **settings: those of `Settings`.
 
     Raises:
         InputError: the port is taken, or the server would be open to the network.
     """
     chosen = Settings(**settings)
-    if chosen.api_token is None and not insecure and not _is_loopback(host):
-        raise InputError(
-            f"host is {host}, which other machines reach, and there is no token; set an API token, "
-            "listen on 127.0.0.1, or allow it with insecure"
-        )
+    if chosen.api_token is None and not insecure:
+        if not _is_loopback(host):
+            raise InputError(
+                f"host is {host}, which other machines reach, and there is no token; set an API "
+                "token, listen on 127.0.0.1, or allow it with insecure"
+            )
+        chosen = dataclasses.replace(chosen, local_only=True)
     with _listen(host, port) as listener, _access_log_on_stderr():
         service = Service(load(), chosen, _Progress())
         try:
@@ -84,12 +90,15 @@ def _listen(host: str, port: int) -> socket.socket:
         raise InputError(f"port is {port}, expected 0 (any that is free) to {_LAST_PORT}")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address, family=family, backlog=_BACKLOG)
+        listener = socket.create_server(address, family=family, backlog=_BACKLOG)
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
             f"cannot listen on {host} port {port} ({reason}); name another host or port"
         ) from None
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # what it accepts inherits it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(_UNREAD_S * 1000))
+    return listener
 
 
 class _Progress:

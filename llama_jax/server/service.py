@@ -48,14 +48,18 @@ class Service:
         self._answers: weakref.WeakSet[Answers] = weakref.WeakSet()
 
     @property
-    def ready(self) -> bool:
-        """Whether requests are taken."""
-        return self._warm.is_set() and self._thread.is_alive() and not self._draining
+    def unready(self) -> str | None:
+        """Why requests are not taken; None: they are."""
+        if self._draining:
+            return "shutting down"
+        if self.failed:
+            return "broken"
+        return None if self._warm.is_set() else "warming up"
 
     @property
-    def draining(self) -> bool:
-        """Whether it was told to take no more requests."""
-        return self._draining
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self.unready is None
 
     @property
     def most_answers(self) -> int:
@@ -94,9 +98,8 @@ class Service:
             InputError: see `Engine.submit`.
             QueueFullError: there is no room for all of them.
         """
-        if not self.ready:
-            reason = "it is shutting down" if self._draining else "it is not loaded yet"
-            raise ApiError(UNAVAILABLE, reason)
+        if self.unready:
+            raise ApiError(UNAVAILABLE, f"it is {self.unready}")
         answers = Answers(call, call.began + self.settings.timeout_s)
         self._answers.add(answers)
         try:
@@ -105,6 +108,7 @@ class Service:
         except BaseException:
             answers.cancel()
             raise
+        call.prompt_tokens = sum(map(len, answers.prompts))
         return answers
 
     def _work(self) -> None:
@@ -177,7 +181,7 @@ class Answers:
                 for number, generation in list(waiting.items()):
                     done = generation.done  # asked first: the last piece comes before the end
                     if (piece := _take_all(generation)) is not None:
-                        self._call.text_came()
+                        self._call.tokens_came(len(piece.tokens))
                         yield number, piece
                     if done:
                         del waiting[number]

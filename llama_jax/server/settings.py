@@ -1,6 +1,7 @@
 """Settings: how the server behaves; what the model does is `Llama`'s own."""
 
 import dataclasses
+import re
 
 from llama_jax import card
 from llama_jax.errors import InputError, one_line
@@ -14,6 +15,9 @@ class Settings:
     """The name it answers to."""
     api_token: str | None = None
     """What clients have to send; None: anything goes."""
+    local_only: bool = False
+    """Answer only to names of this machine, and to no pages but its own and allowed ones. Without a
+    token, any web page could else use the server of whoever looks at it."""
     max_body_bytes: int = 8 * 2**20
     timeout_s: float = 600.0
     """For a whole request, its time in the queue included."""
@@ -26,7 +30,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what would silently open the server or keep it from answering."""
-        problems = []
+        problems = [
+            f"allowed_origins has {origin!r:.80}, expected * or as https://example.com"
+            for origin in self.allowed_origins
+            if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+", origin)
+        ]
         if not self.model:
             problems.append("model is empty, expected the name to serve")
         if self.api_token is not None and not self.api_token.strip():
