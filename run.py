@@ -72,7 +72,7 @@ flags.DEFINE_integer("port", 8787, "serve: the port to listen at; 0: any that is
 flags.DEFINE_string(
     "api_token", None, "serve: what clients must send; default: $LLAMA_JAX_API_TOKEN, else none."
 )
-flags.DEFINE_bool("insecure", False, "serve: let other machines in without a token.")
+flags.DEFINE_bool("insecure", False, "serve: let other machines and names in without a token.")
 flags.DEFINE_list(
     "allowed_origins", [], "serve: origins, as https://example.com, whose pages may call it."
 )
@@ -137,8 +137,11 @@ def load(slots: int = 1, **how: Any) -> Llama:
     )
 
 
-def read_request() -> GenerationRequest:
-    """Return the request that the flags describe, checked."""
+def read_request() -> tuple[GenerationRequest, str]:
+    """Return the request that the flags describe, checked, and how one asks for a seed there.
+
+    The latter has "{}" for the seed; it is empty if one was given.
+    """
     if FLAGS.output not in ("text", "json"):
         raise InputError(f"--output is {FLAGS.output!r:.40}, expected text or json")
     if FLAGS.logprobs is not None and FLAGS.output != "json":
@@ -153,23 +156,29 @@ def read_request() -> GenerationRequest:
         request["prompt_tokens"] = [parse_token(text) for text in FLAGS.prompt_tokens]
     if FLAGS.output == "json" and FLAGS["stream"].present and FLAGS.stream:
         raise InputError("--stream is given with --output=json, which is printed whole; drop one")
-    return make_request(**request)
+    return make_request(**request), "--seed={}" if FLAGS.seed is None else ""
 
 
-def read_card_request(source: str) -> GenerationRequest:
-    """Return the request of a JSON file in the card's form; say which of its fields do nothing."""
+def read_card_request(source: str) -> tuple[GenerationRequest, str]:
+    """Return as `read_request` the request of a JSON file in the card's form.
+
+    Says which of its fields do nothing.
+    """
     others = [name for name in (*PROMPT_FLAGS, *PARAMETER_FLAGS) if name != "request"]
     refuse_flags("--request", "which holds all of it", *others)
     card = contract.check(read_json(source, f"--request={source}"))
     for name in card.ignored:
         note(f"warning: {name} is no field of the model card here, and is left out of account")
-    return card.request()
+    if card.stream and not (FLAGS.stream and FLAGS.output == "text"):
+        note("warning: stream is true in the request, but the answer is printed whole")
+    return card.request(), "" if "seed" in card.fields else '"seed": {}'
 
 
 def read_json(source: str, name: str) -> Any:
     """Parse the JSON of a file, or of stdin for "-"."""
     try:
-        text = sys.stdin.read() if source == "-" else pathlib.Path(source).read_bytes()
+        # Bytes, so that UTF-8 is UTF-8 whatever the terminal speaks.
+        text = sys.stdin.buffer.read() if source == "-" else pathlib.Path(source).read_bytes()
     except OSError as error:
         raise InputError(f"{name}: {error.strerror}; name a JSON file or -") from None
     return parse_json(text, name)
@@ -196,7 +205,11 @@ def parse_token(text: str) -> int:
 
 def generate() -> None:
     """Answer one request."""
-    request = read_request()  # before the weights: a mistake should not take a minute to show
+    if FLAGS.print_prompt_tokens:
+        others = ("verify", "context", "dtype", "slots", "output", "stream")
+        refuse_flags("--print_prompt_tokens", "which runs no model", *others)
+    # Before the weights: a mistake should not take a minute to show.
+    request, repeat = read_request()
     if FLAGS.print_prompt_tokens:
         print_prompt_tokens(request)
         return
@@ -214,7 +227,7 @@ def generate() -> None:
     else:
         ids = ",".join(map(str, result.tokens))
         print(ids if result.response is None else result.response)
-    note(summary(llm, result, drawn=FLAGS.seed is None))
+    note(summary(llm, result, repeat))
 
 
 def print_prompt_tokens(request: GenerationRequest) -> None:
@@ -275,8 +288,14 @@ def refuse_flags(verb: str, reason: str, *names: str) -> None:
         raise InputError(f"--{given[0]} is given with {verb}, {reason}; drop it")
 
 
-def summary(llm: Llama, result: Result, *, drawn: bool) -> str:
-    """Return the line on stderr: where the time went, and how to repeat the run."""
+def summary(llm: Llama, result: Result, repeat: str) -> str:
+    """Return the line on stderr: where the time went, and how to repeat the run.
+
+    Args:
+        llm: what ran.
+        result: what came of it.
+        repeat: how to ask for the seed, which was drawn, with "{}" for it; empty: it was given.
+    """
     t = result.timings
     parts = [f"load {t['load_s']:.2f} s", f"compile {t['compile_s']:.2f} s"]
     if t["prefill_tokens_per_s"] is not None:
@@ -292,7 +311,9 @@ def summary(llm: Llama, result: Result, *, drawn: bool) -> str:
             f"({rate:,.0f} tok/s, {rate * llm.weight_bytes_per_token / 1e9:.2f} GB/s of weights)"
         )
     parts.append(f"{result.usage['completion_tokens']} tokens, {result.finish_reason}")
-    seed = f"seed {result.seed}" + (f" (drawn; --seed={result.seed} repeats this)" if drawn else "")
+    seed = f"seed {result.seed}"
+    if repeat:
+        seed += f" (drawn; {repeat.format(result.seed)} repeats this)"
     return " | ".join([*parts, llm.dtype, seed])
 
 
@@ -362,7 +383,7 @@ def answer(
     for piece in stream:
         print(piece, end="", flush=True)
     print()
-    note(summary(llm, stream.result, drawn=parameters["seed"] is None))
+    note(summary(llm, stream.result, "/seed {}" if parameters["seed"] is None else ""))
     turns.append({"role": "assistant", "content": stream.result.response})
     try:
         make_request(messages=[*turns, {"role": "user", "content": "x"}])

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -47,7 +48,7 @@ def cli(capsys, monkeypatch, demo):
     monkeypatch.setattr(Llama, "load", load_once)
 
     def call(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8"))
         with flagsaver.flagsaver():
             try:
                 run.main(run.parse_flags(["run.py", *arguments]))
@@ -191,6 +192,47 @@ def test_a_whole_request_from_a_file_and_from_stdin(cli, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "stdin", "expected"),
+    [
+        ([PARIS], "", r"seed (\d+) \(drawn; --seed=\1 repeats this\)"),
+        ([PARIS, "--seed=3"], "", "seed 3"),
+        (["--request=-"], '{"prompt": "Hi"}', r'seed (\d+) \(drawn; "seed": \1 repeats this\)'),
+        (["--request=-"], '{"prompt": "Hi", "seed": 3}', "seed 3"),
+        (["chat"], "Hi", r"seed (\d+) \(drawn; /seed \1 repeats this\)"),
+        (["chat", "--seed=3"], "Hi", "seed 3"),
+    ],
+)
+def test_a_drawn_seed_is_told_and_how_to_repeat_it(cli, arguments, stdin, expected):
+    limit = [] if "--request=-" in arguments else ["--max_tokens=1"]
+    line = cli(*arguments, *limit, stdin=stdin)[2].splitlines()[-1]
+    assert re.fullmatch(expected, line.split(" | ")[-1])
+
+
+def test_stdin_is_utf_8_whatever_the_terminal_speaks(demo):
+    """With a byte order mark too, which some shells put in front."""
+    body = {"prompt": "Größe 🦙", "temperature": 0, "max_tokens": 1}
+    done = subprocess.run(
+        [sys.executable, "run.py", "--request=-", "--print_prompt_tokens"],
+        cwd=ROOT,
+        input=b"\xef\xbb\xbf" + json.dumps(body, ensure_ascii=False).encode(),
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+    )
+    ids = [int(token) for token in done.stdout.split(b",")]
+    assert ids == demo.generate(**body).prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("flags", "whole"), [([], False), (["--nostream"], True), (["--output=json"], True)]
+)
+def test_a_request_to_stream_is_heeded_or_named(cli, flags, whole):
+    body = {"prompt": "Hi", "temperature": 0, "max_tokens": 2, "stream": True}
+    status, _, err = cli("--request=-", *flags, stdin=json.dumps(body))
+    assert status == 0
+    assert ("warning: stream is true in the request" in err) == whole
+
+
+@pytest.mark.parametrize(
     ("body", "expected"),
     [
         ('{"prompt": "a", "temperature": 9}', "oneOf at '/' not met, 0 matches: '/temperature' "),
@@ -309,6 +351,10 @@ def test_checkpoint_from_the_environment(cli, monkeypatch, tmp_path):
             "expected an integer from 0 to 184467440",
         ),
         (["--prompt_tokens="], "prompt_tokens is empty, expected at least 1 token id"),
+        (
+            ["--prompt=a", "--print_prompt_tokens", "--context=9"],
+            "--context is given with --print_",
+        ),
         (["--messages=tests"], "--messages=tests: Is a directory; name a JSON file or -"),
         (["--flagfile=none"], "error: Unable to open flagfile"),
         (["--prompt=a", "--checkpoint=" + "a" * 5000], "cannot be read (File name too long)"),
