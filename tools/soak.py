@@ -149,7 +149,7 @@ class Client:
             last = ""
             async for line in lines:
                 last = line or last
-            if last not in (DONE, ""):
+            if last != DONE:
                 raise SoakError(f"a stream ended in {last!r}")
 
     async def cancelled(self) -> None:
@@ -261,13 +261,13 @@ class Client:
 
     @contextlib.asynccontextmanager
     async def _stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[str]]:
-        """Begin a stream; of a refusal there are no lines."""
+        """Begin a stream; of one that a full queue refuses there is the last line alone."""
         if "echo" in body:
             body = {name: value for name, value in body.items() if name != "logprobs"}
         async with self._http.stream("POST", path, json=body | {"stream": True}) as response:
             if response.status_code == 429:
                 self._check(response, 429)
-                yield _nothing()
+                yield _ended()
             else:
                 self._check(response, 200)
                 yield response.aiter_lines()
@@ -283,9 +283,8 @@ class Client:
         return response
 
 
-async def _nothing() -> AsyncIterator[str]:
-    return
-    yield
+async def _ended() -> AsyncIterator[str]:
+    yield DONE
 
 
 async def read_metrics(http: httpx.AsyncClient) -> dict[str, float]:
@@ -312,7 +311,8 @@ class Soak:
         self._began = time.monotonic()
         self._end = self._began + _MINUTES.value * 60
         self._counts: collections.Counter[str] = collections.Counter()
-        self._warm: float | None = None
+        self._warm: tuple[float, int] | None = None
+        """Memory and open files when the server was warm."""
         self.problems: list[str] = []
 
     async def run(self) -> None:
@@ -344,7 +344,7 @@ class Soak:
                 await self._report(http, minute)
                 minute += 1
             if self._warm is None and now - self._began >= _WARM_UP.value * 60:
-                self._warm = self._server.rss_mib
+                self._warm = self._server.rss_mib, self._server.files
             if self._server.process.poll() is not None:
                 self.problems.append(f"the server ended with {self._server.process.returncode}")
                 return
@@ -377,11 +377,14 @@ class Soak:
                 self.problems.append(f"{name} is {got[name]:g} in the end")
         if (slots := await self._slots_at_once(http)) != SLOTS:
             self.problems.append(f"{slots} of {SLOTS} slots are left")
-        if self._warm is not None:
-            growth = self._server.rss_mib - self._warm
-            print(f"growth since minute {_WARM_UP.value:g}: {growth:.1f} MiB")
-            if growth > _GROWTH.value:
-                self.problems.append(f"the server grew by {growth:.0f} MiB")
+        if self._warm is None:
+            return  # the server ended before
+        growth, files = self._server.rss_mib - self._warm[0], self._server.files - self._warm[1]
+        print(f"growth since minute {_WARM_UP.value:g}: {growth:.1f} MiB, {files} files")
+        if growth > _GROWTH.value:
+            self.problems.append(f"the server grew by {growth:.0f} MiB")
+        if files > 0:  # there was traffic then, and now there is none
+            self.problems.append(f"{files} more files are open than amid the traffic")
 
     async def _slots_at_once(self, http: httpx.AsyncClient) -> int:
         """Return how many requests run at once if there are more than slots."""
@@ -412,6 +415,8 @@ def serving() -> Iterator[Server]:
 
 def main(_: list[str]) -> None:
     """Soak, and fail if anything was wrong."""
+    if _MINUTES.value <= _WARM_UP.value:
+        raise app.UsageError("--minutes is to be more than --warm_up_minutes, where growth begins")
     logging.set_verbosity(logging.WARNING)  # httpx tells of every request
     with serving() as server:
         soak = Soak(server)
