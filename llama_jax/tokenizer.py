@@ -94,7 +94,8 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._context: list[int] = []  # what was emitted, from its last visible token on
+        # The last visible token, and a control one if any came behind; all, if none was visible.
+        self._context: list[int] = []
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
@@ -109,7 +110,9 @@ class StreamDecoder:
         text = self._tokenizer.decode(self._context + self._pending)[len(before) :]
         tokens = self._context + self._pending
         visible = [i for i, token in enumerate(tokens) if not self._tokenizer.is_control(token)]
-        self._context, self._pending = tokens[visible[-1] if visible else 0 :], []
+        if visible:
+            tokens = [tokens[visible[-1]], *tokens[visible[-1] + 1 :][-1:]]
+        self._context, self._pending = tokens, []
         return text
 
     def _ends_inside_character(self) -> bool:
