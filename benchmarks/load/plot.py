@@ -85,11 +85,10 @@ def _draw_throughput(axes: Axes, rows: list[Record], record: Record, looks: dict
             axes.axhline(rate, color=colour, lw=1, ls=(0, (4, 3)), zorder=0)
             axes.annotate(
                 "as one batch",
-                (1, rate),
+                (0, rate),
                 xycoords=("axes fraction", "data"),
-                xytext=(0, 3),
+                xytext=(6, 3),
                 textcoords="offset points",
-                ha="right",
                 fontsize=8,
                 color=colour,
             )
