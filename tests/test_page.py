@@ -533,6 +533,9 @@ def test_stop(page, engine, way):
             page.press(ESCAPE)
         page.until(lambda: page.idle)
         assert page.facts.startswith("stopped by you after")
+    (seed,) = re.findall(r" · seed (\d+)$", page.facts)
+    messages = [{"role": "user", "content": STORY}]
+    assert engine.llm.generate(messages=messages, seed=int(seed)).response.startswith(partial)
     page.until(lambda: ended.get("cancelled", 0) == cancelled + 1)  # its slot is free again
     assert page.answers == [partial]
     assert page.focused == "draft"

@@ -117,6 +117,9 @@ def test_stream(client):
     assert "".join(event["response"] for event in texts) == whole["response"]
     del whole["tool_calls"]
     assert ending == {**whole, "response": ""}
+    assert response.headers["x-seed"] == "7"
+    drawn = client.post(RUN, json={"prompt": QUESTION, "stream": True})
+    assert drawn.headers["x-seed"] == str(events_of(drawn.text)[-2]["seed"])
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ def test_chat_stream_as_recorded(client, llm):
     assert ending["system_fingerprint"] == llm.engine.fingerprint
     assert ending["usage"]["completion_tokens"] == 7
     assert (counted["choices"], counted["usage"]) == ([], ending["usage"])
+    several = client.post(CHAT, json=chat(temperature=0, stream=True, n=2))
+    assert several.headers["x-seed"] == "5,6"
     without = events_of(client.post(CHAT, json=chat(temperature=0, stream=True)).text)
     assert len(without) == len(chunks) + 2
 

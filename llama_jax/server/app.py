@@ -59,7 +59,7 @@ def app_of(service: Service) -> Starlette:
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "x-seed", "retry-after"],
         )
         middleware.insert(0, cors)
     app = Starlette(

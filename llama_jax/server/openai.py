@@ -74,7 +74,7 @@ async def _respond(
     model = service_of(request).settings.model
     if asked.stream:
         events = _events(asked, answers, choices, head(choices.chunk_object, model))
-        return await start_stream(call_of(request.scope), events)
+        return await start_stream(call_of(request.scope), events, asked.requests)
     results = await answers.results()
     # In a thread: where each token of a long prompt begins takes a while to tell.
     return await asyncio.to_thread(

@@ -1,12 +1,13 @@
 """Server-sent events: an answer sent as it comes."""
 
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from llama_jax.request import GenerationRequest
 from llama_jax.server.call import Call
 from llama_jax.server.wire import encode
 
@@ -20,9 +21,12 @@ def event(value: Any) -> bytes:
     return b"data: " + encode(value) + b"\n\n"
 
 
-async def start_stream(call: Call, events: Events) -> "EventStream":
+async def start_stream(
+    call: Call, events: Events, requests: Sequence[GenerationRequest]
+) -> "EventStream":
     """Wait for the first event: what goes wrong before it is an ordinary error."""
-    return EventStream(_tell_errors(call, await anext(events), events))
+    seeds = [request.seed for request in requests]
+    return EventStream(_tell_errors(call, await anext(events), events), seeds)
 
 
 async def _tell_errors(call: Call, first: bytes, events: Events) -> Events:
@@ -40,12 +44,18 @@ class EventStream(Response):
     """Events, each sent as soon as it is there.
 
     Nothing here watches for a client that hangs up: the gate does, and cancels this.
+
+    Args:
+        events: in the bytes that are to be sent.
+        seeds: of the answers; a client that hangs up too early for an answer's last event, which
+            tells it, has it from the headers.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: Events):
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+    def __init__(self, events: Events, seeds: Sequence[int]):
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(headers=headers | {"x-seed": ",".join(map(str, seeds))})
         del self.headers["content-length"]  # nobody knows yet
         self._events = events
 

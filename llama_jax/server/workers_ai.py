@@ -34,7 +34,7 @@ async def run(request: Request) -> Response:
     notes = [_ignored(name) for name in asked.ignored]
     answers = await service.answer(call, [generation])
     if asked.stream:
-        return await start_stream(call, _events(answers, notes))
+        return await start_stream(call, _events(answers, notes), [generation])
     [result] = await answers.results()
     return envelope({"response": result.response, "tool_calls": [], **_ending(result)}, notes)
 
