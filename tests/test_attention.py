@@ -88,7 +88,9 @@ def test_bits_of_bfloat16_are_bfloat16(form):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("kv_heads", "group"), [(8, 1), (2, 4)])
+@pytest.mark.parametrize(
+    ("kv_heads", "group"), [pytest.param(8, 1, marks=pytest.mark.slow), (2, 4)]
+)
 @pytest.mark.parametrize("length", [1, 16])
 def test_bits_do_not_depend_on_the_bucket(exact_form, dtype, kv_heads, group, length):
     q = draw((1, length, kv_heads * group, 64))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import pytest
 
 from llama_jax import compile_cache
 
@@ -53,6 +54,7 @@ def test_a_second_run_compiles_nothing(tmp_path):
     assert again == tokens
 
 
+@pytest.mark.slow
 def test_jax_own_settings_win(tmp_path):
     other = tmp_path / "other"
     home = str(tmp_path / "home")

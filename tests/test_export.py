@@ -183,6 +183,7 @@ def test_verify_says_the_root(tmp_path, capsys):
     assert said == f"{first} is what was written; root {root(first)}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", [False, True])
 def test_run_verifies_when_asked(tmp_path, harm):
     path = saved(tmp_path / "first")

@@ -59,6 +59,7 @@ def test_the_first_two_commands():
     assert f"```\n{shell(install.split('&& ')[1], ROOT)}```" in README
 
 
+@pytest.mark.slow
 def test_command_line(folder):
     story, japan, tale, *_ = shell(SHELL[6], folder).splitlines()
     assert story.startswith("Once upon a time a young llama")

@@ -98,6 +98,7 @@ def test_a_server_open_to_the_network_needs_a_token():
             serve(never, host="0.0.0.0", port=0, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [({}, 200), ({"api_token": None}, 403), ({"api_token": None, "insecure": True}, 200)],
