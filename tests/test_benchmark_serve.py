@@ -534,6 +534,29 @@ def test_a_plot_is_drawn(record, tmp_path):
     assert (tmp_path / "small.png").stat().st_size < (tmp_path / "plot.png").stat().st_size
 
 
+def test_of_one_load_at_several_slots_a_plot_is_drawn_along_them(record, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the bench extra")
+    from matplotlib.figure import Figure
+
+    from benchmarks.load import plot
+
+    rows = [
+        row
+        for row in record["points"]
+        if row["engine"] == "ours:float16" and row["load"] == "4 clients"
+    ]
+    one_load = {**record, "points": rows}
+    axes = Figure().subplots()
+    looks = plot._looks(one_load)
+    plot._draw_throughput(axes, rows, record["batches"], looks, "slots")
+    line = axes.get_lines()[0]
+    expected = {row["slots"]: row["median"]["tokens_per_s"] for row in rows}
+    assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == expected
+    assert set(expected) == {1, 2}
+    assert axes.get_xlabel() == "slots, of 4 clients"
+    plot.draw_serving(one_load, tmp_path / "plot.png")
+
+
 def test_an_error_shows_no_path():
     text = without_paths("status 400: no /home/me/a-model, see 'x/y' or /v1")
     assert text == "status 400: no ..., see 'x/y' or ..."

@@ -1,6 +1,6 @@
 # pyright: reportMissingImports=false
 # (matplotlib comes with the bench extra, which type checks do not need)
-"""Throughput and the first token's wait by load, and streams' waits beside a long prompt."""
+"""Throughput and first token's wait by load or by slots; streams' waits beside a long prompt."""
 
 import itertools
 import pathlib
@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.plot import COLOURS, INK, LINE, MARKERS, QUIET
 
@@ -28,9 +28,11 @@ def draw_serving(record: Record, path: pathlib.Path) -> None:
     axes = figure.subplots(1, 3 if gaps else 2)
     looks = _looks(record)
     closed = [row for row in record["points"] if row["kind"] == "closed"]
-    most = max(row["slots"] for row in closed)
-    _draw_throughput(axes[0], [r for r in closed if r["slots"] in (1, most)], record, looks)
-    _draw_first_token(axes[1], [r for r in closed if r["slots"] in (1, most)], looks)
+    slots, loads = ({row[name] for row in closed} for name in ("slots", "amount"))
+    along = "slots" if len(loads) == 1 < len(slots) else "amount"
+    shown = [r for r in closed if along == "slots" or r["slots"] in (1, max(slots))]
+    _draw_throughput(axes[0], shown, record["batches"], looks, along)
+    _draw_first_token(axes[1], shown, looks, along)
     for row in gaps[:1]:
         _draw_gaps(axes[2], row, looks[row["engine"], row["slots"]])
     settings, machine = record["settings"], record["machine"]
@@ -52,63 +54,72 @@ def draw_serving(record: Record, path: pathlib.Path) -> None:
     figure.savefig(path)
 
 
-def _looks(record: Record) -> dict[tuple[str, int], Look]:
-    """Return each engine's look, at each number of slots."""
+def _looks(record: Record) -> dict[tuple[str, int | None], Look]:
+    """Return each engine's look at each number of slots, and that of its curve over them."""
     names = dict.fromkeys((row["engine"], row["slots"]) for row in record["points"])
     looks = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS))
-    return {
-        name: {"color": colour, "marker": marker, "markeredgecolor": "white"}
-        for name, (colour, marker) in zip(names, looks, strict=False)
-    }
+    known: dict[tuple[str, int | None], Look] = {}
+    for name, (colour, marker) in zip(names, looks, strict=False):
+        known[name] = {"color": colour, "marker": marker, "markeredgecolor": "white"}
+        known.setdefault((name[0], None), known[name])
+    return known
 
 
-def _curves(rows: list[Record]) -> dict[tuple[str, int], list[Record]]:
-    curves: dict[tuple[str, int], list[Record]] = {}
-    for row in sorted(rows, key=lambda row: row["amount"]):
-        curves.setdefault((row["engine"], row["slots"]), []).append(row)
+def _curves(rows: list[Record], along: str) -> dict[tuple[str, int | None], list[Record]]:
+    """Return each curve's rows in order: an engine's, and unless it is drawn by slots, for each."""
+    curves: dict[tuple[str, int | None], list[Record]] = {}
+    for row in sorted(rows, key=lambda row: row[along]):
+        slots = None if along == "slots" else row["slots"]
+        curves.setdefault((row["engine"], slots), []).append(row)
     return curves
 
 
-def _draw_throughput(axes: Axes, rows: list[Record], record: Record, looks: dict) -> None:
-    for name, curve in _curves(rows).items():
+def _draw_throughput(
+    axes: Axes, rows: list[Record], batches: list[Record], looks: dict, along: str
+) -> None:
+    """Draw it, and dashed what the same requests are as one batch, without a server."""
+    for name, curve in _curves(rows, along).items():
         engine, slots = name
+        of_slots = f", {slots} slot{'s' * (slots > 1)}" if slots else ""
         axes.plot(
-            [row["amount"] for row in curve],
+            [row[along] for row in curve],
             [row["median"]["tokens_per_s"] for row in curve],
-            label=f"{engine.replace(':', ' ')}, {slots} slot{'s' * (slots > 1)}",
+            label=engine.replace(":", " ") + of_slots,
             **looks[name],
         )
-    for row in record["batches"]:
-        if (row["engine"], row["slots"]) in _curves(rows):
-            rate = row["median"]["tokens_per_s"]
-            colour = looks[row["engine"], row["slots"]]["color"]
-            axes.axhline(rate, color=colour, lw=1, ls=(0, (4, 3)), zorder=0)
-            axes.annotate(
-                "as one batch",
-                (0, rate),
-                xycoords=("axes fraction", "data"),
-                xytext=(6, 3),
-                textcoords="offset points",
-                fontsize=8,
-                color=colour,
-            )
-    axes.set_ylim(bottom=0)
-    _style(axes, "output, tokens/s", "clients")
-    _by_clients(axes, rows)
+        own = [row for row in batches if row["engine"] == engine and slots in (None, row["slots"])]
+        rates = {row["slots"]: row["median"]["tokens_per_s"] for row in own}
+        dashed: Look = {"color": looks[name]["color"], "lw": 1, "ls": (0, (4, 3)), "zorder": 0}
+        called: Look = {"textcoords": "offset points", "fontsize": 8, "color": dashed["color"]}
+        if along == "slots" and rates:
+            axes.plot(sorted(rates), [rates[n] for n in sorted(rates)], **dashed)
+            middle = sorted(rates)[len(rates) // 2]
+            place = (middle, rates[middle])
+            axes.annotate("as one batch", place, xytext=(-4, 4), ha="right", **called)
+        elif rates:
+            axes.axhline(rates[slots], **dashed)
+            place = (0, rates[slots])
+            across = ("axes fraction", "data")
+            axes.annotate("as one batch", place, xycoords=across, xytext=(6, 3), **called)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # a batch's name is above its line
+    _style(axes, "output, tokens/s", along)
+    _by_powers(axes, rows, along)
 
 
-def _draw_first_token(axes: Axes, rows: list[Record], looks: dict) -> None:
+def _draw_first_token(axes: Axes, rows: list[Record], looks: dict, along: str) -> None:
     """Draw the median, and a band up to the 99th percentile."""
-    for name, curve in _curves([r for r in rows if r["median"]["tokens"]]).items():
-        x = [row["amount"] for row in curve]
+    for name, curve in _curves([r for r in rows if r["median"]["tokens"]], along).items():
+        x = [row[along] for row in curve]
         first = [row["median"]["first_token_s"] for row in curve]
         p50, p99 = ([spread[p] for spread in first] for p in ("p50", "p99"))
         axes.plot(x, p50, **looks[name])
         axes.fill_between(x, p50, p99, color=looks[name]["color"], alpha=0.15, lw=0)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    _style(axes, "wait for the first token, s (band: to p99)", "clients")
-    _by_clients(axes, rows)
+    _style(axes, "wait for the first token, s (band: to p99)", along)
+    _by_powers(axes, rows, along)
 
 
 def _draw_gaps(axes: Axes, row: Record, look: Look) -> None:
@@ -132,9 +143,10 @@ def _draw_gaps(axes: Axes, row: Record, look: Look) -> None:
     _style(axes, f"{title}grey: a prompt of {figures['long_prompt']:,} is read", "s")
 
 
-def _by_clients(axes: Axes, rows: list[Record]) -> None:
+def _by_powers(axes: Axes, rows: list[Record], along: str) -> None:
+    axes.set_xlabel("clients" if along == "amount" else f"slots, of {rows[0]['amount']} clients")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({row["amount"] for row in rows}))
+    axes.set_xticks(sorted({row[along] for row in rows}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
