@@ -119,4 +119,4 @@ async def _wait_for_bursts(streams: Sequence[Connection]) -> None:
         stream.bursts < target and not stream.closed.done()
         for stream, target in zip(streams, targets, strict=True)
     ):
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.002)
