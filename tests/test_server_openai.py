@@ -112,7 +112,7 @@ def test_chat_stream_as_recorded(client, llm):
     several = client.post(CHAT, json=chat(temperature=0, stream=True, n=2))
     assert several.headers["x-seed"] == "5,6"
     without = events_of(client.post(CHAT, json=chat(temperature=0, stream=True)).text)
-    assert len(without) == len(chunks) + 2
+    assert all(chunk["choices"] for chunk in without[:-1])  # that of the usage has none
 
 
 def joined(events, key):
