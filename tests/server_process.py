@@ -54,14 +54,29 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{port}"
 
     @property
-    def lines(self) -> list[str]:
+    def log(self) -> str:
         """What it said so far."""
-        return list(self._lines)
+        return "".join(self._lines)
 
     @property
-    def log(self) -> str:
-        """The same as one text."""
-        return "".join(self._lines)
+    def calls(self) -> list[dict[str, Any]]:
+        """The lines of the access log: one for each call that is over."""
+        return [json.loads(line) for line in self._lines if line.startswith("{")]
+
+    @contextlib.contextmanager
+    def ending(self, calls: int, path: str) -> Iterator[None]:
+        """Wait for so many more calls of a path to end, whether or not their clients stay.
+
+        What a client has sent before it hung up may still lie in the server's socket, so without
+        this an idle server can be one that has not begun.
+        """
+
+        def count() -> int:
+            return sum(call["path"] == path for call in self.calls)
+
+        before = count()
+        yield
+        wait_until(lambda: count() >= before + calls)
 
     def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
         """Return the status and the parsed answer."""

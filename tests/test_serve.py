@@ -35,8 +35,7 @@ def test_it_lets_what_runs_end_and_exits_0():
         assert events[-1] == "[DONE]"
         assert events[-2]["usage"]["completion_tokens"] == 8 * 500
         assert server.end() == 0
-    access = [json.loads(line) for line in server.lines if line.startswith("{")]
-    assert access[-1]["completion_tokens"] == 8 * 500
+    assert server.calls[-1]["completion_tokens"] == 8 * 500
     assert "Traceback" not in server.log
     assert TOKEN not in server.log
 
@@ -48,9 +47,10 @@ def hang_up_often(server):
         f"POST {RUN} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
         f"Content-Length: {len(body)}\r\n\r\n{body}"
     ).encode()
-    for i in range(200):
-        with socket.create_connection(("127.0.0.1", server.port)) as client:
-            client.sendall(request[: -(i % 3) or None])
+    with server.ending(200, RUN):
+        for i in range(200):
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(request[: -(i % 3) or None])
     server.wait_until_idle()
 
 

@@ -87,10 +87,13 @@ def test_a_killed_client_frees_its_slot(server):
 
 def test_a_thousand_hang_ups(server):
     """After nothing, a part of the head, a part of the body, or all of it."""
-    request = head(len(LONG), COMPLETIONS) + LONG
-    for i in range(1000):
-        with connected(server, request[: len(request) * (i % 8) // 7]):
-            pass
+    start = head(len(LONG), COMPLETIONS)
+    request = start + LONG
+    cuts = [len(request) * (i % 8) // 7 for i in range(1000)]
+    with server.ending(sum(cut >= len(start) for cut in cuts), COMPLETIONS):
+        for cut in cuts:
+            with connected(server, request[:cut]):
+                pass
     server.wait_until_idle()
 
 
