@@ -230,7 +230,7 @@ def run() -> int:
     elif record["points"]:
         from benchmarks.load.plot import draw_serving
 
-        draw_serving(record, output / f"{name}.png")
+        draw_serving(record).savefig(output / f"{name}.png")
         note(f"written: {output / name}.png")
     if measured.failures:
         note(f"what the servers printed is in {output / name}.log")

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import itertools
 import json
 import pathlib
@@ -526,37 +527,40 @@ def test_a_report_has_every_figure(record):
     assert make_report(record | {"points": [], "batches": [], "gaps": []})
 
 
-def test_a_plot_is_drawn(record, tmp_path):
+def drawn(record):
+    """Return each panel's first curve and its label below."""
     pytest.importorskip("matplotlib", reason="needs the bench extra")
     from benchmarks.load.plot import draw_serving
 
-    draw_serving(record, tmp_path / "plot.png")
-    draw_serving(record | {"gaps": [], "batches": []}, tmp_path / "small.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "small.png").stat().st_size < (tmp_path / "plot.png").stat().st_size
+    figure = draw_serving(record)
+    figure.savefig(io.BytesIO())  # what cannot be laid out fails only here
+    curves = [axes.get_lines()[0].get_xydata() for axes in figure.axes]
+    return [dict(map(tuple, curve)) for curve in curves], [a.get_xlabel() for a in figure.axes]
 
 
-def test_of_one_load_at_several_slots_a_plot_is_drawn_along_them(record, tmp_path):
-    pytest.importorskip("matplotlib", reason="needs the bench extra")
-    from matplotlib.figure import Figure
+def rates(rows, along):
+    return {row[along]: row["median"]["tokens_per_s"] for row in rows}
 
-    from benchmarks.load import plot
 
+def test_a_plot_is_drawn_along_the_clients(record):
+    curves, labels = drawn(record)
+    assert labels == ["clients", "clients", "s"]
+    rows = [row for row in record["points"] if row["kind"] == "closed"]
+    first = (rows[0]["engine"], rows[0]["slots"])
+    assert curves[0] == rates([r for r in rows if (r["engine"], r["slots"]) == first], "amount")
+    assert drawn(record | {"gaps": [], "batches": []})[1] == ["clients", "clients"]
+
+
+def test_of_one_load_at_several_slots_a_plot_is_drawn_along_them(record):
     rows = [
         row
         for row in record["points"]
         if row["engine"] == "ours:float16" and row["load"] == "4 clients"
     ]
-    one_load = {**record, "points": rows}
-    axes = Figure().subplots()
-    looks = plot._looks(one_load)
-    plot._draw_throughput(axes, rows, record["batches"], looks, "slots")
-    line = axes.get_lines()[0]
-    expected = {row["slots"]: row["median"]["tokens_per_s"] for row in rows}
-    assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == expected
-    assert set(expected) == {1, 2}
-    assert axes.get_xlabel() == "slots, of 4 clients"
-    plot.draw_serving(one_load, tmp_path / "plot.png")
+    curves, labels = drawn(record | {"points": rows, "gaps": []})
+    assert labels == ["slots, of 4 clients"] * 2
+    assert curves[0] == rates(rows, "slots")
+    assert set(curves[0]) == {1, 2}
 
 
 def test_an_error_shows_no_path():

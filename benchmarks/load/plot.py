@@ -3,7 +3,6 @@
 """Throughput and first token's wait by load or by slots; streams' waits beside a long prompt."""
 
 import itertools
-import pathlib
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -16,12 +15,10 @@ Record = dict[str, Any]
 Look = dict[str, Any]
 
 
-def draw_serving(record: Record, path: pathlib.Path) -> None:
-    """Write the plot as a PNG.
+def draw_serving(record: Record) -> Figure:
+    """Draw the panels of a record of `make_record`.
 
-    Args:
-        record: of `make_record`.
-        path: the file.
+    Along the slots where one load was measured at several numbers of them, else along the clients.
     """
     gaps = [row for row in record["gaps"] if row["rounds"][0].get("gaps")]
     figure = Figure(figsize=(12 if gaps else 9, 5), dpi=150, layout="constrained")
@@ -51,7 +48,7 @@ def draw_serving(record: Record, path: pathlib.Path) -> None:
         frameon=False,
         labelcolor=INK,
     )
-    figure.savefig(path)
+    return figure
 
 
 def _looks(record: Record) -> dict[tuple[str, int | None], Look]:
@@ -102,7 +99,7 @@ def _draw_throughput(
             across = ("axes fraction", "data")
             axes.annotate("as one batch", place, xycoords=across, xytext=(6, 3), **called)
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # a batch's name is above its line
-    _style(axes, "output, tokens/s", along)
+    _style(axes, "output, tokens/s")
     _by_powers(axes, rows, along)
 
 
@@ -118,7 +115,7 @@ def _draw_first_token(axes: Axes, rows: list[Record], looks: dict, along: str) -
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    _style(axes, "wait for the first token, s (band: to p99)", along)
+    _style(axes, "wait for the first token, s (band: to p99)")
     _by_powers(axes, rows, along)
 
 
@@ -140,19 +137,20 @@ def _draw_gaps(axes: Axes, row: Record, look: Look) -> None:
     axes.annotate("3 x", (0, 3 * idle), xytext=(2, 2), textcoords="offset points", fontsize=8)
     axes.set_ylim(bottom=0)
     title = f"waits of {figures['streams']} streams for a burst, ms\n"
-    _style(axes, f"{title}grey: a prompt of {figures['long_prompt']:,} is read", "s")
+    _style(axes, f"{title}grey: a prompt of {figures['long_prompt']:,} is read")
+    axes.set_xlabel("s", color=INK)
 
 
 def _by_powers(axes: Axes, rows: list[Record], along: str) -> None:
-    axes.set_xlabel("clients" if along == "amount" else f"slots, of {rows[0]['amount']} clients")
+    label = "clients" if along == "amount" else f"slots, of {rows[0]['amount']} clients"
+    axes.set_xlabel(label, color=INK)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({row[along] for row in rows}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _style(axes: Axes, title: str, along: str) -> None:
+def _style(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10, color=INK)
-    axes.set_xlabel(along, color=INK)
     axes.grid(which="major", color="#ececec", lw=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, which="both", length=0)
