@@ -24,13 +24,14 @@ from typing import Any
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from llama_jax import InputError, Llama, Result, contract
+from llama_jax import InputError, Llama, Result
 from llama_jax.batch import Batch
-from llama_jax.checkpoint import DTYPES, load_tokenizer
+from llama_jax.card import contract
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.files import parse_json
+from llama_jax.engine.request import GenerationRequest, make_request
 from llama_jax.llama import default_checkpoint
-from llama_jax.request import GenerationRequest, make_request
+from llama_jax.strict_json import parse_json
+from llama_jax.weights.checkpoint import DTYPES, load_tokenizer
 
 FLAGS = flags.FLAGS
 

@@ -1,4 +1,4 @@
-"""Build the CPU kernels of llama_jax/kernels.cc, where there is a C++ compiler.
+"""Build the CPU kernels of llama_jax/nn/cpu_kernels.cc, where there is a C++ compiler.
 
 Each is optional: without it the same products run as XLA's own, slower in 16 bits. All else about
 the package is in pyproject.toml.
@@ -23,8 +23,8 @@ def kernels() -> list[Extension]:
     headers = str(pathlib.Path(jaxlib.origin).parent / "include")
     return [
         Extension(
-            f"llama_jax._kernels_{name}",
-            sources=["llama_jax/kernels.cc"],
+            f"llama_jax.nn._cpu_kernels_{name}",
+            sources=["llama_jax/nn/cpu_kernels.cc"],
             extra_compile_args=[
                 "-O3",
                 "-g0",

@@ -37,7 +37,7 @@ class Case:
     """Of the prompt; or in each row's cache when decoding begins."""
     batch: int = 1
     new_tokens: int = 1
-    """Drawn per row."""
+    """StepOutputs per row."""
 
     @property
     def slots(self) -> int:

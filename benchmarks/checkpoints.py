@@ -34,10 +34,10 @@ from benchmarks.shapes import SHAPES, load_shape
 from benchmarks.worker import EngineError
 from convert.export import write_hf
 from llama_jax.config import ModelConfig
-from llama_jax.draft import check_absent
 from llama_jax.errors import InputError
-from llama_jax.model import param_shapes
-from llama_jax.shards import Tensor, by_path
+from llama_jax.nn.transformer import param_shapes
+from llama_jax.weights.atomic_directory import check_absent
+from llama_jax.weights.shards import Tensor, by_path
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 READ_BYTES = 2**32  # at most, to measure the disk by

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import sampling
-from llama_jax.decode_state import Admission, DecodeState, make_admission
-from llama_jax.executor import Executor
+from llama_jax.decode import sampling
+from llama_jax.decode.executor import Executor
+from llama_jax.decode.state import Admission, DecodeState, make_admission
 
 
 def greedy(run: Executor, prompt: list[int], new_tokens: int) -> Admission:

@@ -44,8 +44,8 @@ from benchmarks.command import (
 )
 from benchmarks.shapes import SHAPES, load_shape
 from benchmarks.worker import jax_settings
+from llama_jax.decode.plan import choose_plan
 from llama_jax.errors import InputError
-from llama_jax.plan import choose_plan
 
 CHOICES: dict[str, Callable[[Setting], Iterator[Trial]]] = {
     "steps": steps,

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.checkpoint import Checkpoint, load_checkpoint
 from llama_jax.config import ModelConfig
-from llama_jax.model import param_shapes
-from llama_jax.plan import choose_plan
+from llama_jax.decode.plan import choose_plan
+from llama_jax.nn.transformer import param_shapes
+from llama_jax.weights.checkpoint import Checkpoint, load_checkpoint
 
 
 def make_weights(config: ModelConfig, dtype: str, path: str | None) -> Checkpoint:

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from convert import huggingface, meta, published, source
 from convert.export import export_hf
-from llama_jax.checkpoint import DTYPES, open_checkpoint, save_checkpoint, verify_checkpoint
-from llama_jax.draft import check_absent, partial_folder
 from llama_jax.errors import InputError
-from llama_jax.manifest import file_sizes
-from llama_jax.shards import Tensor
+from llama_jax.weights.atomic_directory import check_absent, partial_folder
+from llama_jax.weights.checkpoint import DTYPES, open_checkpoint, save_checkpoint, verify_checkpoint
+from llama_jax.weights.manifest import file_sizes
+from llama_jax.weights.shards import Tensor
 
 _MAX_SEQ_LEN = 4096
 _EXAMPLE = """\

@@ -8,7 +8,7 @@ from llama_jax.errors import InputError
 _LISTED = 8  # of many names, an error shows these
 
 
-def damaged(path: pathlib.Path, kind: str) -> InputError:
+def corrupted(path: pathlib.Path, kind: str) -> InputError:
     """Return the error for a file that its format's reader refused, saying what it looks like."""
     try:
         size = path.stat().st_size

@@ -10,11 +10,11 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from convert.names import names
-from llama_jax.checkpoint import open_checkpoint, read_tensors
 from llama_jax.config import ModelConfig
-from llama_jax.draft import draft
-from llama_jax.shards import Tensor, group
-from llama_jax.tokenizer import BOS_ID, EOS_ID
+from llama_jax.text.tokenizer import BOS_ID, EOS_ID
+from llama_jax.weights.atomic_directory import atomic_directory
+from llama_jax.weights.checkpoint import open_checkpoint, read_tensors
+from llama_jax.weights.shards import Tensor, group
 
 _FILE_BYTES = 2**29  # little in memory at a time
 
@@ -37,7 +37,7 @@ def export_hf(path: pathlib.Path, out: pathlib.Path, *, progress: bool = False) 
     """
     path = path.expanduser().absolute()
     values, config = open_checkpoint(path)
-    with draft(out) as folder:
+    with atomic_directory(out) as folder:
         size = write_hf(folder, read_tensors(path, progress=progress), config, values["dtype"])
         if "tokenizer.model" in values["files"]:
             shutil.copyfile(path / "tokenizer.model", folder / "tokenizer.model")

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from convert import source
-from convert.damage import abbreviate
+from convert.corruption import abbreviate
 from convert.names import names
 from convert.tensors import Header, read_headers
 from llama_jax.config import ModelConfig, as_float
 from llama_jax.errors import InputError, one_line
-from llama_jax.files import read_json
+from llama_jax.strict_json import read_json
 
 # The weights in one file, and the index of several; in the order that transformers prefers.
 _WEIGHTS = (

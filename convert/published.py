@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from convert.damage import abbreviate
+from convert.corruption import abbreviate
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError
 

@@ -10,15 +10,15 @@ from typing import TypedDict
 import jax.numpy as jnp
 import numpy as np
 
-from convert.damage import abbreviate
+from convert.corruption import abbreviate
 from convert.tensors import Header, read_tensor
-from llama_jax.checkpoint import DTYPES
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
-from llama_jax.manifest import array_digest
-from llama_jax.model import param_shapes
-from llama_jax.shards import Tensor, by_path
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.nn.transformer import param_shapes
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.weights.checkpoint import DTYPES
+from llama_jax.weights.manifest import array_digest
+from llama_jax.weights.shards import Tensor, by_path
 
 ROUNDING = ("rounded", "subnormal", "to zero", "beyond the largest")
 """What becomes of values in a narrower dtype. Rounded: all that changed, so also what went to zero

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from convert.damage import abbreviate, damaged
+from convert.corruption import abbreviate, corrupted
 from llama_jax.errors import InputError
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -64,7 +64,7 @@ def _open_safetensors(path: pathlib.Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError):
-        raise damaged(path, "safetensors file") from None
+        raise corrupted(path, "safetensors file") from None
 
 
 def _load_torch(path: pathlib.Path) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _load_torch(path: pathlib.Path) -> dict[str, Any]:
             "was run; download it again"
         ) from None
     except Exception:  # damaged bytes fail in any way: RuntimeError, KeyError, EOFError, ...
-        raise damaged(path, "PyTorch zip file") from None
+        raise corrupted(path, "PyTorch zip file") from None
     if not isinstance(loaded, dict):
         raise InputError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors")
     strange = [

@@ -7,11 +7,11 @@
 """
 
 from llama_jax.config import ModelConfig
-from llama_jax.engine import QueueFullError
+from llama_jax.engine.result import Result
+from llama_jax.engine.scheduler import QueueFullError
+from llama_jax.engine.stream import Stream
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
-from llama_jax.result import Result
-from llama_jax.stream import Stream
 from llama_jax.version import __version__
 
 __all__ = [

@@ -10,11 +10,11 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from llama_jax import contract
+from llama_jax.card import contract
+from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
-from llama_jax.files import parse_json
 from llama_jax.llama import Llama
-from llama_jax.stream import Stream, finish_in_order
+from llama_jax.strict_json import parse_json
 
 
 class Batch:

@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from llama_jax.errors import InputError, one_line
-from llama_jax.files import read_json
+from llama_jax.strict_json import read_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,18 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
-from llama_jax.compile_cache import use_compile_cache
 from llama_jax.config import ModelConfig
+from llama_jax.decode.compile_cache import use_compile_cache
+from llama_jax.decode.executor import Executor
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.engine import Engine
+from llama_jax.engine.fingerprint import fingerprint
+from llama_jax.engine.request import GenerationRequest, check_tokens, make_request
+from llama_jax.engine.result import Result
+from llama_jax.engine.scheduler import Engine
+from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
-from llama_jax.executor import Executor
-from llama_jax.fingerprint import fingerprint
-from llama_jax.request import GenerationRequest, check_tokens, make_request
-from llama_jax.result import Result
-from llama_jax.stream import Stream, finish_in_order
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.weights.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
 
 CHECKPOINT_VARIABLE = "LLAMA_JAX_CHECKPOINT"
 

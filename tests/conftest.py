@@ -14,12 +14,9 @@ import pytest
 import sentencepiece
 from jaxtyping import install_import_hook
 
-# Shapes and dtypes are checked at every call, under trace and outside it, in the modules that
+# Shapes and dtypes are checked at every call, under trace and outside it, in the packages that
 # compute. The others face the user and answer for wrong types themselves.
-_COMPUTING = (
-    *("kernels", "ops", "projection", "cache", "attention", "model", "sampling"),
-    *("decode_state", "decode", "executor"),
-)
+_COMPUTING = ("nn", "decode")
 install_import_hook([f"llama_jax.{name}" for name in _COMPUTING], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -94,18 +91,18 @@ def assets() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def native_kernels() -> None:
     """The CPU kernels, which are built where there is a compiler."""
-    from llama_jax.kernels import has_kernels
+    from llama_jax.nn.cpu_kernels import has_kernels
 
     if jax.default_backend() != "cpu":
         pytest.skip("kernels for CPUs")
     if not has_kernels():
-        _skip_or_fail("needs the kernels of kernels.cc: install with a C++ compiler at hand")
+        _skip_or_fail("needs the kernels of cpu_kernels.cc: install with a C++ compiler at hand")
 
 
 @pytest.fixture
 def weights():
     """Arrays of a small GQA model by path; see sources.py."""
-    import sources  # after the hook: it imports the package
+    from tests.helpers import sources  # after the hook: it imports the package
 
     return sources.random_weights(sources.GQA)
 
@@ -113,7 +110,7 @@ def weights():
 @pytest.fixture
 def hf(tmp_path, weights) -> pathlib.Path:
     """Those weights in Hugging Face's layout."""
-    import sources
+    from tests.helpers import sources
 
     return sources.write_hf(tmp_path / "hf", weights)
 

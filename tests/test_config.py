@@ -1,25 +1,15 @@
 import dataclasses
 import math
-import pathlib
 
 import jax
 import pytest
 
 from llama_jax import InputError, ModelConfig
-from llama_jax.model import param_shapes
+from llama_jax.nn.transformer import param_shapes
+from tests.helpers import ROOT
+from tests.helpers.models import SMALL
 
-CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
-SMALL = ModelConfig(
-    vocab_size=97,
-    dim=24,
-    ffn_dim=40,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_seq_len=64,
-)
+CONFIGS = ROOT / "configs"
 
 
 @pytest.mark.parametrize(

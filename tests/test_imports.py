@@ -1,28 +1,27 @@
 """The import direction of docs/design.md, read from the sources."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parent.parent
-LAYERS = [
-    {"card", "errors", "version"},
-    {"compile_cache", "draft", "files", "kernels", "result", "stop"},
-    {"config", "manifest", "ops", "projection", "sampling", "shards", "tokenizer"},
-    {"cache", "chat"},
-    {"attention", "decode_state"},
-    {"model"},
-    {"checkpoint", "decode", "plan"},
-    {"executor", "request"},
-    {"contract", "demo", "fingerprint", "generation"},
-    {"slots"},
+from tests.helpers import ROOT
+
+PACKAGE = ROOT / "llama_jax"
+ORDER = [
+    {"errors", "version", "demo"},
+    {"strict_json"},
+    {"config", "text"},
+    {"nn"},
+    {"decode", "weights"},
     {"engine"},
-    {"stream"},
-    {"llama"},
+    {"card", "llama"},
     {"__init__", "batch", "server"},
 ]
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+"""The modules and folders of llama_jax: each imports from those above it only."""
+
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
 
 def imports_of(path: pathlib.Path) -> set[str]:
@@ -37,27 +36,44 @@ def imports_of(path: pathlib.Path) -> set[str]:
     return names
 
 
-def package_modules(names: set[str]) -> set[str]:
-    """Return the modules of llama_jax among dotted names (`llama_jax.cache.write` -> `cache`)."""
-    parts = [name.split(".") for name in names if name.split(".")[0] == "llama_jax"]
-    return {p[1] if len(p) > 1 and p[1] in RANK else "__init__" for p in parts}
+def names_in_package(path: pathlib.Path) -> set[tuple[str, ...]]:
+    """Return what a module imports of llama_jax: `nn.cache.write` as ("nn", "cache", "write")."""
+    parts = [name.split(".") for name in imports_of(path)]
+    return {tuple(p[1:]) for p in parts if p[0] == "llama_jax"}
 
 
 def test_nothing_imports_upward_or_sideways():
-    for path in (ROOT / "llama_jax").glob("*.py"):
-        for used in package_modules(imports_of(path)):
-            assert RANK[used] < RANK[path.stem], f"{path.name} imports {used}"
+    for path in PACKAGE.rglob("*.py"):
+        place = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for top, *_ in names_in_package(path) - {()}:
+            used = top if top in RANK else "__init__"  # a name of the package itself
+            assert used == place or RANK[used] < RANK[place], f"{path} imports {used}"
 
 
-def test_every_module_has_a_layer():
-    files = {path.stem for path in (ROOT / "llama_jax").glob("*.py")}
-    folders = {path.parent.name for path in (ROOT / "llama_jax").glob("*/__init__.py")}
-    assert files | folders == set(RANK)
+def test_no_folder_has_a_circle():
+    for folder in (path.parent for path in PACKAGE.rglob("__init__.py")):
+        prefix = folder.relative_to(PACKAGE).parts
+        modules = {path.stem: path for path in folder.glob("*.py")}
+        uses = {
+            name: {
+                parts[len(prefix)]
+                for parts in names_in_package(path)
+                if parts[: len(prefix)] == prefix and len(parts) > len(prefix)
+            }
+            & modules.keys() - {name}
+            for name, path in modules.items()
+        }
+        assert list(graphlib.TopologicalSorter(uses).static_order())
+
+
+def test_every_module_and_folder_has_its_place_in_the_order():
+    files = {path.stem for path in PACKAGE.glob("*.py")}
+    assert files | {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(RANK)
 
 
 def test_outside_dependencies_stay_in_their_rooms():
     rooms = {
-        "flax": {"model"},
+        "flax": {"transformer"},
         "orbax": {"shards"},
         "sentencepiece": {"tokenizer"},
         "jsonschema": {"contract", "request"},
@@ -66,7 +82,7 @@ def test_outside_dependencies_stay_in_their_rooms():
         "convert": set(),
         "run": set(),
     }
-    for path in (ROOT / "llama_jax").rglob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         tops = {name.split(".")[0] for name in imports_of(path)}
         for package, allowed in rooms.items():
             assert package not in tops or path.stem in allowed, f"{path.name} imports {package}"
@@ -74,9 +90,9 @@ def test_outside_dependencies_stay_in_their_rooms():
 
 def test_only_the_server_needs_what_serves():
     """`pip install llama_jax` without the extra is whole but for the server."""
-    for path in [*(ROOT / "llama_jax").rglob("*.py"), ROOT / "run.py"]:
+    for path in [*PACKAGE.rglob("*.py"), ROOT / "run.py"]:
         tops = {name.split(".")[0] for name in imports_of(path)}
-        in_server = path.parent.name == "server"
+        in_server = "server" in path.parts
         assert in_server or not tops & {"starlette", "uvicorn", "prometheus_client"}, path
     code = "import sys, llama_jax; sys.exit('llama_jax.server' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)

@@ -9,16 +9,16 @@ import re
 import jax
 import numpy as np
 import pytest
-import reference
 
 from llama_jax import InputError, Llama, Stream
-from llama_jax.checkpoint import load_checkpoint, save_checkpoint
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.engine import Engine
-from llama_jax.fingerprint import fingerprint
+from llama_jax.engine.fingerprint import fingerprint
+from llama_jax.engine.scheduler import Engine
 from llama_jax.llama import CHECKPOINT_VARIABLE, MAX_SLOTS, default_checkpoint
-from llama_jax.shards import tensors
-from llama_jax.tokenizer import BOS_ID, EOS_ID
+from llama_jax.text.tokenizer import BOS_ID, EOS_ID
+from llama_jax.weights.checkpoint import load_checkpoint, save_checkpoint
+from llama_jax.weights.shards import tensors
+from tests.helpers import reference
 from tools.demo_corpus import read_corpus
 
 QUESTION = {"prompt": "What is the capital of France?", "seed": 1}
@@ -141,7 +141,7 @@ def test_running_ahead_changes_no_token(llm, max_tokens):
     ]
     ahead = copy.copy(llm)
     ahead.executor = copy.copy(llm.executor)  # the same programs
-    ahead.executor.plan = llm.executor.plan._replace(dispatches=2)
+    ahead.executor.plan = llm.executor.plan._replace(max_in_flight=2)
     ahead.engine = Engine(ahead.executor, llm.tokenizer)
     for request in requests:
         ours, theirs = (list(each.stream(**request)) for each in (ahead, llm))
@@ -337,7 +337,7 @@ def test_the_fingerprint_names_all_that_decides_the_tokens(llm, tmp_path, monkey
     assert re.fullmatch("fp_[0-9a-f]{16}", plain)
     assert plain == llm.engine.fingerprint
     for sizes in ({"slots": 2}, {"context": 64}):  # which may decide a bit, or not
-        assert (of(**sizes) == plain) == llm.executor.plan.invariant
+        assert (of(**sizes) == plain) == llm.executor.plan.batch_invariant
     demo = load_checkpoint(DEMO_CHECKPOINT)
     save_checkpoint(tmp_path / "copy", tensors(demo.params), demo.config)
     assert of(tmp_path / "copy") == plain
@@ -347,7 +347,7 @@ def test_the_fingerprint_names_all_that_decides_the_tokens(llm, tmp_path, monkey
     changed = copy.copy(llm.executor)
     changed.plan = llm.executor.plan._replace(decode_steps=4)
     others.append(fingerprint(demo, changed))
-    monkeypatch.setattr("llama_jax.fingerprint.SAMPLER_VERSION", 2)
+    monkeypatch.setattr("llama_jax.engine.fingerprint.SAMPLER_VERSION", 2)
     others.append(of())
     assert len({plain, *others}) == 6
 

@@ -2,18 +2,17 @@
 
 import json
 import os
-import pathlib
 import re
 
 import nbclient
 import nbformat
 import pytest
 
+from tests.helpers import ROOT
 from tools.demo_corpus import read_corpus
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
 
 

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 from convert.__main__ import main
-from llama_jax import Llama, sampling
+from llama_jax import Llama
+from llama_jax.decode import sampling
+from tests.helpers.stories import BOS, PUBLISHED
 
 pytestmark = pytest.mark.parity
 
-BOS = 1
+
 BASE = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -310,15 +312,6 @@ def test_sampling_filters(vocab_size, spread):
 
 
 # A trained model.
-
-PUBLISHED = """\
-Once upon a time, there was a little girl named Lily. She loved to play outside in the park. \
-One day, she saw a big, red ball. She wanted to play with it, but it was too high.
-Lily's mom said, "Lily, let's go to the park." Lily was sad and didn't know what to do. She said, \
-"I want to play with your ball, but I can't find it."
-Lily was sad and didn't know what to do. She said, "I'm sorry, Lily. I didn't know what to do."
-Lily didn't want to help her mom, so she said, "I'm sorry, mom. I didn't know what to do." Her mom \
-said, "Don't worry, Lily. We can help you."""
 
 
 def test_stories260k(assets, tmp_path):

@@ -14,11 +14,10 @@ import sys
 import threading
 
 import pytest
-import sources
 
+from tests.helpers import ROOT, sources
 from tools.demo_corpus import read_corpus
 
-ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 SHELL = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -113,7 +112,7 @@ def test_clients(folder, port, block):
 @pytest.mark.parity
 def test_real_weights(folder, weights, tokenizer):
     """The commands for 7B, on folders of their names with small models in them."""
-    from test_convert_meta import meta_shards, write_meta
+    from tests.helpers.meta_sources import meta_shards, write_meta
 
     (folder / "Llama-2-7b-chat-hf").parent.mkdir(exist_ok=True)
     hf = sources.write_hf(folder / "Llama-2-7b-chat-hf", weights, max_position_embeddings=512)

@@ -16,13 +16,14 @@ import pytest
 from absl.testing import flagsaver
 
 import run
-from llama_jax import Llama, checkpoint
-from llama_jax.chat import encode_dialog
+from llama_jax import Llama
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.llama import CHECKPOINT_VARIABLE
-from llama_jax.shards import tensors
+from llama_jax.text.chat import encode_dialog
+from llama_jax.weights import checkpoint
+from llama_jax.weights.shards import tensors
+from tests.helpers import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 PARIS = "--prompt=What is the capital of France?"
 
 

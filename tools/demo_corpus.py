@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-from llama_jax.chat import Message
+from llama_jax.text.chat import Message
 
 CORPUS = pathlib.Path(__file__).parent / "corpus"
 

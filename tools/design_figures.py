@@ -12,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from llama_jax import attention, decode, decode_state, sampling
-from llama_jax.checkpoint import load_checkpoint
 from llama_jax.config import ModelConfig
+from llama_jax.decode import sampling
+from llama_jax.decode import state as decode_state
+from llama_jax.decode import steps as decode
+from llama_jax.decode.executor import Executor
+from llama_jax.decode.plan import choose_plan
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.executor import Executor
-from llama_jax.model import Llama, param_shapes
-from llama_jax.plan import choose_plan
+from llama_jax.nn import attention
+from llama_jax.nn.transformer import Transformer, param_shapes
+from llama_jax.weights.checkpoint import load_checkpoint
 
 
 def median_ms(call: Callable[[], Any], repeats: int = 9) -> float:
@@ -133,7 +136,7 @@ def compile_7b() -> None:
         params = param_shapes(config, dtype)
         state = jax.eval_shape(lambda dtype=dtype: decode_state.init_state(config, 1, 4096, dtype))
         step = functools.partial(
-            decode.decode, Llama(config, jnp.dtype(dtype)), num_steps=8, attend_len=256
+            decode.decode, Transformer(config, jnp.dtype(dtype)), num_steps=8, attend_len=256
         )
         began = time.perf_counter()
         program = jax.jit(step, donate_argnums=1).lower(params, state).compile()

@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import app
 
-from llama_jax.card import INPUT_SCHEMA
+from llama_jax.card.schemas import INPUT_SCHEMA
 
 RECORD = pathlib.Path(__file__).resolve().parent.parent / "tests" / "data" / "cabidela.json"
 PACKAGE = "@cloudflare/cabidela"

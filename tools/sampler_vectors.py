@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import sampling
+from llama_jax.decode import sampling
 
 LOGITS = [2.0, 1.5, 1.5, 0.0, -0.5, 1.0, 0.3, -2.0, 0.3, 0.3, -1.0, 0.8]
 IN_PROMPT = [0, 3, 4]

@@ -24,7 +24,7 @@ import httpx2 as httpx
 from absl import app, flags, logging
 from prometheus_client.parser import text_string_to_metric_families
 
-from llama_jax.card import MODEL
+from llama_jax.card.schemas import MODEL
 from tools.traffic import COMPLETIONS, TOKEN, Client, WrongAnswerError, connect
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

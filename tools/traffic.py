@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2 as httpx
 
-from llama_jax.card import MODEL
+from llama_jax.card.schemas import MODEL
 
 TOKEN = "soak"
 """What the server must want of its clients."""

@@ -21,13 +21,13 @@ import sentencepiece
 import tqdm
 from absl import app, flags, logging
 
-from llama_jax import cache as kv
-from llama_jax.chat import Message, encode_dialog
-from llama_jax.checkpoint import save_checkpoint
 from llama_jax.config import ModelConfig
-from llama_jax.model import Llama, forward, init_params
-from llama_jax.shards import tensors
-from llama_jax.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from llama_jax.nn import cache as kv
+from llama_jax.nn.transformer import Transformer, forward, init_params
+from llama_jax.text.chat import Message, encode_dialog
+from llama_jax.text.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from llama_jax.weights.checkpoint import save_checkpoint
+from llama_jax.weights.shards import tensors
 from tools.demo_corpus import Corpus, read_corpus
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -124,7 +124,7 @@ def logits_of(params, tokens):
     batch, length = tokens.shape
     cache = kv.init_cache(CONFIG, batch, length, jnp.float32)
     starts = jnp.zeros((batch,), jnp.int32)
-    model = Llama(CONFIG, jnp.float32)
+    model = Transformer(CONFIG, jnp.float32)
     return forward(model, params, tokens, starts, cache, attend_len=length)[0]
 
 

@@ -1,4 +1,4 @@
-"""How a cache is attended to: the project's forms, and JAX's own function."""
+"""How a cache is attended to: the project's kernels, and JAX's own function."""
 
 import functools
 import math
@@ -13,10 +13,10 @@ from benchmarks.choices.setting import Setting
 from benchmarks.choices.trial import CannotRunError, Trial, time_call
 from benchmarks.model_cost import ITEM_BYTES, Cost
 from benchmarks.weights import filled
-from llama_jax import attention as attentions
 from llama_jax.config import ModelConfig
-from llama_jax.kernels import has_kernels
-from llama_jax.plan import choose_plan
+from llama_jax.decode.plan import choose_plan
+from llama_jax.nn import attention as attentions
+from llama_jax.nn.cpu_kernels import has_kernels
 
 Attend = Callable[[jax.Array, Any, Any], jax.Array]
 """From queries [B, T, N, H], keys and values to what is attended to, of the queries' shape."""
@@ -35,10 +35,10 @@ def attention(setting: Setting) -> Iterator[Trial]:
     shapes += [(batch, 1, count) for batch in size.batches if batch > 1 for count in slots]
     for batch, length, count in shapes:
         for dtype in setting.dtypes:
-            forms = [name for name in attentions.FORMS if name != "native"]
+            kernels = [name for name in attentions.IMPLEMENTATIONS if name != "native"]
             if setting.on_cpu and has_kernels():
-                forms.append("native")
-            for form in [*forms, "jax cudnn", "jax xla"]:
+                kernels.append("native")
+            for form in [*kernels, "jax cudnn", "jax xla"]:
                 yield Trial(
                     {"batch": batch, "queries": length, "slots": count, "dtype": dtype},
                     form,
@@ -99,7 +99,7 @@ def _ours(form: str, length: int, slots: int) -> Attend:
     def attend(q: jax.Array, k: Any, v: Any) -> jax.Array:
         positions = jnp.arange(slots - length, slots, dtype=jnp.int32)
         positions = jnp.broadcast_to(positions, q.shape[:2])
-        return attentions.FORMS[form](q, k, v, positions, attend_len=slots)
+        return attentions.IMPLEMENTATIONS[form](q, k, v, positions, attend_len=slots)
 
     return attend
 

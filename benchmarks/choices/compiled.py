@@ -12,9 +12,11 @@ import jax.numpy as jnp
 
 from benchmarks.choices.setting import Setting
 from benchmarks.choices.trial import Trial
-from llama_jax import attention, decode, decode_state
-from llama_jax.model import Llama, param_shapes
-from llama_jax.plan import choose_plan
+from llama_jax.decode import state as decode_state
+from llama_jax.decode import steps as decode
+from llama_jax.decode.plan import choose_plan
+from llama_jax.nn import attention
+from llama_jax.nn.transformer import Transformer, param_shapes
 
 COUNTED = ("copy", "convert", "fusion", "custom-call", "dot", "while", "conditional")
 """Operations of interest; a product may be a custom call, a fusion or a dot."""
@@ -43,7 +45,7 @@ def _summarise(setting: Setting, dtype: str) -> dict[str, int]:
     state = jax.eval_shape(lambda: decode_state.init_state(*sizes))
     step = functools.partial(
         decode.decode,
-        Llama(config, jnp.dtype(plan.weights), plan.forms),
+        Transformer(config, jnp.dtype(plan.weights), plan.kernels),
         num_steps=plan.decode_steps,
         attend_len=slots,
     )

@@ -14,7 +14,7 @@ from benchmarks.choices.setting import Setting
 from benchmarks.choices.trial import CannotRunError, Trial
 from benchmarks.model_cost import decode_cost
 from benchmarks.worker import ROOT, jax_settings
-from llama_jax.plan import choose_plan
+from llama_jax.decode.plan import choose_plan
 
 ON_GPU = (
     "",

@@ -13,16 +13,16 @@ from benchmarks.choices.setting import Setting
 from benchmarks.choices.trial import Trial, time_call
 from benchmarks.model_cost import ITEM_BYTES, Cost
 from benchmarks.weights import filled
-from llama_jax import kernels, ops
-from llama_jax import projection as projections
 from llama_jax.config import ModelConfig
-from llama_jax.plan import choose_plan
+from llama_jax.decode.plan import choose_plan
+from llama_jax.nn import ops
+from llama_jax.nn import projection as projections
 
 Multiply = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def in_out(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Multiply x [rows, in] by a weight [in, out]; returns float32, as the project's forms."""
+    """Multiply x [rows, in] by a weight [in, out]; returns float32, as the project's kernels."""
     precision = lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
     return lax.dot(
         x.astype(weight.dtype), weight, precision=precision, preferred_element_type=jnp.float32
@@ -64,16 +64,16 @@ def projection(setting: Setting) -> Iterator[Trial]:
 
 
 def _forms(setting: Setting, rows: int) -> dict[str, Multiply]:
-    forms = {"plain": projections.plain, "[in, out]": in_out}
+    kernels = {"plain": projections.plain, "[in, out]": in_out}
     if rows == 1:
-        forms["multiply-reduce"] = multiply_reduce
+        kernels["multiply-reduce"] = multiply_reduce
     if setting.on_cpu:
-        forms["blocked"] = projections.blocked
+        kernels["blocked"] = projections.blocked
         if rows == 1:  # of more rows it is `plain`
-            forms["two_rows"] = projections.two_rows
+            kernels["two_rows"] = projections.two_rows
         if kernels.has_kernels():
-            forms["native"] = lambda x, weight: kernels.linears(x, weight)[0]
-    return forms
+            kernels["native"] = lambda x, weight: kernels.linears(x, weight)[0]
+    return kernels
 
 
 def _time_product(
@@ -122,7 +122,7 @@ def _time_layers(setting: Setting, way: str, rows: int, dtype: str) -> float:
     """Return the seconds of one layer's norms and products, in a program of several layers."""
     c, sizes = setting.config, weights_of(setting.config)
     plan = choose_plan(c, dtype)
-    multiply = projections.FORMS[plan.forms.projection]
+    multiply = projections.IMPLEMENTATIONS[plan.kernels.projection]
 
     def split(
         x: jax.Array, weights: list[jax.Array], widths: tuple[int, ...]

@@ -13,8 +13,8 @@ from benchmarks.choices.trial import Trial, median_seconds, time_call
 from benchmarks.engines import protocol
 from benchmarks.model_cost import decode_cost, prefill_cost
 from benchmarks.programs import draw_tokens, read_prompt, set_rows
-from llama_jax import sampling as samplers
-from llama_jax.plan import Plan, choose_plan
+from llama_jax.decode import sampling as samplers
+from llama_jax.decode.plan import Plan, choose_plan
 
 
 def steps(setting: Setting) -> Iterator[Trial]:
@@ -23,13 +23,15 @@ def steps(setting: Setting) -> Iterator[Trial]:
     for dtype in setting.dtypes:
         plan = choose_plan(setting.config, dtype)
         ways: list[tuple[str, int, tuple[int, ...]]]
-        ways = [(plan.forms.attention, count, (1, 2)) for count in size.steps]
+        ways = [(plan.kernels.attention, count, (1, 2)) for count in size.steps]
         if len(size.steps) == 1:
-            ways = [(plan.forms.attention, size.steps[0], (plan.dispatches,))]
+            ways = [(plan.kernels.attention, size.steps[0], (plan.max_in_flight,))]
         elif setting.on_gpu:
             ways.insert(1, ("blocks", size.steps[0], (2,)))
         for form, count, in_flight in ways:
-            changed = plan._replace(decode_steps=count, forms=plan.forms._replace(attention=form))
+            changed = plan._replace(
+                decode_steps=count, kernels=plan.kernels._replace(attention=form)
+            )
             for dispatches in in_flight:
                 yield Trial(
                     {"dtype": dtype},

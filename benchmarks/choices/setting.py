@@ -9,10 +9,10 @@ import jax
 from benchmarks import machine
 from benchmarks.limits import Limits
 from benchmarks.weights import make_weights
-from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import ModelConfig
-from llama_jax.executor import Executor
-from llama_jax.plan import Plan
+from llama_jax.decode.executor import Executor
+from llama_jax.decode.plan import Plan
+from llama_jax.weights.checkpoint import Checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

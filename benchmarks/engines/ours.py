@@ -11,10 +11,10 @@ from benchmarks.engines import protocol
 from benchmarks.programs import draw_tokens, greedy, read_prompt, set_rows
 from benchmarks.weights import make_weights
 from llama_jax.config import ModelConfig
-from llama_jax.decode_state import DecodeState
-from llama_jax.executor import Executor
+from llama_jax.decode.executor import Executor
+from llama_jax.decode.plan import choose_plan
+from llama_jax.decode.state import DecodeState
 from llama_jax.llama import Llama
-from llama_jax.plan import choose_plan
 
 
 class Ours:
@@ -76,7 +76,7 @@ class Ours:
         run = self._use(batch)
         state = set_rows(run, self._take_state(), context, new_tokens)
         began = time.perf_counter()
-        self.state = draw_tokens(run, state, context, new_tokens, run.plan.dispatches)
+        self.state = draw_tokens(run, state, context, new_tokens, run.plan.max_in_flight)
         return time.perf_counter() - began
 
     def streaming(self, tokens: int, new_tokens: int) -> dict[str, float]:

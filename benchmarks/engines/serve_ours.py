@@ -15,8 +15,8 @@ import time
 from typing import Any
 
 from benchmarks.weights import make_weights
-from llama_jax.compile_cache import use_compile_cache
 from llama_jax.config import ModelConfig
+from llama_jax.decode.compile_cache import use_compile_cache
 from llama_jax.llama import Llama
 
 

@@ -9,7 +9,7 @@ import pathlib
 from benchmarks.checkpoints import make_source
 from benchmarks.load import vocabulary
 from llama_jax.config import ModelConfig
-from llama_jax.tokenizer import BOS_ID, EOS_ID
+from llama_jax.text.tokenizer import BOS_ID, EOS_ID
 
 
 def write_gguf(path: pathlib.Path, config: ModelConfig, dtype: str) -> None:

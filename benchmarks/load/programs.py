@@ -11,7 +11,7 @@ from benchmarks import machine
 from benchmarks.load import files
 from benchmarks.load.prompts import Prompt
 from benchmarks.load.vocabulary import text_of
-from llama_jax import card
+from llama_jax.card import schemas as card
 from llama_jax.config import ModelConfig
 
 

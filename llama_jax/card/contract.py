@@ -11,10 +11,10 @@ from typing import Any
 
 from jsonschema import Draft202012Validator, ValidationError, validators
 
-from llama_jax.card import INPUT_SCHEMA
+from llama_jax.card.schemas import INPUT_SCHEMA
+from llama_jax.engine.request import GenerationRequest, make_request
 from llama_jax.errors import InputError
-from llama_jax.files import parse_json
-from llama_jax.request import GenerationRequest, make_request
+from llama_jax.strict_json import parse_json
 
 MAX_NAMES = 16
 """Of the fields that are ignored so many are named."""

@@ -15,13 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import attention, decode, decode_state, sampling
-from llama_jax import cache as kv
 from llama_jax.config import ModelConfig
-from llama_jax.decode import Drawn, Logprobs
-from llama_jax.decode_state import Admission, DecodeState
-from llama_jax.model import Llama, Params
-from llama_jax.plan import Plan, choose_plan
+from llama_jax.decode import sampling
+from llama_jax.decode import state as decode_state
+from llama_jax.decode import steps as decode
+from llama_jax.decode.plan import Plan, choose_plan
+from llama_jax.decode.state import Admission, DecodeState
+from llama_jax.decode.steps import Logprobs, StepOutputs
+from llama_jax.nn import attention
+from llama_jax.nn import cache as kv
+from llama_jax.nn.transformer import Params, Transformer
 
 
 @dataclasses.dataclass
@@ -62,7 +65,7 @@ class Executor:
         self.capacity = max(2, blocks) * attention.BLOCK
         self.compiled = CompileLog()
         self._programs: dict[str, Any] = {}
-        self._model = Llama(config, jnp.dtype(plan.weights), plan.forms)
+        self._model = Transformer(config, jnp.dtype(plan.weights), plan.kernels)
 
     def padded(self, length: int) -> int:
         """Return the slots that hold `length` tokens prefilled in chunks.
@@ -107,7 +110,7 @@ class Executor:
 
     def prefill_chunk(
         self, state: DecodeState, row: int, prompt: Sequence[int], start: int, size: int
-    ) -> tuple[DecodeState, Drawn]:
+    ) -> tuple[DecodeState, StepOutputs]:
         """Read one of the prompt's `chunks` into an admitted row; consumes `state`.
 
         Returns:
@@ -121,7 +124,7 @@ class Executor:
 
     def prefill_scored(
         self, state: DecodeState, row: int, prompt: Sequence[int], start: int, size: int
-    ) -> tuple[DecodeState, Drawn, Logprobs]:
+    ) -> tuple[DecodeState, StepOutputs, Logprobs]:
         """Read a chunk as `prefill_chunk`, with the logprobs of the tokens that follow each."""
         chunk, targets = (self._chunk(prompt, start + i, size) for i in (0, 1))
         length, last = self._extent(prompt, start, size)
@@ -131,7 +134,7 @@ class Executor:
 
     def prefill(
         self, state: DecodeState, row: int, prompt: Sequence[int], start: int = 0
-    ) -> tuple[DecodeState, Drawn]:
+    ) -> tuple[DecodeState, StepOutputs]:
         """Read all chunks of a prompt into an admitted row; consumes `state`."""
         drawn = None
         for begin, size in self.chunks(len(prompt), start):
@@ -141,7 +144,7 @@ class Executor:
 
     def decode(
         self, state: DecodeState, rows: Sequence[int], longest: int
-    ) -> tuple[DecodeState, Drawn, list[int]]:
+    ) -> tuple[DecodeState, StepOutputs, list[int]]:
         """Run the plan's `decode_steps` next steps of some rows; consumes `state`.
 
         Args:
@@ -223,7 +226,7 @@ class Executor:
 
     def _decode_rows(self, rows: Sequence[int]) -> list[int]:
         """Return the rows to compute: all, unless a row's bits are its own whatever the batch."""
-        if not self.plan.invariant:
+        if not self.plan.batch_invariant:
             return list(range(self.batch))
         count = min(self.batch, 1 << (len(rows) - 1).bit_length())  # few programs, not one for each
         others = (row for row in range(self.batch) if row not in rows)

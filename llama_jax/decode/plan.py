@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 
 from llama_jax.config import ModelConfig
-from llama_jax.kernels import has_kernels
-from llama_jax.model import Forms, param_count
+from llama_jax.nn.cpu_kernels import has_kernels
+from llama_jax.nn.transformer import KernelChoice, param_count
 
 
 class Plan(NamedTuple):
@@ -22,32 +22,32 @@ class Plan(NamedTuple):
     """The dtype that weights are held in: the run's, or float32 where that is faster."""
     cache: str
     """The dtype that keys and values are held in; see `cache.init_cache`."""
-    forms: Forms
+    kernels: KernelChoice
     prefill_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
     """Tokens per prefill chunk, each a multiple of the one before; see `Executor.chunks`."""
     decode_steps: int = 8
     """Tokens decoded per dispatch."""
-    dispatches: int = 1
+    max_in_flight: int = 1
     """Dispatches in flight while their tokens are read."""
 
     @property
     def by_bucket(self) -> bool:
         """Whether attention needs a static bound on the slots it reads."""
-        return self.forms.attention != "native"
+        return self.kernels.attention != "native"
 
     @property
-    def invariant(self) -> bool:
+    def batch_invariant(self) -> bool:
         """Whether a logit's bits follow from its row's tokens alone.
 
         That is, not from the batch, nor from how the tokens were cut into chunks. Else both are
         kept fixed, for the same request to give the same tokens.
         """
-        return set(self.forms) == {"native"}
+        return set(self.kernels) == {"native"}
 
     @property
     def reuse_multiple(self) -> int:
         """Tokens of a text already in the cache are reused in multiples of this."""
-        return self.prefill_sizes[0 if self.invariant else -1]
+        return self.prefill_sizes[0 if self.batch_invariant else -1]
 
 
 def choose_plan(config: ModelConfig, dtype: str) -> Plan:
@@ -59,19 +59,19 @@ def choose_plan(config: ModelConfig, dtype: str) -> Plan:
     """
     if jax.default_backend() != "cpu":
         # The host is idle while the device decodes: one more dispatch is queued meanwhile.
-        return Plan(dtype, dtype, Forms("plain", "whole"), decode_steps=16, dispatches=2)
+        return Plan(dtype, dtype, KernelChoice("plain", "whole"), decode_steps=16, max_in_flight=2)
     # Here host and device are the same cores: a chunk run ahead would hide nothing, and the one
     # after EOS is wasted.
     cache = "uint16" if dtype == "bfloat16" else dtype
     if has_kernels():
         # Chunks no longer than it takes to draw a few tokens: answers under way go on beside a long
         # prompt. Longer ones would read it no faster.
-        return Plan(dtype, cache, Forms("native", "native", "native"), (16, 32, 64, 128))
+        return Plan(dtype, cache, KernelChoice("native", "native", "native"), (16, 32, 64, 128))
     if dtype == "bfloat16":
-        return Plan(dtype, cache, Forms("two_rows", "blocks"))
+        return Plan(dtype, cache, KernelChoice("two_rows", "blocks"))
     if dtype == "float32" or _fits(6 * param_count(config)):
-        return Plan("float32", cache, Forms("plain", "blocks"))
-    return Plan(dtype, cache, Forms("blocked", "blocks"))
+        return Plan("float32", cache, KernelChoice("plain", "blocks"))
+    return Plan(dtype, cache, KernelChoice("blocked", "blocks"))
 
 
 def _fits(size: int) -> bool:

@@ -26,6 +26,13 @@ HEAD = 1024
 """Tokens to look through for a cut before all of the vocabulary is sorted."""
 
 
+TOP_LOGPROBS = 20
+"""The most likely tokens whose log-probabilities are returned: the limit of OpenAI's interface."""
+
+NO_TOKEN = -1
+"""Where a slot that is done emits no token, and where a request has no stop token."""
+
+
 class SamplingParams(NamedTuple):
     """What each row draws by: arrays, so that a change of values never recompiles."""
 

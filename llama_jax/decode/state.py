@@ -13,13 +13,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
-from llama_jax import cache as kv
-from llama_jax import sampling
 from llama_jax.config import ModelConfig
-from llama_jax.sampling import AnyArray
-
-NO_TOKEN = -1
-"""Stands where a row that is done emits nothing, and for "no stop token"."""
+from llama_jax.decode import sampling
+from llama_jax.decode.sampling import NO_TOKEN, AnyArray
+from llama_jax.nn import cache as kv
 
 
 class DecodeState(NamedTuple):
@@ -132,13 +129,13 @@ def copy_row(state: DecodeState, source: Int[Array, ""], target: Int[Array, ""])
     return state._replace(cache=kv.copy_row(state.cache, source, target))
 
 
-def take(state: DecodeState, rows: Int[Array, "n"]) -> DecodeState:
+def gather_rows(state: DecodeState, rows: Int[Array, "n"]) -> DecodeState:
     """Return some rows' entries, with the whole cache."""
     part = jax.tree.map(lambda a: a[rows], state._replace(cache=()))
     return part._replace(cache=state.cache)
 
 
-def put(state: DecodeState, part: DecodeState, rows: Int[Array, "n"]) -> DecodeState:
+def scatter_rows(state: DecodeState, part: DecodeState, rows: Int[Array, "n"]) -> DecodeState:
     """Put back what `take` took."""
     entries, new = state._replace(cache=()), part._replace(cache=())
     entries = jax.tree.map(lambda a, b: a.at[rows].set(b, unique_indices=True), entries, new)

@@ -13,13 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax import cache as kv
-from llama_jax import sampling
-from llama_jax.decode_state import NO_TOKEN, DecodeState, put, take
-from llama_jax.model import Llama, Params, forward
-
-TOP_LOGPROBS = 20
-"""Of so many of the likeliest tokens the probability is told: what OpenAI's interface asks for."""
+from llama_jax.decode import sampling
+from llama_jax.decode.sampling import NO_TOKEN, TOP_LOGPROBS
+from llama_jax.decode.state import DecodeState, gather_rows, scatter_rows
+from llama_jax.nn import cache as kv
+from llama_jax.nn.transformer import Params, Transformer, forward
 
 
 class Logprobs(NamedTuple):
@@ -32,7 +30,7 @@ class Logprobs(NamedTuple):
     top_ids: Int[Array, "*T n top"]
 
 
-class Drawn(NamedTuple):
+class StepOutputs(NamedTuple):
     """What some steps drew, one column per row that took part."""
 
     tokens: Int[Array, "*T n"]
@@ -42,7 +40,7 @@ class Drawn(NamedTuple):
 
 
 def prefill(
-    model: Llama,
+    model: Transformer,
     params: Params,
     state: DecodeState,
     row: Int[Array, ""],
@@ -51,11 +49,11 @@ def prefill(
     is_last: Bool[Array, ""],
     *,
     attend_len: int,
-) -> tuple[DecodeState, Drawn]:
+) -> tuple[DecodeState, StepOutputs]:
     """Read one chunk of a row's prompt; after the last, draw the row's first token.
 
     Args:
-        model, attend_len: static; see `Llama.__call__`.
+        model, attend_len: static; see `Transformer.__call__`.
         params: the model's parameters.
         state: donated.
         row: the row, admitted before.
@@ -66,7 +64,7 @@ def prefill(
     Returns:
         The state, and one step of one column: the first token if `is_last`.
     """
-    part = take(state, row[None])
+    part = gather_rows(state, row[None])
     logits, cache = forward(
         model,
         params,
@@ -81,7 +79,7 @@ def prefill(
 
 
 def prefill_scored(
-    model: Llama,
+    model: Transformer,
     params: Params,
     state: DecodeState,
     row: Int[Array, ""],
@@ -91,7 +89,7 @@ def prefill_scored(
     targets: Int[Array, "T"],
     *,
     attend_len: int,
-) -> tuple[DecodeState, Drawn, Logprobs]:
+) -> tuple[DecodeState, StepOutputs, Logprobs]:
     """Read a chunk as `prefill`, and say how likely each token of the prompt was.
 
     Args:
@@ -101,7 +99,7 @@ def prefill_scored(
     Returns:
         As `prefill`, and the logprobs [T, 1] of `targets`.
     """
-    part = take(state, row[None])
+    part = gather_rows(state, row[None])
     logits, cache = forward(
         model,
         params,
@@ -118,13 +116,13 @@ def prefill_scored(
 
 
 def decode_step(
-    model: Llama,
+    model: Transformer,
     params: Params,
     state: DecodeState,
     *,
     rows: Int[Array, "B"] | None = None,
     attend_len: int,
-) -> tuple[DecodeState, Drawn]:
+) -> tuple[DecodeState, StepOutputs]:
     """Feed every row its last token and draw the next.
 
     A row that is done computes along and changes nothing of its own but a slot of its cache that
@@ -146,14 +144,14 @@ def decode_step(
 
 
 def decode(
-    model: Llama,
+    model: Transformer,
     params: Params,
     state: DecodeState,
     rows: Int[Array, "n"] | None = None,
     *,
     num_steps: int,
     attend_len: int,
-) -> tuple[DecodeState, Drawn]:
+) -> tuple[DecodeState, StepOutputs]:
     """Run `num_steps` steps (static) as one scan: no host in between, whatever rows end.
 
     Args:
@@ -161,23 +159,23 @@ def decode(
             plus num_steps.
         params: the model's parameters.
         state: donated.
-        rows: the rows to compute, all different; None: all. See `Llama.__call__`.
+        rows: the rows to compute, all different; None: all. See `Transformer.__call__`.
 
     Returns:
         The state, and what each step drew.
     """
 
-    def step(part: DecodeState, _: None) -> tuple[DecodeState, Drawn]:
+    def step(part: DecodeState, _: None) -> tuple[DecodeState, StepOutputs]:
         return decode_step(model, params, part, rows=rows, attend_len=attend_len)
 
     if rows is None:
         return lax.scan(step, state, None, length=num_steps)
-    part, drawn = lax.scan(step, take(state, rows), None, length=num_steps)
-    return put(state, part, rows), drawn
+    part, drawn = lax.scan(step, gather_rows(state, rows), None, length=num_steps)
+    return scatter_rows(state, part, rows), drawn
 
 
 def score(
-    model: Llama,
+    model: Transformer,
     params: Params,
     cache: kv.KVCache,
     start: Int[Array, ""],
@@ -199,16 +197,16 @@ def _finish_chunk(
     logits: Float[Array, "1 V"],
     length: Int[Array, ""],
     is_last: Bool[Array, ""],
-) -> tuple[DecodeState, Drawn]:
+) -> tuple[DecodeState, StepOutputs]:
     """Move a row on past a chunk, and draw behind the last."""
     part = part._replace(positions=part.positions + length, done=jnp.logical_not(is_last)[None])
     part, drawn = _emit(part, logits, is_last[None])
-    return put(state, part, row[None]), jax.tree.map(lambda a: a[None], drawn)
+    return scatter_rows(state, part, row[None]), jax.tree.map(lambda a: a[None], drawn)
 
 
 def _emit(
     state: DecodeState, logits: Float[Array, "B V"], active: Bool[Array, "B"]
-) -> tuple[DecodeState, Drawn]:
+) -> tuple[DecodeState, StepOutputs]:
     """Draw a token for each active row; note it, and whether it ends the row."""
     drawn = sampling.sample(
         logits, state.sampling, state.steps, state.in_prompt, state.output_counts
@@ -226,7 +224,7 @@ def _emit(
     logprobs = lax.cond(
         jnp.any(active & state.wants_logprobs), _logprobs, _no_logprobs, logits, tokens
     )
-    return state, Drawn(jnp.where(active, tokens, NO_TOKEN), logprobs)
+    return state, StepOutputs(jnp.where(active, tokens, NO_TOKEN), logprobs)
 
 
 def _logprobs(logits: Float[Array, "B V"], tokens: Int[Array, "B"]) -> Logprobs:

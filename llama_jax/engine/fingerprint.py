@@ -7,11 +7,11 @@ import json
 
 import jax
 
-from llama_jax.checkpoint import Checkpoint
-from llama_jax.executor import Executor
-from llama_jax.kernels import instruction_set
-from llama_jax.sampling import SAMPLER_VERSION
+from llama_jax.decode.executor import Executor
+from llama_jax.decode.sampling import SAMPLER_VERSION
+from llama_jax.nn.cpu_kernels import instruction_set
 from llama_jax.version import __version__
+from llama_jax.weights.checkpoint import Checkpoint
 
 
 def fingerprint(checkpoint: Checkpoint, executor: Executor) -> str:
@@ -25,8 +25,8 @@ def fingerprint(checkpoint: Checkpoint, executor: Executor) -> str:
         "config": dataclasses.asdict(checkpoint.config),
         "dtype": checkpoint.dtype,
         "plan": plan._asdict(),
-        "sizes": None if plan.invariant else (executor.batch, executor.capacity),
-        "instructions": instruction_set() if plan.invariant else None,
+        "sizes": None if plan.batch_invariant else (executor.batch, executor.capacity),
+        "instructions": instruction_set() if plan.batch_invariant else None,
         "device": jax.devices()[0].device_kind,
         "sampler": SAMPLER_VERSION,
         "versions": {

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llama_jax.decode import Logprobs
-from llama_jax.decode_state import NO_TOKEN
-from llama_jax.request import GenerationRequest
-from llama_jax.result import FinishReason, Piece, Result, TokenLogprob
-from llama_jax.stop import StopCutter
-from llama_jax.tokenizer import EOS_ID, StreamDecoder, Tokenizer
+from llama_jax.decode.sampling import NO_TOKEN
+from llama_jax.decode.steps import Logprobs
+from llama_jax.engine.request import GenerationRequest
+from llama_jax.engine.result import FinishReason, Piece, Result, TokenLogprob
+from llama_jax.text.stop import StopCutter
+from llama_jax.text.tokenizer import EOS_ID, StreamDecoder, Tokenizer
 
 
 class Clock:
@@ -77,7 +77,7 @@ class Generation:
         return self._ended.is_set()
 
     @property
-    def wants_nothing(self) -> bool:
+    def is_empty(self) -> bool:
         """Whether it asks for no token, and for no word on its prompt's."""
         return self.request.max_tokens == 0 and not self.request.prompt_logprobs
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import jsonschema
 
-from llama_jax.chat import Message, check_dialog, encode_dialog
-from llama_jax.decode import TOP_LOGPROBS
+from llama_jax.decode.sampling import TOP_LOGPROBS
 from llama_jax.errors import InputError, one_line
-from llama_jax.tokenizer import BOS_ID, Tokenizer
+from llama_jax.text.chat import Message, check_dialog, encode_dialog
+from llama_jax.text.tokenizer import BOS_ID, Tokenizer
 
 PARAMETERS: dict[str, dict[str, Any]] = {
     "max_tokens": {"type": "integer", "minimum": 0, "default": 256},

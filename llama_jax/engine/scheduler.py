@@ -19,16 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax import sampling
-from llama_jax.decode import Drawn, Logprobs
-from llama_jax.decode_state import NO_TOKEN, DecodeState, make_admission
+from llama_jax.decode import sampling
+from llama_jax.decode.executor import Executor
+from llama_jax.decode.sampling import NO_TOKEN
+from llama_jax.decode.state import DecodeState, make_admission
+from llama_jax.decode.steps import Logprobs, StepOutputs
+from llama_jax.engine.generation import Clock, Generation, token_logprobs
+from llama_jax.engine.request import GenerationRequest
+from llama_jax.engine.result import FinishReason
+from llama_jax.engine.slots import Slot, assign_slot
 from llama_jax.errors import InputError
-from llama_jax.executor import Executor
-from llama_jax.generation import Clock, Generation, token_logprobs
-from llama_jax.request import GenerationRequest
-from llama_jax.result import FinishReason
-from llama_jax.slots import Slot, choose
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 
 class ContextError(InputError):
@@ -61,7 +62,7 @@ class Counts:
 
 
 @dataclasses.dataclass
-class _Reading:
+class _PrefillInProgress:
     """A prompt on its way into a slot."""
 
     slot: Slot
@@ -71,10 +72,10 @@ class _Reading:
 
 
 @dataclasses.dataclass
-class _Dispatched:
+class _InFlight:
     """Arrays that the device is working on, and whose they are."""
 
-    drawn: Drawn
+    drawn: StepOutputs
     columns: list[tuple[Slot, Generation, int]]
     prompt_logprobs: tuple[Generation, Logprobs, list[int]] | None = None
 
@@ -108,8 +109,8 @@ class Engine:
         self._clock = Clock()
         self._slots = [Slot(row) for row in range(executor.batch)]
         self._queue: collections.deque[Generation] = collections.deque()
-        self._reading: _Reading | None = None
-        self._dispatched: collections.deque[_Dispatched] = collections.deque()
+        self._reading: _PrefillInProgress | None = None
+        self._dispatched: collections.deque[_InFlight] = collections.deque()
         self._state: DecodeState | None = None
         self._admitted = itertools.count(1)
         self._turn_lock, self._submit_lock = threading.Lock(), threading.Lock()
@@ -177,7 +178,7 @@ class Engine:
         """Let `run` look again whether there is something to do."""
         self._work.set()
 
-    def step(self, unless: Callable[[], bool] = lambda: False) -> bool:
+    def step(self, skip_if: Callable[[], bool] = lambda: False) -> bool:
         """Do one turn of work; return whether there is more.
 
         A request that fails is ended by its error, and harms no other. If the device fails, all
@@ -188,7 +189,7 @@ class Engine:
                 is all that was waited for.
         """
         with self._turn_lock:
-            if unless():
+            if skip_if():
                 return True
             began, compiled = time.perf_counter(), self.executor.compiled.seconds
             self._turn_began = (began, compiled)
@@ -224,7 +225,7 @@ class Engine:
 
     def _end_early(self) -> None:
         """End what was cancelled, and what asks for no token: that needs no slot."""
-        for generation in [g for g in list(self._queue) if g.cancelled or g.wants_nothing]:
+        for generation in [g for g in list(self._queue) if g.cancelled or g.is_empty]:
             self._queue.remove(generation)
             self._end(generation, "cancelled" if generation.cancelled else "length")
         for slot in self._slots:
@@ -245,17 +246,17 @@ class Engine:
             budget -= size
             self._read_chunk(self._reading)
 
-    def _admit(self) -> _Reading | None:
+    def _admit(self) -> _PrefillInProgress | None:
         """Give the next request in the queue a slot, if there is one."""
         if self.running == len(self._slots) or not self._queue:
             return None
         generation = self._queue[0]
         request, prompt, run = generation.request, generation.prompt, self.executor
         reuse = self.reuse and not request.prompt_logprobs  # those need every token read
-        choice = choose(self._slots, prompt, run.plan.reuse_multiple if reuse else None)
+        choice = assign_slot(self._slots, prompt, run.plan.reuse_multiple if reuse else None)
         slot, start = choice.slot, choice.start
         # From here on it is the slot's: whatever fails below ends it, and does not lose it.
-        slot.generation, slot.asked, slot.used = generation, 0, next(self._admitted)
+        slot.generation, slot.num_dispatched, slot.last_used = generation, 0, next(self._admitted)
         self._queue.popleft()
         if choice.source is not slot:
             self._state = run.copy_row(self._take_state(), choice.source.row, slot.row)
@@ -283,9 +284,9 @@ class Engine:
         self.counts.prompt_tokens += len(prompt)
         self.counts.reused_tokens += start
         chunks = collections.deque(run.chunks(len(prompt), start))
-        return _Reading(slot, generation, chunks)
+        return _PrefillInProgress(slot, generation, chunks)
 
-    def _read_chunk(self, reading: _Reading) -> None:
+    def _read_chunk(self, reading: _PrefillInProgress) -> None:
         """Read one chunk of a prompt."""
         slot, generation, run = reading.slot, reading.generation, self.executor
         prompt, scored = generation.prompt, generation.request.prompt_logprobs
@@ -296,14 +297,14 @@ class Engine:
         if scored:
             self._state, drawn, logprobs = run.prefill_scored(*args)
             targets = prompt[start + 1 : start + size + 1]
-            dispatched = _Dispatched(drawn, columns, (generation, logprobs, targets))
+            dispatched = _InFlight(drawn, columns, (generation, logprobs, targets))
         else:
             self._state, drawn = run.prefill_chunk(*args)
-            dispatched = _Dispatched(drawn, columns)
+            dispatched = _InFlight(drawn, columns)
         # Read with scores, tokens may have other bits than those of a prompt that is only read.
-        slot.cached = prompt[: start + size] if run.plan.invariant or not scored else []
+        slot.cached = prompt[: start + size] if run.plan.batch_invariant or not scored else []
         if last:
-            slot.asked, self._reading = 1, None
+            slot.num_dispatched, self._reading = 1, None
         if columns or scored:
             self._push(dispatched)
 
@@ -312,7 +313,7 @@ class Engine:
         active = [
             slot
             for slot in self._slots
-            if slot.generation and 0 < slot.asked < slot.generation.request.max_tokens
+            if slot.generation and 0 < slot.num_dispatched < slot.generation.request.max_tokens
         ]
         if active:
             longest = max(slot.position for slot in active)
@@ -320,21 +321,21 @@ class Engine:
             self._state, drawn, computed = self.executor.decode(self._take_state(), rows, longest)
             columns = [(s, s.generation, computed.index(s.row)) for s in active if s.generation]
             for slot in active:
-                slot.asked += self.executor.plan.decode_steps
-            self._push(_Dispatched(drawn, columns))
+                slot.num_dispatched += self.executor.plan.decode_steps
+            self._push(_InFlight(drawn, columns))
         else:
             while self._dispatched:
                 self._receive(self._dispatched.popleft())
 
-    def _push(self, dispatched: _Dispatched) -> None:
+    def _push(self, dispatched: _InFlight) -> None:
         """Queue what was dispatched, and read what need not wait any longer."""
         self._dispatched.append(dispatched)
-        while len(self._dispatched) >= self.executor.plan.dispatches:
+        while len(self._dispatched) >= self.executor.plan.max_in_flight:
             self._receive(self._dispatched.popleft())
 
     # What the device gave.
 
-    def _receive(self, dispatched: _Dispatched) -> None:
+    def _receive(self, dispatched: _InFlight) -> None:
         """Wait for tokens, and hand them to their requests."""
         tokens = np.asarray(dispatched.drawn.tokens)
         self._tick()
@@ -379,7 +380,7 @@ class Engine:
         assert generation is not None
         if self._reading is not None and self._reading.slot is slot:
             self._reading = None
-        if self.executor.plan.invariant and slot.asked:
+        if self.executor.plan.batch_invariant and slot.num_dispatched:
             # Else tokens read one by one have other bits than those of a prompt.
             slot.cached = [*generation.prompt, *generation.tokens[:-1]]
         if generation.result is None or generation.result.finish_reason != "length":

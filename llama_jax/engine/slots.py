@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llama_jax.generation import Generation
+from llama_jax.engine.generation import Generation
 
 
 @dataclasses.dataclass
@@ -16,18 +16,18 @@ class Slot:
     """None: it is free."""
     cached: list[int] = dataclasses.field(default_factory=list)
     """The tokens that its cache holds and that a prompt may reuse."""
-    asked: int = 0
+    num_dispatched: int = 0
     """Tokens of its generation that were dispatched; 0 while the prompt is being read."""
-    used: int = 0
+    last_used: int = 0
     """When it was last given out, counted in generations."""
 
     @property
     def position(self) -> int:
         """The place in the cache of the last token that was dispatched."""
         assert self.generation is not None
-        return len(self.generation.prompt) + self.asked - 1
+        return len(self.generation.prompt) + self.num_dispatched - 1
 
-    def common(self, prompt: list[int]) -> int:
+    def common_prefix_len(self, prompt: list[int]) -> int:
         """Return how many of a prompt's first tokens its cache holds."""
         low, high = 0, min(len(self.cached), len(prompt))
         while low < high:  # by halves: lists are compared much faster than item by item
@@ -39,7 +39,7 @@ class Slot:
         return low
 
 
-class Choice(NamedTuple):
+class Placement(NamedTuple):
     """Where a prompt goes."""
 
     slot: Slot
@@ -50,7 +50,7 @@ class Choice(NamedTuple):
     """How many tokens that is."""
 
 
-def choose(slots: Sequence[Slot], prompt: list[int], multiple: int | None) -> Choice:
+def assign_slot(slots: Sequence[Slot], prompt: list[int], multiple: int | None) -> Placement:
     """Choose a slot for a prompt; one is free.
 
     What a free slot holds is used where it is if little else would be lost, and is else copied to
@@ -62,15 +62,15 @@ def choose(slots: Sequence[Slot], prompt: list[int], multiple: int | None) -> Ch
         multiple: of how many tokens a cache's beginning is reused; None: it is not.
     """
     free = [slot for slot in slots if slot.generation is None]
-    oldest = min(free, key=lambda slot: slot.used)
+    oldest = min(free, key=lambda slot: slot.last_used)
     if multiple is None:
-        return Choice(oldest, oldest, 0)
+        return Placement(oldest, oldest, 0)
     # Of equals a free one: from that, nothing need be copied.
-    held = {slot.row: slot.common(prompt) for slot in slots}
+    held = {slot.row: slot.common_prefix_len(prompt) for slot in slots}
     best = max(slots, key=lambda slot: (held[slot.row], slot.generation is None))
     common = min(held[best.row], len(prompt) - 1)  # one is read at least, for its logits
     start = common - common % multiple
     if start == 0:
-        return Choice(oldest, oldest, 0)
+        return Placement(oldest, oldest, 0)
     in_place = best.generation is None and len(best.cached) <= 2 * start
-    return Choice(best if in_place else oldest, best, start)
+    return Placement(best if in_place else oldest, best, start)

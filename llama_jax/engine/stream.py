@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from llama_jax.engine import Engine, QueueFullError
-from llama_jax.generation import Generation
-from llama_jax.result import Piece, Result
+from llama_jax.engine.generation import Generation
+from llama_jax.engine.result import Piece, Result
+from llama_jax.engine.scheduler import Engine, QueueFullError
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class Stream:
                 if self._generation.error is not None:
                     raise self._generation.error
                 return None
-            self._engine.step(unless=lambda: self._generation.done or self._generation.unread)
+            self._engine.step(skip_if=lambda: self._generation.done or self._generation.unread)
 
     @property
     def done(self) -> bool:
@@ -100,4 +100,4 @@ def finish_in_order(
                     waiting.append(submit())
                     submit = None
         else:  # with nothing of its own too: others may hold all the room
-            engine.step(unless=first_is_done)
+            engine.step(skip_if=first_is_done)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax import kernels, ops
-from llama_jax.cache import Slots
+from llama_jax.nn import cpu_kernels, ops
+from llama_jax.nn.cache import Slots
 
 BLOCK = 128
 """Cache slots that `in_blocks` takes at a time."""
@@ -113,7 +113,7 @@ def whole(
     return _ungroup_heads(_dot("bkgts,bksh->bkgth", weights.astype(v.dtype), v))
 
 
-FORMS = {"blocks": in_blocks, "whole": whole, "native": kernels.attention}
+IMPLEMENTATIONS = {"blocks": in_blocks, "whole": whole, "native": cpu_kernels.attention}
 """The forms by name."""
 
 

@@ -1,4 +1,4 @@
-"""Kernels for CPUs, written in C++ (kernels.cc) and called through `jax.ffi`.
+"""Kernels for CPUs, written in C++ (cpu_kernels.cc) and called through `jax.ffi`.
 
 They are built at installation where there is a compiler (setup.py), and optional: `has_kernels`
 says whether this process can use them.
@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt16
 
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2")
-"""What kernels.cc is compiled for, best first."""
+"""What cpu_kernels.cc is compiled for, best first."""
 
 INTERFACE = 2
-"""What kernels.cc must say; both change when the arguments of a kernel do."""
+"""What cpu_kernels.cc must say; both change when the arguments of a kernel do."""
 
 REMEDY = "install llama_jax again to have them"
 
@@ -104,7 +104,7 @@ def _register() -> str | None:
     """Register the best kernels that were built and that this CPU runs; return their name."""
     found = False
     for name in INSTRUCTION_SETS:
-        spec = importlib.util.find_spec(f"llama_jax._kernels_{name}")
+        spec = importlib.util.find_spec(f"llama_jax.nn._cpu_kernels_{name}")
         if spec is None or spec.origin is None:
             continue
         found = True

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt16
 
-from llama_jax import kernels
+from llama_jax.nn import cpu_kernels
 
 Linears = Callable[..., list[Array]]
 
@@ -41,7 +41,7 @@ def rms_norm(
     return x * scale * weight.astype(jnp.float32)[None, None, :]
 
 
-NORMS = {"plain": rms_norm, "native": kernels.rms_norm}
+NORM_IMPLEMENTATIONS = {"plain": rms_norm, "native": cpu_kernels.rms_norm}
 """The forms of the norm by name; `plan.py` chooses."""
 
 
@@ -84,7 +84,7 @@ def swiglu(
     Args:
         x: normalised activations.
         gate, up, down: weights, one row per output.
-        linears: multiplies the same rows by several weights; one of `projection.FORMS`.
+        linears: multiplies the same rows by several weights; one of `projection.IMPLEMENTATIONS`.
         to_float16: whether it rounds the rows to float16; see `projection.rounds_to_float16`.
     """
     gated, upped = linears(x, gate, up)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from llama_jax import kernels
+from llama_jax.nn import cpu_kernels
 
 BLOCK_BYTES = 2**21
 """Of a block of weights widened to float32: it stays in a core's cache."""
@@ -69,8 +69,8 @@ def rounds_to_float16(form: str, weight: Float[Array, "o i"]) -> bool:
     return weight.dtype == jnp.float16 and form not in ("native", "blocked")
 
 
-FORMS: dict[str, Callable[..., list[Array]]] = {
-    "native": kernels.linears,
+IMPLEMENTATIONS: dict[str, Callable[..., list[Array]]] = {
+    "native": cpu_kernels.linears,
     **{form.__name__: _one_by_one(form) for form in (plain, two_rows, blocked)},
 }
 """The forms by name: each multiplies the same rows by several weights, and returns a list."""

@@ -12,24 +12,24 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from llama_jax import attention, ops, projection
-from llama_jax import cache as kv
 from llama_jax.config import ModelConfig
+from llama_jax.nn import attention, ops, projection
+from llama_jax.nn import cache as kv
 
 Params = dict[str, Any]
 """A nested dict of arrays: `embed`, `layer_{i}/attention/{q,k,v,o}`, `layer_{i}/attention_norm`,
 `layer_{i}/feed_forward/{gate,up,down}`, `layer_{i}/ffn_norm`, `final_norm`, `lm_head`."""
 
 
-class Forms(NamedTuple):
+class KernelChoice(NamedTuple):
     """Which of several ways to compute the same mathematics; `plan.py` chooses."""
 
     projection: str = "plain"
-    """A key of `projection.FORMS`."""
+    """A key of `projection.IMPLEMENTATIONS`."""
     attention: str = "blocks"
-    """A key of `attention.FORMS`."""
+    """A key of `attention.IMPLEMENTATIONS`."""
     norm: str = "plain"
-    """A key of `ops.NORMS`."""
+    """A key of `ops.NORM_IMPLEMENTATIONS`."""
 
 
 _projection_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
@@ -41,11 +41,11 @@ class _Layer(nn.Module):
     config: ModelConfig
     dtype: DTypeLike = jnp.float32
     """The parameters'."""
-    forms: Forms = Forms()
+    kernels: KernelChoice = KernelChoice()
 
     def linears(self, x: Float[Array, "b T i"], *weights: Float[Array, "_ i"]) -> list[Array]:
         """Multiply the same rows by several weights."""
-        return projection.FORMS[self.forms.projection](x, *weights)
+        return projection.IMPLEMENTATIONS[self.kernels.projection](x, *weights)
 
     def weight(self, name: str, outputs: int, inputs: int) -> Float[Array, "outputs inputs"]:
         """Declare a projection."""
@@ -55,7 +55,7 @@ class _Layer(nn.Module):
         """Declare a norm's weight and apply it."""
         ones = nn.initializers.ones_init()
         weight = self.param(name, ones, (self.config.dim,), self.dtype)
-        return ops.NORMS[self.forms.norm](x, weight, self.config.norm_eps)
+        return ops.NORM_IMPLEMENTATIONS[self.kernels.norm](x, weight, self.config.norm_eps)
 
 
 class Attention(_Layer):
@@ -71,7 +71,7 @@ class Attention(_Layer):
         rows: Int[Array, "b"] | None,
         attend_len: int,
     ) -> tuple[Float[Array, "b T D"], kv.LayerCache]:
-        """Attend from T new tokens to all so far; arguments as in `Llama`."""
+        """Attend from T new tokens to all so far; arguments as in `Transformer`."""
         c = self.config
         batch, length, _ = x.shape
         positions = starts[:, None] + jnp.arange(length, dtype=starts.dtype)[None, :]
@@ -85,7 +85,7 @@ class Attention(_Layer):
         v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
 
         cache = kv.write(cache, k, v, starts, rows)
-        attend = attention.FORMS[self.forms.attention]
+        attend = attention.IMPLEMENTATIONS[self.kernels.attention]
         out = attend(q, cache.k, cache.v, positions, rows=rows, attend_len=attend_len)
         out = out.reshape(batch, length, -1)
         (out,) = self.linears(out, self.weight("o", c.dim, c.num_heads * c.head_dim))
@@ -101,7 +101,7 @@ class FeedForward(_Layer):
         c = self.config
         gate, up = self.weight("gate", c.ffn_dim, c.dim), self.weight("up", c.ffn_dim, c.dim)
         down = self.weight("down", c.dim, c.ffn_dim)
-        to_float16 = projection.rounds_to_float16(self.forms.projection, down)
+        to_float16 = projection.rounds_to_float16(self.kernels.projection, down)
         return ops.swiglu(x, gate, up, down, self.linears, to_float16=to_float16)
 
 
@@ -118,16 +118,16 @@ class Block(_Layer):
         rows: Int[Array, "b"] | None,
         attend_len: int,
     ) -> tuple[Float[Array, "b T D"], kv.LayerCache]:
-        """Run one layer; arguments as in `Llama`."""
-        attention = Attention(self.config, self.dtype, self.forms, name="attention")
-        feed_forward = FeedForward(self.config, self.dtype, self.forms, name="feed_forward")
+        """Run one layer; arguments as in `Transformer`."""
+        attention = Attention(self.config, self.dtype, self.kernels, name="attention")
+        feed_forward = FeedForward(self.config, self.dtype, self.kernels, name="feed_forward")
         normed = self.norm("attention_norm", x)
         attended, cache = attention(normed, starts, cache, rows=rows, attend_len=attend_len)
         x = x + attended
         return x + feed_forward(self.norm("ffn_norm", x)), cache
 
 
-class Llama(_Layer):
+class Transformer(_Layer):
     """A decoder-only transformer: token ids in, float32 logits and the grown cache out."""
 
     @nn.compact
@@ -162,7 +162,7 @@ class Llama(_Layer):
         x = ops.embed(tokens, embed)
         layers = []
         for i, layer_cache in enumerate(cache):
-            block = Block(c, self.dtype, self.forms, name=f"layer_{i}")
+            block = Block(c, self.dtype, self.kernels, name=f"layer_{i}")
             x, layer_cache = block(x, starts, layer_cache, rows=rows, attend_len=attend_len)
             layers.append(layer_cache)
         if last is not None:
@@ -174,7 +174,7 @@ class Llama(_Layer):
 
 
 def forward(
-    model: Llama,
+    model: Transformer,
     params: Params,
     tokens: Int[Array, "b T"],
     starts: Int[Array, "b"],
@@ -184,7 +184,7 @@ def forward(
     attend_len: int,
     last: Int[Array, "b"] | None = None,
 ) -> tuple[Float[Array, "b t V"], kv.KVCache]:
-    """Apply the model as a pure function of its parameters; see `Llama.__call__`."""
+    """Apply the model as a pure function of its parameters; see `Transformer.__call__`."""
     outputs: Any = model.apply(
         {"params": params}, tokens, starts, cache, rows=rows, attend_len=attend_len, last=last
     )
@@ -195,7 +195,7 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.floa
     """Draw random parameters: for training, tests and speed measurements at a real shape."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     cache = kv.init_cache(config, batch=1, capacity=1, dtype=dtype)
-    variables: Any = Llama(config, dtype).init(key, tokens, tokens[0], cache, attend_len=1)
+    variables: Any = Transformer(config, dtype).init(key, tokens, tokens[0], cache, attend_len=1)
     return variables["params"]
 
 

@@ -5,18 +5,18 @@ import json
 import logging
 from typing import Any
 
-from llama_jax.server.call import Call
+from llama_jax.server.request_log import RequestLog
 
 LOGGER = logging.getLogger("llama_jax.access")
 
 
-def write(call: Call) -> None:
+def write(call: RequestLog) -> None:
     """Log a call that is over."""
     if LOGGER.isEnabledFor(logging.INFO):
         LOGGER.info("%s", json.dumps(_line(call)))
 
 
-def _line(call: Call) -> dict[str, Any]:
+def _line(call: RequestLog) -> dict[str, Any]:
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         "request_id": call.id,

@@ -14,13 +14,15 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from llama_jax.llama import Llama
-from llama_jax.server import access_log, errors, openai, openapi, page, workers_ai
-from llama_jax.server.call import Call
-from llama_jax.server.gate import Gate
+from llama_jax.server import access_log, errors, page, workers_ai
+from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.metrics import Metrics
+from llama_jax.server.middleware import RequestMiddleware
+from llama_jax.server.openai import routes as openai
+from llama_jax.server.openapi import document as openapi
+from llama_jax.server.request_log import RequestLog
 from llama_jax.server.service import Service
 from llama_jax.server.settings import Settings
-from llama_jax.server.wire import JSONReply
 
 _ACCOUNT = "/client/v4/accounts/{account}"
 
@@ -47,11 +49,11 @@ def app_of(service: Service) -> Starlette:
         finally:
             service.stop()
 
-    def end(call: Call) -> None:
+    def end(call: RequestLog) -> None:
         metrics.observe(call)
         access_log.write(call)
 
-    middleware = [Middleware(Gate, settings, end)]
+    middleware = [Middleware(RequestMiddleware, settings, end)]
     if settings.allowed_origins:
         # Outside of the gate: its refusals too are to be read by these pages.
         cors = Middleware(
@@ -121,7 +123,7 @@ async def metrics(request: Request) -> Response:
 
 async def openapi_json(request: Request) -> Response:
     """GET /openapi.json: what this server takes and gives."""
-    return JSONReply(_document(workers_ai.service_of(request).settings.model))
+    return CompactJSONResponse(_document(workers_ai.service_of(request).settings.model))
 
 
 _document = functools.cache(openapi.document)

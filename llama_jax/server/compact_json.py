@@ -12,7 +12,7 @@ def encode(value: Any) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-class JSONReply(Response):
+class CompactJSONResponse(Response):
     """A whole answer."""
 
     media_type = "application/json"

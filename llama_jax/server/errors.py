@@ -7,9 +7,9 @@ front door, which come before any model is looked at, are the bare text and have
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from llama_jax.engine import ContextError, QueueFullError
+from llama_jax.engine.scheduler import ContextError, QueueFullError
 from llama_jax.errors import InputError
-from llama_jax.server.wire import JSONReply
+from llama_jax.server.compact_json import CompactJSONResponse
 
 
 class Kind(NamedTuple):
@@ -107,9 +107,9 @@ class ApiError(Exception):
             },
         }
 
-    def reply(self, request_id: str) -> JSONReply:
+    def reply(self, request_id: str) -> CompactJSONResponse:
         """Return the whole response."""
-        return JSONReply(self.body(request_id), self.kind.status, self.headers)
+        return CompactJSONResponse(self.body(request_id), self.kind.status, self.headers)
 
 
 def to_api_error(error: Exception) -> ApiError:

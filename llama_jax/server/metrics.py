@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from llama_jax.llama import Llama
-from llama_jax.server.call import Call
+from llama_jax.server.request_log import RequestLog
 
 _PREFIX = "llama_jax:"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -61,7 +61,7 @@ class Metrics:
         """Return everything in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def observe(self, call: Call) -> None:
+    def observe(self, call: RequestLog) -> None:
         """Count a call that is over."""
         status = "none" if call.status is None else str(call.status)
         method = call.method if call.method in _METHODS else "other"  # a client may send any word

@@ -1,4 +1,4 @@
-"""Gate: what every request passes, whatever it asks for.
+"""RequestMiddleware: what every request passes, whatever it asks for.
 
 In this order: a call is made for it, who sends it is checked, its body is read, and it is answered
 for as long as its client is there. Whatever goes wrong is told the client in one form, and the call
@@ -13,8 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_jax.server import errors
 from llama_jax.server.auth import OPEN_PATHS, check_page, check_token
-from llama_jax.server.call import Call
 from llama_jax.server.errors import ApiError
+from llama_jax.server.request_log import RequestLog
 from llama_jax.server.settings import Settings
 
 _READING_S = 60
@@ -24,11 +24,11 @@ _THROWN_AWAY = 4
 """How often its limit a body may hold if it is to be read to its end before it is refused."""
 
 
-class HungUpError(Exception):
+class ClientDisconnectedError(Exception):
     """The client went away."""
 
 
-class Gate:
+class RequestMiddleware:
     """ASGI middleware around all routes.
 
     Args:
@@ -37,14 +37,14 @@ class Gate:
         on_end: called with each call when it is over.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, on_end: Callable[[Call], None]):
+    def __init__(self, app: ASGIApp, settings: Settings, on_end: Callable[[RequestLog], None]):
         self._app, self._settings, self._on_end = app, settings, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        call = Call(scope["method"], scope["path"])
+        call = RequestLog(scope["method"], scope["path"])
         scope["llama_jax.call"] = call
 
         async def send_noting(message: Message) -> None:
@@ -55,7 +55,7 @@ class Gate:
 
         try:
             await self._answer(scope, receive, send_noting)
-        except HungUpError:
+        except ClientDisconnectedError:
             call.disconnected = True
         except Exception as error:
             refusal = call.fail(error)
@@ -96,7 +96,7 @@ async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise HungUpError
+            raise ClientDisconnectedError
         part = message.get("body", b"")
         size += len(part)
         more = message.get("more_body", False)
@@ -125,7 +125,7 @@ async def _while_connected(answering: Awaitable[None], receive: Receive) -> None
     """Await an answer, and cancel it as soon as its client hangs up.
 
     Raises:
-        HungUpError: it did.
+        ClientDisconnectedError: it did.
         Exception: what the answer raised.
     """
     answer = asyncio.ensure_future(answering)
@@ -138,7 +138,7 @@ async def _while_connected(answering: Awaitable[None], receive: Receive) -> None
         hang_up.cancel()
         await asyncio.gather(answer, hang_up, return_exceptions=True)
     if not over:
-        raise HungUpError
+        raise ClientDisconnectedError
     await answer
 
 

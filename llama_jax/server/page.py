@@ -9,7 +9,7 @@ from html import escape
 
 from starlette.responses import HTMLResponse
 
-from llama_jax import card
+from llama_jax.card import schemas as card
 
 _PATH = pathlib.Path(__file__).parent / "page" / "index.html"
 

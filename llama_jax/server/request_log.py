@@ -1,4 +1,4 @@
-"""Call: one HTTP request, and what becomes known of it while it is answered."""
+"""RequestLog: one HTTP request, and what becomes known of it while it is answered."""
 
 import dataclasses
 import logging
@@ -7,14 +7,14 @@ import uuid
 
 from starlette.types import Scope
 
-from llama_jax.result import Result
+from llama_jax.engine.result import Result
 from llama_jax.server.errors import INTERNAL, ApiError, to_api_error
 
 _LOGGER = logging.getLogger("llama_jax.server")
 
 
 @dataclasses.dataclass
-class Call:
+class RequestLog:
     """What the access log and the metrics want to know of a request."""
 
     method: str
@@ -54,7 +54,7 @@ class Call:
             return None
         return (self.last_text_s - self.first_text_s) / (len(self.results[0].tokens) - 1)
 
-    def tokens_came(self, count: int) -> None:
+    def record_tokens(self, count: int) -> None:
         """Note that there are new tokens."""
         self.completion_tokens += count
         self.last_text_s = self.duration_s
@@ -69,6 +69,6 @@ class Call:
         return self.error
 
 
-def call_of(scope: Scope) -> Call:
+def request_log_of(scope: Scope) -> RequestLog:
     """Return the call that the gate made for a request."""
     return scope["llama_jax.call"]

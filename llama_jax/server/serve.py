@@ -24,7 +24,7 @@ from llama_jax.server.settings import Settings
 
 _BACKLOG = 2048
 _LAST_PORT = 65535
-_LAST_WORDS_S = 5
+_FLUSH_S = 5
 """For answers that were broken off to reach their clients."""
 
 _KEEP_ALIVE_S = 75
@@ -140,7 +140,7 @@ class _Server(uvicorn.Server):
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=math.ceil(settings.drain_s) + _LAST_WORDS_S,
+            timeout_graceful_shutdown=math.ceil(settings.drain_s) + _FLUSH_S,
         )
         super().__init__(config)
         self._service, self._listener = service, listener
@@ -164,14 +164,14 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handle signals meanwhile; uvicorn's own would raise them once more at the end."""
-        before = {number: signal.signal(number, self._told) for number in _SIGNALS}
+        before = {number: signal.signal(number, self._handle_signal) for number in _SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _told(self, _number: int, _frame: object) -> None:
+    def _handle_signal(self, _number: int, _frame: object) -> None:
         """Stop; told twice, at once."""
         self._service.drain()
         if self.should_exit:

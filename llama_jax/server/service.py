@@ -8,12 +8,12 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from llama_jax.generation import Generation
+from llama_jax.engine.generation import Generation
+from llama_jax.engine.request import GenerationRequest
+from llama_jax.engine.result import Piece, Result
 from llama_jax.llama import Llama
-from llama_jax.request import GenerationRequest
-from llama_jax.result import Piece, Result
-from llama_jax.server.call import Call
 from llama_jax.server.errors import UNAVAILABLE, ApiError
+from llama_jax.server.request_log import RequestLog
 from llama_jax.server.settings import Settings
 
 MAX_ANSWERS = 256
@@ -90,7 +90,7 @@ class Service:
         if self._thread.is_alive():
             self._thread.join()
 
-    async def answer(self, call: Call, requests: Sequence[GenerationRequest]) -> "Answers":
+    async def answer(self, call: RequestLog, requests: Sequence[GenerationRequest]) -> "Answers":
         """Submit the requests of one call: all of them or none.
 
         Raises:
@@ -134,7 +134,7 @@ class Answers:
         deadline: when its time is up, on the clock of `time.perf_counter`.
     """
 
-    def __init__(self, call: Call, deadline: float):
+    def __init__(self, call: RequestLog, deadline: float):
         self._call, self._deadline = call, deadline
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
         self._generations: list[Generation] = []
@@ -181,7 +181,7 @@ class Answers:
                 for number, generation in list(waiting.items()):
                     done = generation.done  # asked first: the last piece comes before the end
                     if (piece := _take_all(generation)) is not None:
-                        self._call.tokens_came(len(piece.tokens))
+                        self._call.record_tokens(len(piece.tokens))
                         yield number, piece
                     if done:
                         del waiting[number]

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from llama_jax import card
+from llama_jax.card import schemas as card
 from llama_jax.errors import InputError, one_line
 
 

@@ -7,9 +7,9 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from llama_jax.request import GenerationRequest
-from llama_jax.server.call import Call
-from llama_jax.server.wire import encode
+from llama_jax.engine.request import GenerationRequest
+from llama_jax.server.compact_json import encode
+from llama_jax.server.request_log import RequestLog
 
 Events = AsyncGenerator[bytes, None]
 
@@ -22,14 +22,14 @@ def event(value: Any) -> bytes:
 
 
 async def start_stream(
-    call: Call, events: Events, requests: Sequence[GenerationRequest]
+    call: RequestLog, events: Events, requests: Sequence[GenerationRequest]
 ) -> "EventStream":
     """Wait for the first event: what goes wrong before it is an ordinary error."""
     seeds = [request.seed for request in requests]
     return EventStream(_tell_errors(call, await anext(events), events), seeds)
 
 
-async def _tell_errors(call: Call, first: bytes, events: Events) -> Events:
+async def _tell_errors(call: RequestLog, first: bytes, events: Events) -> Events:
     """Pass events on; an error in their midst is the last one, and there is no [DONE]."""
     async with contextlib.aclosing(events):
         yield first

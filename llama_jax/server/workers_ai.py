@@ -8,15 +8,16 @@ from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama_jax import card, contract
+from llama_jax.card import contract
+from llama_jax.card import schemas as card
+from llama_jax.engine.request import GenerationRequest
+from llama_jax.engine.result import Result
 from llama_jax.errors import InputError
-from llama_jax.request import GenerationRequest
-from llama_jax.result import Result
-from llama_jax.server.call import call_of
+from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.errors import NO_MODEL, ApiError
+from llama_jax.server.request_log import request_log_of
 from llama_jax.server.service import Answers, Service
 from llama_jax.server.sse import DONE, Events, event, start_stream
-from llama_jax.server.wire import JSONReply
 
 MAX_PAGE = 2**31
 MAX_PER_PAGE = 100
@@ -27,7 +28,7 @@ _TASK = "Text Generation"
 
 async def run(request: Request) -> Response:
     """POST .../ai/run/{model}: generate."""
-    service, call = service_of(request), call_of(request.scope)
+    service, call = service_of(request), request_log_of(request.scope)
     check_model(service, request.path_params["model"])
     body = await request.body()
     asked, generation = await asyncio.to_thread(_parse, body)
@@ -36,7 +37,7 @@ async def run(request: Request) -> Response:
     if asked.stream:
         return await start_stream(call, _events(answers, notes), [generation])
     [result] = await answers.results()
-    return envelope({"response": result.response, "tool_calls": [], **_ending(result)}, notes)
+    return envelope({"response": result.response, "tool_calls": [], **_metadata(result)}, notes)
 
 
 async def search_models(request: Request) -> Response:
@@ -61,7 +62,9 @@ async def read_schema(request: Request) -> Response:
         raise InputError("model is missing, expected its name in the query: ?model=NAME")
     check_model(service_of(request), request.query_params["model"])
     schemas = b'{"input":' + card.INPUT_SCHEMA + b',"output":' + card.OUTPUT_SCHEMA + b"}"
-    return JSONReply(b'{"result":' + schemas + b',"success":true,"errors":[],"messages":[]}')
+    return CompactJSONResponse(
+        b'{"result":' + schemas + b',"success":true,"errors":[],"messages":[]}'
+    )
 
 
 def service_of(request: Request) -> Service:
@@ -75,9 +78,9 @@ def check_model(service: Service, name: str) -> None:
         raise ApiError(NO_MODEL, name, param="model")
 
 
-def envelope(result: Any, messages: list[dict[str, Any]], **more: Any) -> JSONReply:
+def envelope(result: Any, messages: list[dict[str, Any]], **more: Any) -> CompactJSONResponse:
     """Return a success as Cloudflare's API wraps it."""
-    return JSONReply(
+    return CompactJSONResponse(
         {"result": result, "success": True, "errors": [], "messages": messages, **more}
     )
 
@@ -96,14 +99,14 @@ async def _events(answers: Answers, notes: list[dict[str, Any]]) -> Events:
     async with contextlib.aclosing(answers.stream()) as parts:
         async for _, part in parts:
             if isinstance(part, Result):
-                ending: dict[str, Any] = {"response": "", **_ending(part)}
+                ending: dict[str, Any] = {"response": "", **_metadata(part)}
                 yield event(ending | {"messages": notes} if notes else ending)
             elif part.text:
                 yield event({"response": part.text})
     yield DONE
 
 
-def _ending(result: Result) -> dict[str, Any]:
+def _metadata(result: Result) -> dict[str, Any]:
     """Return what there is to say beside the text."""
     return {
         "usage": result.usage,

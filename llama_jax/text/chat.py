@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from llama_jax.errors import InputError, one_line
-from llama_jax.tokenizer import BOS_ID, EOS_ID, Tokenizer, is_text
+from llama_jax.text.tokenizer import BOS_ID, EOS_ID, Tokenizer, is_text
 
 _CONTROL_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 _ROLES = ("system", "user", "assistant")

@@ -17,7 +17,7 @@ def check_absent(path: str | pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def draft(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+def atomic_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """Make a folder that is renamed to `path` once the block has filled it, and else removed.
 
     It lies beside `path` under one name: what a killed process left, the next one removes.

@@ -20,12 +20,18 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
-from llama_jax.draft import draft
 from llama_jax.errors import InputError, one_line
-from llama_jax.manifest import NAME, array_digest, check_files, read_manifest, write_manifest
-from llama_jax.model import Params, param_shapes
-from llama_jax.shards import Tensor, by_path, group, nest, read_shard, write_shard
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.nn.transformer import Params, param_shapes
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.weights.atomic_directory import atomic_directory
+from llama_jax.weights.manifest import (
+    NAME,
+    array_digest,
+    check_files,
+    read_manifest,
+    write_manifest,
+)
+from llama_jax.weights.shards import Tensor, by_path, group, nest, read_shard, write_shard
 
 DTYPES = ("float16", "bfloat16", "float32")
 SHARD_BYTES = 2**27
@@ -66,7 +72,7 @@ def save_checkpoint(
         InputError: `path` exists, or another process is writing it.
         OSError: it cannot be written: a full disk, no permission.
     """
-    with draft(path) as folder:
+    with atomic_directory(path) as folder:
         rows: dict[str, dict[str, Any]] = {}
         dtypes = set()
         names = (f"{i:05}" for i in itertools.count())  # enumerate would hold on to the shard

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.errors import InputError, one_line
-from llama_jax.files import read_json
+from llama_jax.strict_json import read_json
 from llama_jax.version import __version__
 
 FORMAT_VERSION = 2

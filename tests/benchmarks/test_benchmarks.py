@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import pathlib
 import re
 import shutil
 import signal
@@ -23,9 +22,9 @@ from benchmarks.limits import Limits, median
 from benchmarks.model_cost import decode_cost, kv_bytes, params_read, prefill_cost, total_params
 from benchmarks.report import table
 from benchmarks.shapes import SHAPES, load_shape
-from llama_jax.model import param_shapes
+from llama_jax.nn.transformer import param_shapes
+from tests.helpers import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 SMALL = ["--shape=demo", "--dtype=float32", "--batch=1", "--prompt_len=16", "--context=32"]
 SMALL += ["--new_tokens=8", "--rounds=1", "--name=small"]
 

@@ -7,7 +7,6 @@ import importlib.util
 import io
 import itertools
 import json
-import pathlib
 import re
 import subprocess
 import sys
@@ -34,8 +33,8 @@ from benchmarks.load.server import running
 from benchmarks.load.stats import percentile, summarise
 from benchmarks.shapes import load_shape
 from benchmarks.worker import EngineError
+from tests.helpers import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 REQUEST = encode("/v1/completions", {"prompt": [5], "stream": True})
 
 
@@ -304,7 +303,7 @@ def test_prompts_begin_differently():
 
 
 def test_a_token_is_a_character(tmp_path):
-    from llama_jax.tokenizer import StreamDecoder, Tokenizer
+    from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
 
     path = tmp_path / "tokenizer.model"
     vocabulary.write_sentencepiece(path, 1024)

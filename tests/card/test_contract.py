@@ -2,7 +2,6 @@ import contextlib
 import hashlib
 import json
 import math
-import pathlib
 from typing import Any
 
 import pytest
@@ -10,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax import InputError
-from llama_jax.card import INPUT_SCHEMA, OUTPUT_SCHEMA
-from llama_jax.contract import CardRequest, SchemaError, check, parse_body
-from llama_jax.request import PARAMETERS
+from llama_jax.card.contract import CardRequest, SchemaError, check, parse_body
+from llama_jax.card.schemas import INPUT_SCHEMA, OUTPUT_SCHEMA
+from llama_jax.engine.request import PARAMETERS
+from tests.helpers import ROOT
 
-RECORD = json.loads((pathlib.Path(__file__).parent / "data" / "cabidela.json").read_text("utf-8"))
+RECORD = json.loads((ROOT / "tests" / "data" / "cabidela.json").read_text("utf-8"))
 BRANCHES = json.loads(INPUT_SCHEMA)["oneOf"]
 FIELDS = {name: schema for branch in BRANCHES for name, schema in branch["properties"].items()}
 HI = {"role": "user", "content": "hi"}

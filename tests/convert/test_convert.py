@@ -9,10 +9,17 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-from sources import (
+
+from convert import huggingface, names
+from convert.__main__ import main
+from llama_jax.config import ModelConfig
+from llama_jax.errors import InputError
+from llama_jax.nn.transformer import param_shapes
+from llama_jax.weights.checkpoint import load_checkpoint
+from tests.helpers import ROOT
+from tests.helpers.sources import (
     DAMAGE,
     GQA,
-    ROOT,
     TIED,
     assert_damage_is_named,
     assert_same,
@@ -24,13 +31,6 @@ from sources import (
     read_hf,
     write_hf,
 )
-
-from convert import huggingface, names
-from convert.__main__ import main
-from llama_jax.checkpoint import load_checkpoint
-from llama_jax.config import ModelConfig
-from llama_jax.errors import InputError
-from llama_jax.model import param_shapes
 
 
 def test_names_cover_exactly_the_models_parameters():

@@ -12,13 +12,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from sources import CONFIG_JSON, GQA, MHA, ROOT, TIED, hf_name, random_weights
-from test_parity import BOS, PUBLISHED
 
 from convert import export
 from convert.__main__ import main
-from llama_jax import Llama, manifest
-from llama_jax.checkpoint import Tensor, load_checkpoint, save_checkpoint
+from llama_jax import Llama
+from llama_jax.weights import manifest
+from llama_jax.weights.checkpoint import Tensor, load_checkpoint, save_checkpoint
+from tests.helpers import ROOT
+from tests.helpers.sources import CONFIG_JSON, GQA, MHA, TIED, hf_name, random_weights
+from tests.helpers.stories import BOS, PUBLISHED
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 OTHER = {"rope_theta": 50_000.0, "norm_eps": 1e-4, "max_seq_len": 96}  # no reader's defaults
@@ -40,7 +42,7 @@ def saved(path: pathlib.Path, config=GQA, dtype=np.float32, tokenizer=None) -> p
     return path
 
 
-def damaged(path: pathlib.Path) -> pathlib.Path:
+def corrupted(path: pathlib.Path) -> pathlib.Path:
     """Give a checkpoint another's tensors: what Orbax itself would restore without a word."""
     weights = random_weights(GQA)
     weights["layer_1/attention/v"][2, 3] += 1
@@ -163,7 +165,7 @@ def test_an_existing_folder_is_never_written_to(tmp_path, capsys):
 
 
 def test_damage_is_named_and_nothing_exported(tmp_path, capsys):
-    bad = damaged(saved(tmp_path / "bad"))
+    bad = corrupted(saved(tmp_path / "bad"))
     load_checkpoint(bad)  # sizes and small files are right
     for command in (["verify", bad], ["export-hf", bad, tmp_path / "out"]):
         assert run(*command) == 2
@@ -188,7 +190,7 @@ def test_verify_says_the_root(tmp_path, capsys):
 def test_run_verifies_when_asked(tmp_path, harm):
     path = saved(tmp_path / "first")
     if harm:
-        damaged(path)
+        corrupted(path)
     done = subprocess.run(
         [
             *(sys.executable, "run.py", f"--checkpoint={path}", "--verify", "--prompt_tokens=1,5"),

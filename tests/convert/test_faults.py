@@ -18,15 +18,25 @@ import types
 import jax
 import numpy as np
 import pytest
-from sources import GQA, ROOT, assert_same, flat, random_weights, read_hf, write_hf
-from test_tensors import INDEX, write_bin
 
 from convert import __main__ as cli
 from convert import published
-from llama_jax import ModelConfig, checkpoint, manifest
-from llama_jax.checkpoint import Tensor, load_checkpoint, save_checkpoint, verify_checkpoint
-from llama_jax.draft import draft
+from llama_jax import ModelConfig
 from llama_jax.errors import InputError
+from llama_jax.weights import checkpoint, manifest
+from llama_jax.weights.atomic_directory import atomic_directory
+from llama_jax.weights.checkpoint import Tensor, load_checkpoint, save_checkpoint, verify_checkpoint
+from tests.helpers import ROOT
+from tests.helpers.sources import (
+    BIN_INDEX,
+    GQA,
+    assert_same,
+    flat,
+    random_weights,
+    read_hf,
+    write_bin,
+    write_hf,
+)
 
 
 def convert(*arguments) -> int:
@@ -80,7 +90,7 @@ def big(tmp_path_factory):
 
 def kill_while_writing(big: pathlib.Path, folder: pathlib.Path, shards: int, delay: float) -> bool:
     """Kill a conversion once it has begun so many shards; tell whether it was still writing."""
-    setting = f"import llama_jax.checkpoint as c; c.SHARD_BYTES = {SHARD}"
+    setting = f"import llama_jax.weights.checkpoint as c; c.SHARD_BYTES = {SHARD}"
     process = subprocess_convert(setting, "hf", big, folder / "new")
     params = folder / ".new.partial" / "new" / "params"
     while process.poll() is None:
@@ -126,10 +136,10 @@ def test_a_killed_conversion_leaves_a_whole_checkpoint_or_none(big, tmp_path, mo
 
 def test_of_two_writers_the_second_is_refused(tmp_path):
     path = tmp_path / "out"
-    with draft(path) as folder:
+    with atomic_directory(path) as folder:
         (folder / "first").touch()
         with pytest.raises(InputError, match="out is being written by another process"):  # noqa: SIM117
-            with draft(path):
+            with atomic_directory(path):
                 pass
         said = []
 
@@ -152,7 +162,7 @@ def test_a_stranger_that_takes_the_place_is_not_overwritten(tmp_path):
     path = tmp_path / "out"
 
     def write():
-        with draft(path) as folder:
+        with atomic_directory(path) as folder:
             (folder / "ours").touch()
             path.mkdir()
 
@@ -302,7 +312,7 @@ def test_another_models_tokenizer_is_refused(saved, assets):
 
 KINDS = [
     pytest.param(write_hf, "model-*.safetensors", "model.safetensors.index.json", id="safetensors"),
-    pytest.param(write_bin, "*.bin", INDEX, id="bin", marks=pytest.mark.parity),
+    pytest.param(write_bin, "*.bin", BIN_INDEX, id="bin", marks=pytest.mark.parity),
 ]
 
 
@@ -437,7 +447,7 @@ def test_a_list_of_something_else_is_refused(tmp_path, line):
 
 @pytest.mark.parity
 def test_the_cli_compares_what_is_published(tmp_path, weights, tokenizer, capsys):
-    from test_convert_meta import meta_shards, write_meta
+    from tests.helpers.meta_sources import meta_shards, write_meta
 
     folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, 2))
     shards = [f"consolidated.{i:02}.pth" for i in range(2)]

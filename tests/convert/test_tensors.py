@@ -10,42 +10,28 @@ import weakref
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
-from sources import GQA, Weights, flat, random_weights, read_hf, write_hf
 
 from convert.__main__ import main
-from llama_jax import checkpoint
-from llama_jax.checkpoint import Tensor, load_checkpoint, save_checkpoint
 from llama_jax.errors import InputError
-from llama_jax.manifest import read_manifest, root_digest
+from llama_jax.weights import checkpoint
+from llama_jax.weights.checkpoint import Tensor, load_checkpoint, save_checkpoint
+from llama_jax.weights.manifest import read_manifest, root_digest
+from tests.helpers.sources import (
+    GQA,
+    flat,
+    random_weights,
+    read_hf,
+    write_bin,
+    write_hf,
+)
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-INDEX = "pytorch_model.bin.index.json"
 
 
 def converted(source: pathlib.Path, out: pathlib.Path, *arguments: str, layout: str = "hf") -> dict:
     """Convert a source; return the manifest."""
     assert main([layout, str(source), str(out), *arguments]) == 0
     return read_manifest(out)
-
-
-def write_bin(folder: pathlib.Path, weights: Weights, shards: int = 1, **config) -> pathlib.Path:
-    """Write a source as transformers did before it had safetensors."""
-    import torch
-    from test_convert_meta import as_torch
-
-    write_hf(folder, weights, shards, **config)
-    index = folder / "model.safetensors.index.json"
-    if shards > 1:
-        text = index.read_text().replace('"model-', '"pytorch_model-')
-        (folder / INDEX).write_text(text.replace(".safetensors", ".bin"))
-        index.unlink()
-    for file in folder.glob("*.safetensors"):
-        arrays = safetensors.numpy.load_file(file)
-        named = {name: as_torch(array) for name, array in arrays.items()}
-        torch.save(named, folder / f"pytorch_{file.stem}.bin")
-        file.unlink()
-    return folder
 
 
 def digest(content: bytes) -> str:
@@ -58,7 +44,7 @@ def digest(content: bytes) -> str:
 @pytest.mark.parity
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_kind_of_file_gives_the_same_root(tmp_path, dtype):
-    from test_convert_meta import meta_shards, write_meta
+    from tests.helpers.meta_sources import meta_shards, write_meta
 
     weights = random_weights(GQA, DTYPES[dtype])
     ranks = meta_shards(weights, GQA, 2)
@@ -261,7 +247,8 @@ def test_rows_say_where_each_tensor_came_from(tmp_path):
 
 @pytest.mark.parity
 def test_rows_name_every_shard_of_metas(tmp_path, weights):
-    from test_convert_meta import meta_name, meta_shards, write_meta
+    from tests.helpers.meta_sources import meta_shards, write_meta
+    from tests.helpers.sources import meta_name
 
     ranks = meta_shards(weights, GQA, 2)
     folder = write_meta(tmp_path / "meta", ranks)

@@ -8,9 +8,9 @@ import sys
 import jax
 import pytest
 
-from llama_jax import compile_cache
+from llama_jax.decode import compile_cache
+from tests.helpers import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 GENERATE = """
 import jax
 from llama_jax import Llama

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import llama, plan, sampling
-from llama_jax.cache import init_cache
+from llama_jax import llama
 from llama_jax.config import ModelConfig
-from llama_jax.decode_state import make_admission
-from llama_jax.engine import Engine
-from llama_jax.executor import Executor
-from llama_jax.model import Forms, Llama, forward, param_shapes
-from llama_jax.plan import Plan, choose_plan
+from llama_jax.decode import plan, sampling
+from llama_jax.decode.executor import Executor
+from llama_jax.decode.plan import Plan, choose_plan
+from llama_jax.decode.state import make_admission
+from llama_jax.engine.scheduler import Engine
+from llama_jax.nn.cache import init_cache
+from llama_jax.nn.transformer import KernelChoice, Transformer, forward, param_shapes
 
 CONFIG = ModelConfig(
     vocab_size=1000,
@@ -28,13 +29,13 @@ CONFIG = ModelConfig(
     rope_theta=10000.0,
     max_seq_len=640,
 )
-NATIVE = Forms("native", "native", "native")
+NATIVE = KernelChoice("native", "native", "native")
 MOVES = ("copy", "convert", "transpose")
 CPU_PLANS = [
-    ("float32", Plan("float32", "float32", Forms("plain", "blocks"))),
-    ("float16", Plan("float16", "float16", Forms("blocked", "blocks"))),
-    ("float16", Plan("float32", "float16", Forms("plain", "blocks"))),
-    ("bfloat16", Plan("bfloat16", "uint16", Forms("two_rows", "blocks"))),
+    ("float32", Plan("float32", "float32", KernelChoice("plain", "blocks"))),
+    ("float16", Plan("float16", "float16", KernelChoice("blocked", "blocks"))),
+    ("float16", Plan("float32", "float16", KernelChoice("plain", "blocks"))),
+    ("bfloat16", Plan("bfloat16", "uint16", KernelChoice("two_rows", "blocks"))),
     ("float32", Plan("float32", "float32", NATIVE)),
     ("float16", Plan("float16", "float16", NATIVE)),
     ("bfloat16", Plan("bfloat16", "uint16", NATIVE)),
@@ -69,21 +70,21 @@ def test_without_kernels_float16_is_widened_where_it_fits(this_cpu):
     assert choose_plan(CONFIG, "float16").weights == "float32"
     this_cpu(kernels=False, memory=9 * parameters)
     assert choose_plan(CONFIG, "float16").weights == "float16"
-    assert choose_plan(CONFIG, "float16").forms == Forms("blocked", "blocks")
-    assert choose_plan(CONFIG, "bfloat16").forms == Forms("two_rows", "blocks")
-    assert choose_plan(CONFIG, "float32").forms == Forms("plain", "blocks")
+    assert choose_plan(CONFIG, "float16").kernels == KernelChoice("blocked", "blocks")
+    assert choose_plan(CONFIG, "bfloat16").kernels == KernelChoice("two_rows", "blocks")
+    assert choose_plan(CONFIG, "float32").kernels == KernelChoice("plain", "blocks")
 
 
 def test_an_accelerator_runs_ahead(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     chosen = choose_plan(CONFIG, "bfloat16")
-    assert chosen.forms == Forms("plain", "whole")
+    assert chosen.kernels == KernelChoice("plain", "whole")
     assert (chosen.weights, chosen.cache) == ("bfloat16", "bfloat16")
-    assert chosen.dispatches == 2
+    assert chosen.max_in_flight == 2
 
 
 def make(dtype, plan, request, batch=1):
-    if plan.forms.projection == "native":
+    if plan.kernels.projection == "native":
         request.getfixturevalue("native_kernels")
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -95,13 +96,13 @@ def make(dtype, plan, request, batch=1):
 
 @pytest.mark.parametrize(
     ("dtype", "plan"),
-    [*CPU_PLANS, ("float32", Plan("float32", "float32", Forms("plain", "whole")))],
+    [*CPU_PLANS, ("float32", Plan("float32", "float32", KernelChoice("plain", "whole")))],
 )
 def test_every_plan_computes_the_same_logits(dtype, plan, request):
     tokens = np.random.default_rng(1).integers(0, 1000, 300).tolist()
     got = make(dtype, plan, request).score(tokens)
     # The same weights, the products and the cache in float32.
-    reference = Plan("float32", "float32", Forms("plain", "blocks"))
+    reference = Plan("float32", "float32", KernelChoice("plain", "blocks"))
     expected = make(dtype, reference, request).score(tokens)
     error = np.sqrt(np.mean((got - expected) ** 2)) / expected.std()
     assert error < {"float32": 1e-6, "float16": 5e-4, "bfloat16": 1e-2}[dtype]
@@ -175,8 +176,8 @@ def test_the_demo_answers_by_every_plan(form, request):
     if form == "native":
         request.getfixturevalue("native_kernels")
     llm = llama.Llama.load()
-    forms = NATIVE if form == "native" else Forms("plain", "blocks")
-    changed = llm.executor.plan._replace(forms=forms)
+    forms = NATIVE if form == "native" else KernelChoice("plain", "blocks")
+    changed = llm.executor.plan._replace(kernels=forms)
     llm.executor = Executor(llm.config, llm.executor.params, "float32", context=512, plan=changed)
     llm.engine = Engine(llm.executor, llm.tokenizer)
     result = llm.generate(prompt="What is the capital of France?", temperature=0)
@@ -196,7 +197,7 @@ def test_with_kernels_a_logit_has_the_same_bits_however_it_is_computed(
         lambda a: jnp.asarray(rng.normal(0, a.shape[-1] ** -0.5, a.shape), dtype),
         param_shapes(config),
     )
-    model = Llama(config, jnp.dtype(dtype), NATIVE)
+    model = Transformer(config, jnp.dtype(dtype), NATIVE)
     tokens = rng.integers(0, 1000, (8, 24))
     cache_dtype = {"bfloat16": "uint16"}.get(dtype, dtype)
 

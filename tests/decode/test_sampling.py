@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import pathlib
 import re
 
 import jax
@@ -11,9 +10,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llama_jax import sampling
+from llama_jax.decode import sampling
+from tests.helpers import ROOT
 
-DOC = pathlib.Path(__file__).parent.parent / "docs" / "sampler.md"
+DOC = ROOT / "docs" / "sampler.md"
 V = 12
 LOGITS = np.array([2.0, 1.5, 1.5, 0.0, -0.5, 1.0, 0.3, -2.0, 0.3, 0.3, -1.0, 0.8], np.float32)
 IN_PROMPT = np.isin(np.arange(V), [0, 3, 4])

@@ -6,23 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_config import SMALL
-from test_model import random_params
 
-from llama_jax import decode_state, sampling
-from llama_jax.decode_state import NO_TOKEN
-from llama_jax.executor import Executor
-from llama_jax.kernels import has_kernels
-from llama_jax.model import Forms
-from llama_jax.plan import Plan, choose_plan
+from llama_jax.decode import sampling
+from llama_jax.decode import state as decode_state
+from llama_jax.decode.executor import Executor
+from llama_jax.decode.plan import choose_plan
+from llama_jax.decode.sampling import NO_TOKEN
+from tests.helpers.models import CONFIG, NATIVE, PURE, PURE_MARKS, random_params
 
-CONFIG = dataclasses.replace(SMALL, max_seq_len=600)
 PROMPT = np.random.default_rng(1).integers(0, CONFIG.vocab_size, 40).tolist()
 SAMPLED = {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2}
-
-
-PURE = Plan("float32", "float32", Forms("plain", "blocks"))
-NATIVE = Plan("float32", "float32", Forms("native", "native", "native"))
 
 
 def make(params=None, dtype="float32", plan=None, batch=1, **changes):
@@ -58,9 +51,6 @@ def run(ex, prompt, limit, *, row=0, state=None, stop=NO_TOKEN, **params):
 
 
 # Where it is not the one in use, the pure one compiles twice as long for the same laws.
-PURE_MARKS = [pytest.mark.slow] if has_kernels() else []
-
-
 @pytest.fixture(scope="module", params=[pytest.param("pure", marks=PURE_MARKS), "native"])
 def plan(request):
     """Both of the plans that a CPU may have: every law holds for each."""
@@ -308,7 +298,7 @@ def test_every_column_says_whose_it_is(batch_ex, rows):
     assert columns.shape == (len(computed), ex.plan.decode_steps)
     assert len(set(computed)) == len(computed)
     assert set(rows) <= set(computed)
-    if ex.plan.invariant:
+    if ex.plan.batch_invariant:
         assert len(computed) == {1: 1, 2: 2, 3: 4, 4: 4}[len(rows)]
     for row, column in zip(computed, columns, strict=True):
         assert (column != NO_TOKEN).all() == (row in rows)

@@ -14,21 +14,20 @@ import time
 import jax
 import numpy as np
 import pytest
-from test_decode import CONFIG, NATIVE, PURE, PURE_MARKS
-from test_model import random_params
 
 from llama_jax import Llama
-from llama_jax.chat import encode_dialog
-from llama_jax.checkpoint import load_checkpoint
+from llama_jax.decode.executor import Executor
+from llama_jax.decode.plan import choose_plan
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.engine import ContextError, Engine, QueueFullError
-from llama_jax.executor import Executor
-from llama_jax.generation import Generation
-from llama_jax.plan import choose_plan
-from llama_jax.request import make_request
-from llama_jax.result import Piece
-from llama_jax.stream import Stream
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.engine.generation import Generation
+from llama_jax.engine.request import make_request
+from llama_jax.engine.result import Piece
+from llama_jax.engine.scheduler import ContextError, Engine, QueueFullError
+from llama_jax.engine.stream import Stream
+from llama_jax.text.chat import encode_dialog
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.weights.checkpoint import load_checkpoint
+from tests.helpers.models import CONFIG, NATIVE, PURE, PURE_MARKS, random_params
 from tools.demo_corpus import read_corpus
 
 DEMO = load_checkpoint(DEMO_CHECKPOINT)
@@ -283,7 +282,7 @@ def test_a_conversation_is_read_on_turn_by_turn(any_ex):
     But for the last, which is not in the cache. The first prompt is of such a length that with one
     token more, here the answer's last and there any of it, more would be reusable.
     """
-    unit, invariant = any_ex.plan.reuse_multiple, any_ex.plan.invariant
+    unit, invariant = any_ex.plan.reuse_multiple, any_ex.plan.batch_invariant
     engine, held = make(any_ex), 0
     history = draw_ids(3, unit + 4 if invariant else 2 * unit - 5, any_ex)
     for turn in range(5):
@@ -342,7 +341,7 @@ def test_a_prompt_given_up_before_it_is_read_leaves_what_it_was_to_reuse(any_ex)
 
 def test_a_prompt_to_be_scored_is_read_anew(any_ex):
     """And reused where reading it for its scores does not change its bits."""
-    unit, invariant = any_ex.plan.reuse_multiple, any_ex.plan.invariant
+    unit, invariant = any_ex.plan.reuse_multiple, any_ex.plan.batch_invariant
     text = draw_ids(5, unit + 40, any_ex)
     engine = make(any_ex)
     answer(engine, sampled(text))
@@ -388,7 +387,7 @@ def test_running_ahead_changes_no_token(any_ex, dispatches, monkeypatch):
     """The next tokens are asked for before the last are read, past EOS and stop strings too."""
     rng, earlier = random.Random(1), []
     requests = [draw_request(rng, earlier) for _ in range(24)]
-    ahead = changed(any_ex, dispatches=dispatches)
+    ahead = changed(any_ex, max_in_flight=dispatches)
     engine, flying = make(ahead), []
     receive = engine._receive
 
@@ -573,7 +572,7 @@ ENDINGS = {
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_slot_is_free_however_its_answer_ends(ex, ending, dispatches, monkeypatch):
     """For the engine and in the state: what is no one's draws nothing."""
-    engine = make(changed(ex, dispatches=dispatches))
+    engine = make(changed(ex, max_in_flight=dispatches))
     prompt = "What is the capital of France?"
     request = make_request(prompt=prompt, temperature=0, **{"max_tokens": 200} | ENDINGS[ending])
     generation = engine.submit(request)

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_stop import first_stop
 
-from llama_jax.decode import Logprobs
+from llama_jax.decode.steps import Logprobs
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.generation import Clock, Generation, token_logprobs
-from llama_jax.request import make_request
-from llama_jax.result import TokenLogprob
-from llama_jax.tokenizer import EOS_ID, Tokenizer
+from llama_jax.engine.generation import Clock, Generation, token_logprobs
+from llama_jax.engine.request import make_request
+from llama_jax.engine.result import TokenLogprob
+from llama_jax.text.tokenizer import EOS_ID, Tokenizer
+from tests.helpers.oracles import first_stop
 
 TOKENIZER = Tokenizer(DEMO_CHECKPOINT / "tokenizer.model")
 PARIS = TOKENIZER.encode("The capital of France is Paris.")

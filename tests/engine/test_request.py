@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llama_jax import InputError
-from llama_jax.request import PARAMETERS, make_request
+from llama_jax.engine.request import PARAMETERS, make_request
 
 
 def test_defaults_are_explicit():

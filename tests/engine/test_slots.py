@@ -5,7 +5,7 @@ import types
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.slots import Slot, choose
+from llama_jax.engine.slots import Slot, assign_slot
 
 BUSY = types.SimpleNamespace(prompt=[1, 2, 3])
 
@@ -22,7 +22,7 @@ def some_slots(draw):
             row,
             generation=BUSY if row != free and draw(st.booleans()) else None,
             cached=draw(TOKENS),
-            used=when,
+            last_used=when,
         )
         for row, when in enumerate(used)
     ]
@@ -37,13 +37,13 @@ def common(a, b):
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(TOKENS, TOKENS)
 def test_common_counts_the_shared_beginning(cached, prompt):
-    assert Slot(0, cached=cached).common(prompt) == common(cached, prompt)
+    assert Slot(0, cached=cached).common_prefix_len(prompt) == common(cached, prompt)
 
 
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(some_slots(), TOKENS.filter(len), st.sampled_from([None, 1, 2, 4]))
 def test_a_choice_is_free_and_true_and_reuses_all_that_it_can(slots, prompt, multiple):
-    slot, source, start = choose(slots, prompt, multiple)
+    slot, source, start = assign_slot(slots, prompt, multiple)
     assert slot.generation is None
     assert source.cached[:start] == prompt[:start]
     if multiple is None:
@@ -57,34 +57,34 @@ def test_a_choice_is_free_and_true_and_reuses_all_that_it_can(slots, prompt, mul
     equals = [s for s in slots if common(s.cached, prompt) == common(source.cached, prompt)]
     assert source.generation is None or start == 0 or not any(s.generation is None for s in equals)
     if source is not slot or start == 0:
-        assert slot.used == min(s.used for s in slots if s.generation is None)
+        assert slot.last_used == min(s.last_used for s in slots if s.generation is None)
 
 
 def test_a_cache_that_the_prompt_goes_on_from_is_used_where_it_is():
-    slots = [Slot(0, cached=[1, 2, 3, 4], used=1), Slot(1, cached=[5, 6, 7, 8], used=2)]
-    assert choose(slots, [5, 6, 7, 8, 9], 2) == (slots[1], slots[1], 4)
+    slots = [Slot(0, cached=[1, 2, 3, 4], last_used=1), Slot(1, cached=[5, 6, 7, 8], last_used=2)]
+    assert assign_slot(slots, [5, 6, 7, 8, 9], 2) == (slots[1], slots[1], 4)
 
 
 def test_a_cache_that_would_be_lost_for_a_short_beginning_is_copied():
     """Here the system prompt is shared, and the long conversation behind it is kept."""
-    slots = [Slot(0, cached=[1] * 9, used=1), Slot(1, cached=[5, 6, 7, 8, 9], used=2)]
-    assert choose(slots, [5, 6, 1], 2) == (slots[0], slots[1], 2)
-    assert choose(slots, [5, 6, 7, 8, 1], 2) == (slots[1], slots[1], 4)
+    slots = [Slot(0, cached=[1] * 9, last_used=1), Slot(1, cached=[5, 6, 7, 8, 9], last_used=2)]
+    assert assign_slot(slots, [5, 6, 1], 2) == (slots[0], slots[1], 2)
+    assert assign_slot(slots, [5, 6, 7, 8, 1], 2) == (slots[1], slots[1], 4)
 
 
 def test_a_busy_slot_is_a_source_but_never_the_choice():
     slots = [
-        Slot(0, generation=BUSY, cached=[1, 2, 3], used=3),
-        Slot(1, cached=[1, 2], used=2),
-        Slot(2, used=1),
+        Slot(0, generation=BUSY, cached=[1, 2, 3], last_used=3),
+        Slot(1, cached=[1, 2], last_used=2),
+        Slot(2, last_used=1),
     ]
-    assert choose(slots, [1, 2, 3, 4], 1) == (slots[2], slots[0], 3)
+    assert assign_slot(slots, [1, 2, 3, 4], 1) == (slots[2], slots[0], 3)
 
 
 def test_the_position_is_that_of_the_last_token_dispatched():
     """The first, which the prompt's last chunk draws, is fed behind the prompt."""
     slot = Slot(0, generation=BUSY)
-    slot.asked = 1
+    slot.num_dispatched = 1
     assert slot.position == 3
-    slot.asked += 8
+    slot.num_dispatched += 8
     assert slot.position == 11

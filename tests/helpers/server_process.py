@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from serving import COMPLETIONS, MODEL, wait_until
+from tests.helpers.serving import COMPLETIONS, MODEL, wait_until
 
 TOKEN = "a-token-nobody-else-has"
 SLOTS, QUEUE = 4, 16

@@ -11,7 +11,8 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from llama_jax import Llama, card
+from llama_jax import Llama
+from llama_jax.card import schemas as card
 from llama_jax.server.app import create_app
 from llama_jax.server.settings import Settings
 

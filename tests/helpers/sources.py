@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -13,10 +14,7 @@ import safetensors.numpy
 from convert import huggingface, source
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError
-from llama_jax.model import param_shapes
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
+from llama_jax.nn.transformer import param_shapes
 
 GQA = ModelConfig(
     vocab_size=300,
@@ -164,3 +162,33 @@ def assert_damage_is_named(file: pathlib.Path, read, content: bytes | None, mess
     with pytest.raises(InputError, match=f"{file.name} .*{message}") as caught:
         read(file.parent)
     assert "\n" not in str(caught.value)
+
+
+BIN_INDEX = "pytorch_model.bin.index.json"
+
+
+def as_torch(array: np.ndarray):
+    """Return an array as a tensor of the same bits."""
+    import torch
+
+    if array.dtype == jnp.bfloat16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def write_bin(folder: pathlib.Path, weights: "Weights", shards: int = 1, **config) -> pathlib.Path:
+    """Write a source as transformers did before it had safetensors."""
+    import torch
+
+    write_hf(folder, weights, shards, **config)
+    index = folder / "model.safetensors.index.json"
+    if shards > 1:
+        text = index.read_text().replace('"model-', '"pytorch_model-')
+        (folder / BIN_INDEX).write_text(text.replace(".safetensors", ".bin"))
+        index.unlink()
+    for file in folder.glob("*.safetensors"):
+        arrays = safetensors.numpy.load_file(file)
+        named = {name: as_torch(array) for name, array in arrays.items()}
+        torch.save(named, folder / f"pytorch_{file.stem}.bin")
+        file.unlink()
+    return folder

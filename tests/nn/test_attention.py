@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import attention
-from llama_jax.ops import as_float
+from llama_jax.nn import attention
+from llama_jax.nn.ops import as_float
 
 FLOATS = ("float32", "float16", "bfloat16")
 TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
@@ -16,7 +16,7 @@ TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
 def form(request):
     if request.param == "native":
         request.getfixturevalue("native_kernels")
-    return jax.jit(attention.FORMS[request.param], static_argnames="attend_len")
+    return jax.jit(attention.IMPLEMENTATIONS[request.param], static_argnames="attend_len")
 
 
 @pytest.fixture(params=["blocks", "native"])
@@ -24,7 +24,7 @@ def exact_form(request):
     """Those that promise their bits."""
     if request.param == "native":
         request.getfixturevalue("native_kernels")
-    return jax.jit(attention.FORMS[request.param], static_argnames="attend_len")
+    return jax.jit(attention.IMPLEMENTATIONS[request.param], static_argnames="attend_len")
 
 
 def draw(shape, dtype="float32", seed=0):
@@ -110,7 +110,7 @@ def test_bits_do_not_depend_on_the_bucket(exact_form, dtype, kv_heads, group, le
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_native_bits_do_not_depend_on_the_batch(native_kernels, dtype):
     """A query has the same bits in a prompt, alone, in any row, and in a cache of any size."""
-    form = attention.FORMS["native"]
+    form = attention.IMPLEMENTATIONS["native"]
     q, k, v = draw((4, 21, 6, 48)), *(draw((4, 2, 200, 48), dtype, seed) for seed in (1, 2))
     positions = jnp.asarray(np.arange(4)[:, None] * 30 + np.arange(21), jnp.int32)
     whole = form(q, k, v, positions, attend_len=200)

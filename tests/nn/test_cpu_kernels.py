@@ -9,72 +9,72 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import kernels, ops
+from llama_jax.nn import cpu_kernels, ops
 
 
 @pytest.fixture
 def anew(native_kernels, monkeypatch):
     """Look for the kernels again, after what the test has changed."""
-    kernels._register.cache_clear()
-    kernels.has_kernels.cache_clear()
+    cpu_kernels._register.cache_clear()
+    cpu_kernels.has_kernels.cache_clear()
     yield
     monkeypatch.undo()
-    kernels._register.cache_clear()
-    kernels.has_kernels.cache_clear()
+    cpu_kernels._register.cache_clear()
+    cpu_kernels.has_kernels.cache_clear()
 
 
 def test_a_library_that_does_not_load_is_done_without(anew, monkeypatch, caplog, tmp_path):
     junk = tmp_path / "junk.so"
     junk.write_text("not a library")
     monkeypatch.setattr(
-        kernels.importlib.util,
+        cpu_kernels.importlib.util,
         "find_spec",
         lambda name: importlib.machinery.ModuleSpec(name, None, origin=str(junk)),
     )
     with caplog.at_level(logging.WARNING):
-        assert not kernels.has_kernels()
+        assert not cpu_kernels.has_kernels()
     assert "cannot be used" in caplog.text
-    assert kernels.REMEDY in caplog.text
+    assert cpu_kernels.REMEDY in caplog.text
 
 
 def test_a_library_of_another_version_is_done_without(anew, monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "INTERFACE", 999)
+    monkeypatch.setattr(cpu_kernels, "INTERFACE", 999)
     with caplog.at_level(logging.WARNING):
-        assert not kernels.has_kernels()
+        assert not cpu_kernels.has_kernels()
     assert "interface 2, expected 999" in caplog.text
 
 
 def test_no_library_is_said_once(anew, monkeypatch, caplog):
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(kernels.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(cpu_kernels.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cpu_kernels.platform, "machine", lambda: "x86_64")
     with caplog.at_level(logging.WARNING):
-        assert not kernels.has_kernels()
-        assert not kernels.has_kernels()
+        assert not cpu_kernels.has_kernels()
+        assert not cpu_kernels.has_kernels()
     assert caplog.text.count("not built") == 1
 
 
-@pytest.mark.parametrize("name", kernels.INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", cpu_kernels.INSTRUCTION_SETS)
 def test_every_instruction_set_computes(anew, monkeypatch, name):
     """The libraries that this CPU runs, though the best one is taken."""
-    spec = kernels.importlib.util.find_spec(f"llama_jax._kernels_{name}")
+    spec = cpu_kernels.importlib.util.find_spec(f"llama_jax.nn._cpu_kernels_{name}")
     if spec is None or ctypes.CDLL(spec.origin).LlamaJaxInterface() == 0:
         pytest.skip("not on this CPU")
-    monkeypatch.setattr(kernels, "INSTRUCTION_SETS", (name,))
-    assert kernels.has_kernels()
+    monkeypatch.setattr(cpu_kernels, "INSTRUCTION_SETS", (name,))
+    assert cpu_kernels.has_kernels()
     rng = np.random.default_rng(0)
     for dtype, atol in (("float32", 1e-4), ("float16", 1e-4), ("bfloat16", 1e-4)):
         x = jnp.asarray(rng.normal(size=(9, 2100)), dtype).astype(jnp.float32)
         weight = jnp.asarray(rng.normal(size=(70, 2100)), dtype)
-        (y,) = kernels.linears(x, weight)
+        (y,) = cpu_kernels.linears(x, weight)
         exact = np.asarray(x, np.float64) @ np.asarray(weight.astype(jnp.float32), np.float64).T
         np.testing.assert_allclose(y, exact, atol=atol)
-        np.testing.assert_array_equal(kernels.linears(x[4:5], weight)[0][0], y[4])
-        normed = kernels.rms_norm(x[None], weight[0], 1e-5)[0]
+        np.testing.assert_array_equal(cpu_kernels.linears(x[4:5], weight)[0][0], y[4])
+        normed = cpu_kernels.rms_norm(x[None], weight[0], 1e-5)[0]
         np.testing.assert_allclose(normed, ops.rms_norm(x[None], weight[0], 1e-5)[0], rtol=1e-5)
         q = jnp.asarray(rng.normal(size=(1, 7, 6, 40)), jnp.float32)
         k, v = (jnp.asarray(rng.normal(size=(1, 2, 99, 40)), dtype) for _ in range(2))
         positions = 80 + jnp.arange(7, dtype=jnp.int32)[None]
-        out = kernels.attention(q, k, v, positions, attend_len=99)
+        out = cpu_kernels.attention(q, k, v, positions, attend_len=99)
         wide = [jnp.repeat(jnp.swapaxes(a, 1, 2), 3, axis=2).astype(jnp.float32) for a in (k, v)]
         seen = (jnp.arange(99)[None, :] <= positions[0][:, None])[None, None]
         expected = jax.nn.dot_product_attention(q, *wide, mask=seen)
@@ -83,7 +83,7 @@ def test_every_instruction_set_computes(anew, monkeypatch, name):
 
 def attend(q=(1, 1, 2, 8), k=(1, 2, 4, 8), v=(1, 2, 4, 8), position=0, row=0, v_dtype="float32"):
     """Call past the checks of shapes in Python."""
-    return kernels._call(
+    return cpu_kernels._call(
         "Attention",
         jax.ShapeDtypeStruct(q, jnp.float32),
         jnp.ones(q),
@@ -121,13 +121,13 @@ def test_nan_is_not_hidden_and_infinity_stays_where_it_is(native_kernels):
     q = jnp.ones((1, 6, 2, 8))
     k = v = jnp.ones((1, 2, 16, 8))
     positions = jnp.arange(4, 10, dtype=jnp.int32)[None]
-    out = kernels.attention(q, k.at[:, :, 6].set(jnp.nan), v, positions, attend_len=16)
+    out = cpu_kernels.attention(q, k.at[:, :, 6].set(jnp.nan), v, positions, attend_len=16)
     assert np.isfinite(out[:, :2]).all()
     assert np.isnan(out[:, 2:]).all()
-    out = kernels.attention(q, k, v.at[:, :, 6].set(jnp.inf), positions, attend_len=16)
+    out = cpu_kernels.attention(q, k, v.at[:, :, 6].set(jnp.inf), positions, attend_len=16)
     assert np.isfinite(out[:, :2]).all()
     assert np.isposinf(out[:, 2:]).all()
 
 
 def test_no_rows(native_kernels):
-    assert kernels.linears(jnp.ones((0, 4)), jnp.ones((3, 4)))[0].shape == (0, 3)
+    assert cpu_kernels.linears(jnp.ones((0, 4)), jnp.ones((3, 4)))[0].shape == (0, 3)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import kernels, projection
+from llama_jax.nn import cpu_kernels, projection
 
 SIZES = [(1, 1), (5, 3), (16, 4), (33, 7), (64, 64), (1024, 65), (1030, 130), (2100, 9), (7, 3000)]
 
@@ -15,12 +15,12 @@ def forms(*names):
     def form(request):
         if request.param == "native":
             request.getfixturevalue("native_kernels")
-        return lambda x, weight: projection.FORMS[request.param](x, weight)[0]
+        return lambda x, weight: projection.IMPLEMENTATIONS[request.param](x, weight)[0]
 
     return form
 
 
-any_form = forms(*projection.FORMS)
+any_form = forms(*projection.IMPLEMENTATIONS)
 form_of_16_bits = forms("native", "blocked")
 
 
@@ -65,9 +65,9 @@ def test_float16_inputs_beyond_its_range(form_of_16_bits):
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
 def test_native_bits_do_not_depend_on_the_batch(native_kernels, inputs, outputs, dtype):
     x, weight = draw(inputs, outputs, dtype)
-    alone = np.concatenate([kernels.linears(x[i : i + 1], weight)[0] for i in range(len(x))])
+    alone = np.concatenate([cpu_kernels.linears(x[i : i + 1], weight)[0] for i in range(len(x))])
     for rows in (2, 3, 4, 5, 6, 7, 13, 30):
-        np.testing.assert_array_equal(kernels.linears(x[:rows], weight)[0], alone[:rows])
+        np.testing.assert_array_equal(cpu_kernels.linears(x[:rows], weight)[0], alone[:rows])
 
 
 def test_native_rounds_to_bfloat16_as_jax_does(native_kernels):
@@ -75,13 +75,13 @@ def test_native_rounds_to_bfloat16_as_jax_does(native_kernels):
     bits = np.concatenate([np.arange(0, 2**32, 65521, np.uint64), [0x3F808000, 0x3F818000]])
     x = bits.astype(np.uint32).view(np.float32)
     x = jnp.asarray(x[~(np.abs(x) < 2.0**-126)][:, None])  # AVX-512 takes subnormals for 0
-    (got,) = kernels.linears(x, jnp.ones((1, 1), jnp.bfloat16))
+    (got,) = cpu_kernels.linears(x, jnp.ones((1, 1), jnp.bfloat16))
     np.testing.assert_array_equal(got, x.astype(jnp.bfloat16).astype(jnp.float32))
 
 
 def test_wrong_shapes_are_refused(native_kernels):
     out = jax.ShapeDtypeStruct((2, 3), jnp.float32)
-    name = f"llama_jax_Linear_{kernels._register()}"
+    name = f"llama_jax_Linear_{cpu_kernels._register()}"
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"expected x \[T, K\]"):
         jax.ffi.ffi_call(name, [out])(jnp.ones((2, 5)), jnp.ones((3, 4)))
     weights = jnp.ones((3, 5)), jnp.ones((3, 5), jnp.float16)
@@ -96,5 +96,5 @@ def test_several_weights_in_one_call_of_the_kernel(native_kernels, dtype):
     """The same bits as one by one, in the order asked for."""
     x, weight = draw(70, 290, dtype)
     parts = weight[:64], weight[64:65], weight[65:]
-    for y, part in zip(kernels.linears(x, *parts), parts, strict=True):
-        np.testing.assert_array_equal(y, kernels.linears(x, part)[0])
+    for y, part in zip(cpu_kernels.linears(x, *parts), parts, strict=True):
+        np.testing.assert_array_equal(y, cpu_kernels.linears(x, part)[0])

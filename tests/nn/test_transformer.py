@@ -1,16 +1,15 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from test_config import SMALL
 
-from llama_jax import cache as kv
-from llama_jax import ops, projection
-from llama_jax.model import Llama, forward, param_shapes
+from llama_jax.nn import cache as kv
+from llama_jax.nn import ops, projection
+from llama_jax.nn.transformer import Transformer, forward
+from tests.helpers import reference
+from tests.helpers.models import SMALL, random_params
 
 TOKENS = np.random.default_rng(0).integers(0, SMALL.vocab_size, 32).tolist()
 PERTURBED = {
@@ -27,19 +26,6 @@ PERTURBED = {
 CASES = [SMALL, *(dataclasses.replace(SMALL, **{n: v}) for n, v in PERTURBED.items())]
 
 
-@functools.cache
-def random_params(config, dtype=jnp.float32):
-    """Parameters whose norms are not all one, so that leaving one out shows."""
-    rng = np.random.default_rng(0)
-
-    def draw(leaf):
-        if leaf.ndim == 1:
-            return jnp.asarray(rng.normal(1.0, 0.1, leaf.shape), dtype)
-        return jnp.asarray(rng.normal(0.0, leaf.shape[1] ** -0.5, leaf.shape), dtype)
-
-    return jax.tree.map(draw, param_shapes(config))
-
-
 jit_forward = jax.jit(forward, static_argnums=0, static_argnames="attend_len")
 
 
@@ -48,7 +34,7 @@ def full_forward(config, params, tokens, dtype=jnp.float32, attend_len=None):
     attend_len = attend_len or len(tokens)
     cache = kv.init_cache(config, 1, attend_len, dtype)
     args = (jnp.asarray([tokens]), jnp.zeros(1, jnp.int32), cache)
-    return jit_forward(Llama(config, dtype), params, *args, attend_len=attend_len)[0][0]
+    return jit_forward(Transformer(config, dtype), params, *args, attend_len=attend_len)[0][0]
 
 
 def test_every_config_field_is_perturbed():
@@ -89,7 +75,7 @@ def test_half_precision_is_close(dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
 def test_cached_equals_uncached_at_every_split(dtype):
-    params, model = random_params(SMALL, dtype), Llama(SMALL, dtype)
+    params, model = random_params(SMALL, dtype), Transformer(SMALL, dtype)
     tokens = TOKENS[:16]
     whole = full_forward(SMALL, params, tokens, dtype)
 
@@ -115,7 +101,7 @@ def test_padding_changes_no_bit():
     outputs = []
     for cache, padding in ((clean, 0), (dirty, 96)):
         tokens = jnp.asarray([TOKENS[:10] + [padding] * 6])
-        logits, _ = jit_forward(Llama(SMALL), params, tokens, start, cache, attend_len=64)
+        logits, _ = jit_forward(Transformer(SMALL), params, tokens, start, cache, attend_len=64)
         outputs.append(np.asarray(logits[0, :10]))
     np.testing.assert_array_equal(*outputs)
 
@@ -124,7 +110,7 @@ def test_padding_changes_no_bit():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
 def test_logit_bits_do_not_depend_on_the_bucket(dtype):
     """A prompt's chunk, then one token: what prefill and decode compute."""
-    params, model = random_params(SMALL, dtype), Llama(SMALL, dtype)
+    params, model = random_params(SMALL, dtype), Transformer(SMALL, dtype)
     outputs = []
     for attend_len in (256, 512, 2048):
         cache = kv.init_cache(SMALL, 1, 2048, dtype)
@@ -142,7 +128,7 @@ def test_one_row_of_many():
     params = random_params(SMALL)
     cache = jax.tree.map(lambda a: a + 1, kv.init_cache(SMALL, 3, 16, jnp.float32))
     tokens, start = jnp.asarray([TOKENS[:8]]), jnp.full(1, 4, jnp.int32)
-    args = (Llama(SMALL), params, tokens, start)
+    args = (Transformer(SMALL), params, tokens, start)
     logits, after = jit_forward(*args, cache, rows=jnp.array([1], jnp.int32), attend_len=16)
     alone = jax.tree.map(lambda a: a[1:2], cache)
     expected, alone = jit_forward(*args, alone, attend_len=16)
@@ -158,7 +144,7 @@ def test_last_selects_one_position():
     cache = kv.init_cache(SMALL, 1, 8, jnp.float32)
     args = (jnp.asarray([TOKENS[:8]]), jnp.zeros(1, jnp.int32), cache)
     last = jnp.asarray([5], jnp.int32)
-    logits, _ = jit_forward(Llama(SMALL), params, *args, attend_len=8, last=last)
+    logits, _ = jit_forward(Transformer(SMALL), params, *args, attend_len=8, last=last)
     np.testing.assert_allclose(logits[0], whole[5:6], atol=1e-5)
 
 
@@ -177,7 +163,7 @@ def test_swiglu_survives_float16_overflow(form, request):
     oracle = product @ down.astype(np.float64).T
     weights = [jnp.asarray(a) for a in (gate, up, down)]
     to_float16 = projection.rounds_to_float16(form, weights[2])
-    linears = projection.FORMS[form]
+    linears = projection.IMPLEMENTATIONS[form]
     ours = ops.swiglu(jnp.asarray(x, jnp.float32), *weights, linears, to_float16=to_float16)
     assert np.isfinite(ours).all()
     np.testing.assert_allclose(ours, oracle, atol=2e-3 * np.abs(oracle).max())

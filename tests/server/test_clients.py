@@ -16,11 +16,12 @@ import sys
 import jax
 import numpy as np
 import pytest
-from server_process import TOKEN, served
-from serving import ANSWER, ASKING, MODEL, QUESTION
 
-from llama_jax import Llama, card
+from llama_jax import Llama
+from llama_jax.card import schemas as card
 from llama_jax.demo import DEMO_CHECKPOINT
+from tests.helpers.server_process import TOKEN, served
+from tests.helpers.serving import ANSWER, ASKING, MODEL, QUESTION
 
 ACCOUNT = "some-account"
 BASES = ("/v1", f"/client/v4/accounts/{ACCOUNT}/ai/v1")

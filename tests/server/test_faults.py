@@ -17,11 +17,20 @@ import threading
 import time
 
 import pytest
-from server_process import ENDLESS, QUEUE, SLOTS, TOKEN, served
-from serving import ANSWER, CHAT, COMPLETIONS, MODEL, QUESTION, RUN, serving, wait_until
 
 from llama_jax import Llama
 from llama_jax.demo import DEMO_CHECKPOINT
+from tests.helpers.server_process import ENDLESS, QUEUE, SLOTS, TOKEN, served
+from tests.helpers.serving import (
+    ANSWER,
+    CHAT,
+    COMPLETIONS,
+    MODEL,
+    QUESTION,
+    RUN,
+    serving,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -273,7 +282,7 @@ def test_a_crowd_gets_its_answers_or_is_told_to_come_back(server):
 def test_a_fault_in_one_request_leaves_the_others_alone(monkeypatch, caplog):
     """What breaks while one prompt is read is told its client: the rest go on."""
     llm = Llama.load(DEMO_CHECKPOINT, slots=SLOTS)
-    from llama_jax.server import openai_responses
+    from llama_jax.server.openai import responses as openai_responses
 
     real = openai_responses.CompletionChoices.chunk
 

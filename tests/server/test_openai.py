@@ -6,7 +6,15 @@ import re
 import jax
 import numpy as np
 import pytest
-from serving import (
+
+from llama_jax import Llama
+from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.engine.request import make_request
+from llama_jax.server.openai import requests as openai_requests
+from llama_jax.server.openai.logprobs import token_text
+from llama_jax.server.openai.requests import UNSUPPORTED
+from llama_jax.weights.checkpoint import load_checkpoint
+from tests.helpers.serving import (
     ANSWER,
     ASKING,
     CHAT,
@@ -20,14 +28,6 @@ from serving import (
     serving,
     wait_until,
 )
-
-from llama_jax import Llama
-from llama_jax.checkpoint import load_checkpoint
-from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.request import make_request
-from llama_jax.server import openai_requests
-from llama_jax.server.logprobs import token_text
-from llama_jax.server.openai_requests import UNSUPPORTED
 
 TEXT = "The capital of"
 

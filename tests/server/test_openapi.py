@@ -10,13 +10,13 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from server_process import TOKEN, served
-from serving import CHAT, COMPLETIONS, MODEL, NATIVE, RUN, serving
 
 from llama_jax import Llama
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.server import openapi
-from llama_jax.server.openai_requests import UNSUPPORTED
+from llama_jax.server.openai.requests import UNSUPPORTED
+from llama_jax.server.openapi import document as openapi
+from tests.helpers.server_process import TOKEN, served
+from tests.helpers.serving import CHAT, COMPLETIONS, MODEL, NATIVE, RUN, serving
 
 pytestmark = pytest.mark.slow
 

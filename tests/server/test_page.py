@@ -6,7 +6,6 @@ import html.parser
 import importlib.util
 import json
 import os
-import pathlib
 import re
 import shutil
 import socket
@@ -16,14 +15,15 @@ import threading
 import types
 
 import pytest
-from conftest import _skip_or_fail
 
 from llama_jax import Llama
-from llama_jax.card import INPUT_SCHEMA, MODEL
+from llama_jax.card.schemas import INPUT_SCHEMA, MODEL
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.request import PARAMETERS
+from llama_jax.engine.request import PARAMETERS
+from tests.conftest import _skip_or_fail
+from tests.helpers import ROOT
 
-PAGE = pathlib.Path(__file__).parent.parent / "llama_jax" / "server" / "page" / "index.html"
+PAGE = ROOT / "llama_jax" / "server" / "page" / "index.html"
 RUN = f"/client/v4/accounts/local/ai/run/{MODEL}"
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."

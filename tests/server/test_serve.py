@@ -9,12 +9,12 @@ import subprocess
 import sys
 
 import pytest
-from server_process import TOKEN, endless, served
-from serving import COMPLETIONS, MODEL, QUESTION, RUN, events_of, wait_until
 
 from llama_jax import InputError
 from llama_jax.server import serve as server
 from llama_jax.server.serve import serve
+from tests.helpers.server_process import TOKEN, endless, served
+from tests.helpers.serving import COMPLETIONS, MODEL, QUESTION, RUN, events_of, wait_until
 
 
 def test_it_lets_what_runs_end_and_exits_0():

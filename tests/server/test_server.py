@@ -8,7 +8,17 @@ import re
 import pytest
 from jsonschema import Draft202012Validator
 from prometheus_client.parser import text_string_to_metric_families
-from serving import (
+from starlette.testclient import TestClient
+
+from llama_jax import InputError, Llama
+from llama_jax.card import schemas as card
+from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.engine.request import make_request
+from llama_jax.server import middleware as gate
+from llama_jax.server import page
+from llama_jax.server.openapi import document as openapi
+from llama_jax.server.settings import Settings
+from tests.helpers.serving import (
     ANSWER,
     ASKING,
     CHAT,
@@ -24,13 +34,6 @@ from serving import (
     serving,
     wait_until,
 )
-from starlette.testclient import TestClient
-
-from llama_jax import InputError, Llama, card
-from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.request import make_request
-from llama_jax.server import gate, openapi, page
-from llama_jax.server.settings import Settings
 
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}"
 

@@ -5,10 +5,10 @@ import re
 import pytest
 import sentencepiece
 
-from llama_jax.chat import encode_dialog
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.errors import InputError
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.chat import encode_dialog
+from llama_jax.text.tokenizer import Tokenizer
 
 BOS, EOS = 1, 2
 

@@ -6,24 +6,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llama_jax.stop import StopCutter
+from llama_jax.text.stop import StopCutter
+from tests.helpers.oracles import first_stop
 
 # Few letters, so that stop strings occur, overlap and begin within one another.
 TEXTS = st.text("abc", max_size=30)
 STOPS = st.lists(st.text("abc", min_size=1, max_size=5), max_size=4)
 CUTS = st.sets(st.integers(1, 30))
-
-
-def first_stop(text, stops):
-    """Where the stop string begins that is spelt out first, letter by letter; None: there is none.
-
-    Of several that the same letter completes it is the longest.
-    """
-    for end in range(1, len(text) + 1):
-        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
-        if starts:
-            return min(starts)
-    return None
 
 
 def pieces(text, cuts):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.errors import InputError
-from llama_jax.tokenizer import BOS_ID, EOS_ID, StreamDecoder, Tokenizer
+from llama_jax.text.tokenizer import BOS_ID, EOS_ID, StreamDecoder, Tokenizer
 
 DEMO_MODEL = DEMO_CHECKPOINT / "tokenizer.model"
 FIRST_BYTE_ID = 3  # Llama's byte tokens are ids 3 to 258, in order

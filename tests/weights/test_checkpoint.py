@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_config import SMALL
-from test_model import random_params
 
-from llama_jax import InputError, manifest
-from llama_jax.checkpoint import load_checkpoint, save_checkpoint
-from llama_jax.shards import tensors
+from llama_jax import InputError
+from llama_jax.weights import manifest
+from llama_jax.weights.checkpoint import load_checkpoint, save_checkpoint
+from llama_jax.weights.shards import tensors
+from tests.helpers.models import SMALL, random_params
 
 
 @pytest.fixture(scope="module")

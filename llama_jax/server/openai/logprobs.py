@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from llama_jax.result import TokenLogprob
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.engine.result import TokenLogprob
+from llama_jax.text.tokenizer import Tokenizer
 
 
 def token_text(token: int, tokenizer: Tokenizer | None) -> str:

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-from llama_jax import contract
-from llama_jax.decode import TOP_LOGPROBS
+from llama_jax.card import contract
+from llama_jax.decode.sampling import TOP_LOGPROBS
+from llama_jax.engine.request import PARAMETERS, GenerationRequest, make_request
 from llama_jax.errors import InputError
-from llama_jax.request import PARAMETERS, GenerationRequest, make_request
 from llama_jax.server.errors import BAD_INPUT, NO_MODEL, ApiError
 
 MAX_CHOICES = 8
@@ -42,7 +42,7 @@ _MAX_CARD_SEED = 9_999_999_999
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """What a body asks for."""
 
     requests: list[GenerationRequest]
@@ -56,7 +56,7 @@ class Asked:
     """What was ignored, named."""
 
 
-def parse_chat(body: bytes, model: str, most: int) -> Asked:
+def parse_chat(body: bytes, model: str, most: int) -> ParsedRequest:
     """Parse the body of a chat completion.
 
     Args:
@@ -75,7 +75,7 @@ def parse_chat(body: bytes, model: str, most: int) -> Asked:
     own = {name: payload.pop(name) for name in ("stop", "ignore_eos") if name in payload}
     card = contract.check(payload)
     request = make_request(**card.fields, **own, logprobs=logprobs)
-    return Asked(
+    return ParsedRequest(
         requests=_choices(request, n),
         n=n,
         stream=card.stream,
@@ -85,7 +85,7 @@ def parse_chat(body: bytes, model: str, most: int) -> Asked:
     )
 
 
-def parse_completion(body: bytes, model: str, most: int) -> Asked:
+def parse_completion(body: bytes, model: str, most: int) -> ParsedRequest:
     """Parse the body of a completion; see `parse_chat`. A prompt is text behind BOS, or ids."""
     payload = _payload(body, model)
     n, include_usage, warnings = _common(payload)
@@ -106,7 +106,7 @@ def parse_completion(body: bytes, model: str, most: int) -> Asked:
     for i, prompt in enumerate(prompts):
         request = make_request(**_prompt(i, prompt), **parameters, **scored)
         requests += _choices(request, n)
-    return Asked(
+    return ParsedRequest(
         requests=requests,
         n=n,
         stream=stream,

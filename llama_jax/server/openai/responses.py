@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from llama_jax.result import Piece, Result
-from llama_jax.server.logprobs import chat_logprobs, completion_logprobs
-from llama_jax.server.openai_requests import Asked
-from llama_jax.tokenizer import StreamDecoder, Tokenizer
+from llama_jax.engine.result import Piece, Result
+from llama_jax.server.openai.logprobs import chat_logprobs, completion_logprobs
+from llama_jax.server.openai.requests import ParsedRequest
+from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 
 class ChatChoices:
@@ -20,7 +20,7 @@ class ChatChoices:
 
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, asked: Asked, tokenizer: Tokenizer | None):
+    def __init__(self, asked: ParsedRequest, tokenizer: Tokenizer | None):
         self._asked, self._tokenizer = asked, tokenizer
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -71,7 +71,9 @@ class CompletionChoices:
 
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, asked: Asked, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]]):
+    def __init__(
+        self, asked: ParsedRequest, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]]
+    ):
         self._asked, self._tokenizer = asked, tokenizer
         self._texts = [_CompletionText(prompt, tokenizer, asked.echo) for prompt in prompts]
 
@@ -82,7 +84,7 @@ class CompletionChoices:
     def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
         """Return what a piece adds, if it adds anything."""
         texts = self._texts[index]
-        text = texts.joint(piece.tokens) + piece.text
+        text = texts.leading_separator(piece.tokens) + piece.text
         if self._asked.requests[index].logprobs is None:
             return self._choice(index, text) if text else None
         offsets = texts.offsets(piece.tokens)
@@ -141,7 +143,7 @@ class _CompletionText:
                 self._decoder.push(token)
                 self._decoder.finish()
         self._position = len(self.prompt) if echo else 0
-        self._joint_is_due = bool(self.prompt) if tokenizer else echo
+        self._separator_is_due = bool(self.prompt) if tokenizer else echo
 
     def prompt_offsets(self) -> list[int]:
         """Return where in the prompt's text its tokens begin."""
@@ -157,19 +159,19 @@ class _CompletionText:
             self._position += len(self._decoder.push(token) if self._decoder else f"{token},")
         return offsets
 
-    def joint(self, tokens: Sequence[int]) -> str:
+    def leading_separator(self, tokens: Sequence[int]) -> str:
         """Return, once, what stands between the prompt and the first token that shows."""
         tokenizer = self._tokenizer
         shown = [token for token in tokens if not (tokenizer and tokenizer.is_control(token))]
-        if not self._joint_is_due or not shown:
+        if not self._separator_is_due or not shown:
             return ""
-        self._joint_is_due = False
+        self._separator_is_due = False
         if tokenizer is None:
             return ","
         return " " if tokenizer.piece(shown[0]).startswith("▁") else ""
 
 
-def usage(asked: Asked, results: Sequence[Result]) -> dict[str, Any]:
+def usage(asked: ParsedRequest, results: Sequence[Result]) -> dict[str, Any]:
     """Count tokens: each prompt's once, each choice's."""
     first = results[:: asked.n]
     prompt = sum(len(result.prompt_tokens) for result in first)

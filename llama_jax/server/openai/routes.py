@@ -10,13 +10,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama_jax.result import Result
-from llama_jax.server.call import call_of
-from llama_jax.server.openai_requests import Asked, parse_chat, parse_completion
-from llama_jax.server.openai_responses import ChatChoices, CompletionChoices, head, usage
+from llama_jax.engine.result import Result
+from llama_jax.server.compact_json import CompactJSONResponse
+from llama_jax.server.openai.requests import ParsedRequest, parse_chat, parse_completion
+from llama_jax.server.openai.responses import ChatChoices, CompletionChoices, head, usage
+from llama_jax.server.request_log import request_log_of
 from llama_jax.server.service import Answers
 from llama_jax.server.sse import DONE, Events, event, start_stream
-from llama_jax.server.wire import JSONReply
 from llama_jax.server.workers_ai import check_model, service_of
 
 _STARTED = int(time.time())
@@ -26,7 +26,7 @@ async def chat_completions(request: Request) -> Response:
     """POST .../chat/completions: answer a dialog."""
     service = service_of(request)
     asked = await _parse(parse_chat, request)
-    answers = await service.answer(call_of(request.scope), asked.requests)
+    answers = await service.answer(request_log_of(request.scope), asked.requests)
     return await _respond(request, asked, answers, ChatChoices(asked, service.llm.tokenizer))
 
 
@@ -34,7 +34,7 @@ async def completions(request: Request) -> Response:
     """POST .../completions: go on with text or token ids as they are."""
     service = service_of(request)
     asked = await _parse(parse_completion, request)
-    answers = await service.answer(call_of(request.scope), asked.requests)
+    answers = await service.answer(request_log_of(request.scope), asked.requests)
     make = functools.partial(CompletionChoices, asked, service.llm.tokenizer, answers.prompts)
     try:
         choices = await asyncio.to_thread(make)  # as it decodes the prompts
@@ -47,20 +47,22 @@ async def completions(request: Request) -> Response:
 async def list_models(request: Request) -> Response:
     """GET .../models: the one model."""
     model = _describe(service_of(request).settings.model)
-    return JSONReply({"object": "list", "data": [model]})
+    return CompactJSONResponse({"object": "list", "data": [model]})
 
 
 async def get_model(request: Request) -> Response:
     """GET .../models/{model}: the one model."""
     check_model(service_of(request), request.path_params["model"])
-    return JSONReply(_describe(request.path_params["model"]))
+    return CompactJSONResponse(_describe(request.path_params["model"]))
 
 
 def _describe(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": _STARTED, "owned_by": "llama_jax"}
 
 
-async def _parse(parse: Callable[[bytes, str, int], Asked], request: Request) -> Asked:
+async def _parse(
+    parse: Callable[[bytes, str, int], ParsedRequest], request: Request
+) -> ParsedRequest:
     """Parse a body; in a thread, as it may have megabytes."""
     service = service_of(request)
     body = await request.body()
@@ -68,13 +70,16 @@ async def _parse(parse: Callable[[bytes, str, int], Asked], request: Request) ->
 
 
 async def _respond(
-    request: Request, asked: Asked, answers: Answers, choices: ChatChoices | CompletionChoices
+    request: Request,
+    asked: ParsedRequest,
+    answers: Answers,
+    choices: ChatChoices | CompletionChoices,
 ) -> Response:
     """Answer with a stream or with the whole."""
     model = service_of(request).settings.model
     if asked.stream:
         events = _events(asked, answers, choices, head(choices.chunk_object, model))
-        return await start_stream(call_of(request.scope), events, asked.requests)
+        return await start_stream(request_log_of(request.scope), events, asked.requests)
     results = await answers.results()
     # In a thread: where each token of a long prompt begins takes a while to tell.
     return await asyncio.to_thread(
@@ -83,17 +88,17 @@ async def _respond(
 
 
 def _whole(
-    asked: Asked,
+    asked: ParsedRequest,
     results: list[Result],
     choices: ChatChoices | CompletionChoices,
     first_fields: dict[str, Any],
 ) -> Response:
     whole = [choices.whole(i, result) for i, result in enumerate(results)]
-    return JSONReply({**first_fields, "choices": whole, **_ending(asked, results)})
+    return CompactJSONResponse({**first_fields, "choices": whole, **_metadata(asked, results)})
 
 
 async def _events(
-    asked: Asked,
+    asked: ParsedRequest,
     answers: Answers,
     choices: ChatChoices | CompletionChoices,
     first_fields: dict[str, Any],
@@ -113,7 +118,7 @@ async def _events(
             results[index] = part
             chunk = first_fields | {"choices": [choices.ending(index, part)]}
             if len(results) == len(asked.requests):
-                chunk |= _ending(asked, [results[i] for i in sorted(results)])
+                chunk |= _metadata(asked, [results[i] for i in sorted(results)])
             yield event(chunk)
     if asked.include_usage:
         counted = usage(asked, [results[i] for i in sorted(results)])
@@ -121,7 +126,7 @@ async def _events(
     yield DONE
 
 
-def _ending(asked: Asked, results: list[Result]) -> dict[str, Any]:
+def _metadata(asked: ParsedRequest, results: list[Result]) -> dict[str, Any]:
     """Return what is said once, about all choices."""
     ending = {"usage": usage(asked, results), "system_fingerprint": results[0].fingerprint}
     return ending | {"warnings": asked.warnings} if asked.warnings else ending

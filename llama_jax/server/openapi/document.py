@@ -3,7 +3,7 @@
 from typing import Any
 
 from llama_jax.server.auth import OPEN_PATHS
-from llama_jax.server.openapi_schemas import BOOLEAN, STRING, a_number, schemas
+from llama_jax.server.openapi.schemas import BOOLEAN, STRING, a_number, schemas
 from llama_jax.server.workers_ai import MAX_PAGE, MAX_PER_PAGE
 from llama_jax.version import __version__
 

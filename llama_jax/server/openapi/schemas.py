@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from llama_jax import card
-from llama_jax.decode import TOP_LOGPROBS
-from llama_jax.files import parse_json
-from llama_jax.request import PARAMETERS
-from llama_jax.server.openai_requests import (
+from llama_jax.card import schemas as card
+from llama_jax.decode.sampling import TOP_LOGPROBS
+from llama_jax.engine.request import PARAMETERS
+from llama_jax.server.openai.requests import (
     COMPLETION_PARAMETERS,
     MAX_CHOICES,
     MAX_COMPLETION_LOGPROBS,
     UNSUPPORTED,
 )
+from llama_jax.strict_json import parse_json
 
 Schema = dict[str, Any]
 

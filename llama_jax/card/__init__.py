@@ -1,0 +1,1 @@
+"""The model card's contract: its two schemas, and a body checked as Cloudflare's validator does."""

@@ -1,0 +1,1 @@
+"""The model: pure functions from arrays to arrays."""
