@@ -298,20 +298,20 @@ def summary(llm: Llama, result: Result, repeat: str) -> str:
         repeat: how to ask for the seed, which was drawn, with "{}" for it; empty: it was given.
     """
     t = result.timings
-    parts = [f"load {t['load_s']:.2f} s", f"compile {t['compile_s']:.2f} s"]
-    if t["prefill_tokens_per_s"] is not None:
-        read = result.usage["prompt_tokens"] - int(t["reused_tokens"] or 0)
+    parts = [f"load {t.load_s:.2f} s", f"compile {t.compile_s:.2f} s"]
+    if t.prefill_tokens_per_s is not None:
+        read = result.usage.prompt_tokens - result.usage.cached_tokens
         parts.append(
-            f"prefill {read} tokens in {t['prefill_s']:.3f} s "
-            f"({t['prefill_tokens_per_s']:,.0f} tok/s)"
+            f"prefill {read} tokens in {t.prefill_s:.3f} s "
+            f"({t.prefill_tokens_per_s:,.0f} tok/s)"
         )
-    if t["decode_tokens_per_s"] is not None:
-        rate = t["decode_tokens_per_s"]
+    if t.decode_tokens_per_s is not None:
+        rate = t.decode_tokens_per_s
         parts.append(
-            f"decode {t['decode_s']:.3f} s "
+            f"decode {t.decode_s:.3f} s "
             f"({rate:,.0f} tok/s, {rate * llm.weight_bytes_per_token / 1e9:.2f} GB/s of weights)"
         )
-    parts.append(f"{result.usage['completion_tokens']} tokens, {result.finish_reason}")
+    parts.append(f"{result.usage.completion_tokens} tokens, {result.finish_reason}")
     seed = f"seed {result.seed}"
     if repeat:
         seed += f" (drawn; {repeat.format(result.seed)} repeats this)"
@@ -366,7 +366,7 @@ def chat() -> None:
 def parse_seed(text: str) -> int:
     """Return the seed that /seed names."""
     try:
-        return make_request(prompt="x", seed=int(text)).seed
+        return make_request(prompt="x", seed=int(text)).parameters.seed
     except ValueError:  # InputError is one
         raise InputError(f"seed is {text!r}, expected a whole number from 0 to 2^64 - 1") from None
 

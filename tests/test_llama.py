@@ -13,6 +13,7 @@ import pytest
 from llama_jax import InputError, Llama, Stream
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.fingerprint import fingerprint
+from llama_jax.engine.result import Usage
 from llama_jax.engine.scheduler import Engine
 from llama_jax.llama import CHECKPOINT_VARIABLE, MAX_SLOTS, default_checkpoint
 from llama_jax.text.tokenizer import BOS_ID, EOS_ID
@@ -66,22 +67,10 @@ def test_result_fields(llm):
     assert result.tokens
     assert EOS_ID not in result.tokens
     assert result.response == llm.tokenizer.decode(result.tokens)
-    assert result.usage == {
-        "prompt_tokens": len(result.prompt_tokens),
-        "completion_tokens": len(result.tokens),
-        "total_tokens": len(result.prompt_tokens) + len(result.tokens),
-    }
+    counts = (len(result.prompt_tokens), len(result.tokens))
+    assert result.usage == Usage(*counts, total_tokens=sum(counts), cached_tokens=0)
     assert (result.seed, result.finish_reason) == (1, "stop")
-    assert set(result.timings) == {
-        "load_s",
-        "compile_s",
-        "queue_s",
-        "prefill_s",
-        "decode_s",
-        "prefill_tokens_per_s",
-        "decode_tokens_per_s",
-        "reused_tokens",
-    }
+    assert all(value > 0 for value in dataclasses.astuple(result.timings)[3:])
     assert (result.logprobs, result.prompt_logprobs) == (None, None)
     assert result.fingerprint == llm.engine.fingerprint
     json.dumps(dataclasses.asdict(result))
@@ -92,6 +81,13 @@ def test_effective_parameters_repeat_the_run(llm):
     again = llm.generate(prompt="Hello", **first.parameters)
     assert again.tokens == first.tokens
     assert again.seed == first.seed
+
+
+@pytest.mark.parametrize("prompt", [QUESTION, {"prompt": "Once", "raw": True, "temperature": 2.0}])
+def test_prompt_tokens_and_parameters_of_a_result_repeat_it(llm, prompt):
+    first = llm.generate(**prompt)
+    again = llm.generate(prompt_tokens=first.prompt_tokens, **first.parameters)
+    assert (again.tokens, again.parameters) == (first.tokens, first.parameters)
 
 
 @pytest.mark.parametrize(
@@ -185,11 +181,11 @@ def test_the_next_turn_of_a_conversation_reuses_the_last(llm):
     ]
     second = llm.generate(messages=messages, seed=2, max_tokens=30)
     unit = llm.executor.plan.reuse_multiple
-    assert second.timings["reused_tokens"] >= len(first.prompt_tokens) // unit * unit > 0
+    assert second.usage.cached_tokens >= len(first.prompt_tokens) // unit * unit > 0
     fresh = copy.copy(llm)
     fresh.engine = Engine(llm.executor, llm.tokenizer, reuse=False)
     alone = fresh.generate(messages=messages, seed=2, max_tokens=30)
-    assert (alone.tokens, alone.timings["reused_tokens"]) == (second.tokens, 0)
+    assert (alone.tokens, alone.usage.cached_tokens) == (second.tokens, 0)
 
 
 def test_stop_strings(llm):
@@ -241,7 +237,7 @@ def test_max_tokens(llm, max_tokens):
     result = llm.generate(**request, max_tokens=max_tokens)
     assert result.tokens == whole[:max_tokens]
     assert result.finish_reason == "length"
-    assert (result.timings["decode_tokens_per_s"] is None) == (max_tokens < 2)
+    assert (result.timings.decode_tokens_per_s is None) == (max_tokens < 2)
 
 
 def test_ignore_eos_goes_on(llm):

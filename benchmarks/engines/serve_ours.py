@@ -54,7 +54,7 @@ def run_batch(llama: Llama, prompts: list[list[int]], new_tokens: int) -> dict[s
     def run(some: list[list[int]], length: int) -> int:
         wanted = {"max_tokens": length, "temperature": 0, "ignore_eos": True}
         requests = ({"prompt_tokens": tokens, **wanted} for tokens in some)
-        return sum(r.usage["completion_tokens"] for r in llama.generate_all(requests))
+        return sum(r.usage.completion_tokens for r in llama.generate_all(requests))
 
     first = [tokens[::-1] for tokens in prompts[: llama.executor.batch]]
     run(first, 2)  # touches the memory of every slot, and begins otherwise than what is timed

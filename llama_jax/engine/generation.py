@@ -11,7 +11,7 @@ import numpy as np
 from llama_jax.decode.sampling import NO_TOKEN
 from llama_jax.decode.steps import Logprobs
 from llama_jax.engine.request import GenerationRequest
-from llama_jax.engine.result import FinishReason, Piece, Result, TokenLogprob
+from llama_jax.engine.result import FinishReason, Piece, Result, Timings, TokenLogprob, Usage
 from llama_jax.text.stop import StopCutter
 from llama_jax.text.tokenizer import EOS_ID, StreamDecoder, Tokenizer
 
@@ -57,7 +57,7 @@ class Generation:
         """Tokens of the prompt that were in the cache already."""
         self._pieces: collections.deque[Piece] = collections.deque()
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
-        self._cutter = StopCutter(request.stop)
+        self._cutter = StopCutter(request.parameters.stop)
         self._texts: list[str] = []
         self._waiting = Piece("", [], [])  # tokens whose text has not come yet
         self._logprobs: list[TokenLogprob] = []
@@ -69,7 +69,7 @@ class Generation:
     @property
     def stop_token(self) -> int:
         """The id that ends it, or NO_TOKEN."""
-        return NO_TOKEN if self.request.ignore_eos else EOS_ID
+        return NO_TOKEN if self.request.parameters.ignore_eos else EOS_ID
 
     @property
     def done(self) -> bool:
@@ -79,7 +79,9 @@ class Generation:
     @property
     def is_empty(self) -> bool:
         """Whether it asks for no token, and for no word on its prompt's."""
-        return self.request.max_tokens == 0 and not self.request.prompt_logprobs
+        return (
+            self.request.parameters.max_tokens == 0 and not self.request.parameters.prompt_logprobs
+        )
 
     @property
     def unread(self) -> bool:
@@ -116,7 +118,7 @@ class Generation:
             self._emit(text)
         if self._cutter.stopped:
             return self.finish("stop")
-        if len(self.tokens) == self.request.max_tokens:
+        if len(self.tokens) == self.request.parameters.max_tokens:
             return self.finish("length")
         return None
 
@@ -134,20 +136,27 @@ class Generation:
             self._emit(rest)
         if self._cutter.stopped:
             reason = "stop"
-        asked = self.request.logprobs is not None
-        usage = {"prompt_tokens": len(self.prompt), "completion_tokens": len(self.tokens)}
+        parameters = self.request.parameters
+        prompt_tokens, completion_tokens = len(self.prompt), len(self.tokens)
         self.result = Result(
             response="".join(self._texts) if self._decoder else None,
             tokens=self.tokens,
             prompt_tokens=self.prompt,
             finish_reason=reason,
-            usage={**usage, "total_tokens": sum(usage.values())},
-            seed=self.request.seed,
+            usage=Usage(
+                prompt_tokens=prompt_tokens,
+                completion_tokens=completion_tokens,
+                total_tokens=prompt_tokens + completion_tokens,
+                cached_tokens=self.reused,
+            ),
+            seed=parameters.seed,
             fingerprint=self._fingerprint,
-            parameters=self.request.parameters(),
+            parameters=parameters,
             timings=self._times.summary(len(self.prompt), self.reused),
-            logprobs=self._logprobs if asked else None,
-            prompt_logprobs=self._prompt_logprobs if self.request.prompt_logprobs else None,
+            logprobs=None if parameters.logprobs is None else self._logprobs,
+            prompt_logprobs=self._prompt_logprobs
+            if self.request.parameters.prompt_logprobs
+            else None,
         )
         self._end()
 
@@ -209,17 +218,20 @@ class _Times:
         if self._count == 1:
             self._first = self._last
 
-    def summary(self, prompt_length: int, reused: int) -> dict[str, float | None]:
-        """Return `Result.timings` without load_s."""
+    def summary(self, prompt_length: int, reused: int) -> Timings:
+        """Return the timings; load_s, which the engine does not know, is 0."""
         prefill_s, decode_s = self._first - self._began, self._last - self._first
         read, decoded = prompt_length - reused, self._count - 1
-        waiting = self._queue_s is None  # it never got a slot
-        return {
-            "compile_s": self._clock.compiled_s - self._compiled,
-            "queue_s": time.perf_counter() - self._submitted if waiting else self._queue_s,
-            "prefill_s": prefill_s,
-            "decode_s": decode_s,
-            "prefill_tokens_per_s": read / prefill_s if self._count and prefill_s else None,
-            "decode_tokens_per_s": decoded / decode_s if decoded > 0 and decode_s else None,
-            "reused_tokens": reused,
-        }
+        return Timings(
+            load_s=0.0,
+            compile_s=self._clock.compiled_s - self._compiled,
+            queue_s=(
+                time.perf_counter() - self._submitted  # it never got a slot
+                if self._queue_s is None
+                else self._queue_s
+            ),
+            prefill_s=prefill_s,
+            decode_s=decode_s,
+            prefill_tokens_per_s=read / prefill_s if self._count and prefill_s else None,
+            decode_tokens_per_s=decoded / decode_s if decoded > 0 and decode_s else None,
+        )

@@ -1,71 +1,26 @@
-"""GenerationRequest: what is asked for, checked, with every default made explicit."""
+"""GenerationRequest: a prompt and the parameters, checked."""
 
 import dataclasses
-import difflib
-import math
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
-import jsonschema
-
-from llama_jax.decode.sampling import TOP_LOGPROBS
+from llama_jax.engine.parameters import Parameters, make_parameters, parameter_problems
 from llama_jax.errors import InputError, one_line
 from llama_jax.text.chat import Message, check_dialog, encode_dialog
 from llama_jax.text.tokenizer import BOS_ID, Tokenizer
 
-PARAMETERS: dict[str, dict[str, Any]] = {
-    "max_tokens": {"type": "integer", "minimum": 0, "default": 256},
-    "temperature": {"type": "number", "minimum": 0, "maximum": 5, "default": 0.6},
-    "top_p": {"type": "number", "minimum": 0, "maximum": 2},
-    "top_k": {"type": "integer", "minimum": 1, "maximum": 50},
-    "seed": {"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
-    "repetition_penalty": {"type": "number", "minimum": 0, "maximum": 2, "default": 1.0},
-    "frequency_penalty": {"type": "number", "minimum": 0, "maximum": 2, "default": 0.0},
-    "presence_penalty": {"type": "number", "minimum": 0, "maximum": 2, "default": 0.0},
-    "stop": {
-        "type": "array",
-        "items": {"type": "string", "minLength": 1},
-        "maxItems": 16,
-        "default": (),
-    },
-    "ignore_eos": {"type": "boolean", "default": False},
-    "logprobs": {"type": "integer", "minimum": 0, "maximum": TOP_LOGPROBS},
-    "prompt_logprobs": {"type": "boolean", "default": False},
-}
-"""The model card's input schema, as JSON Schema: types, ranges and defaults. Beyond the card: seed
-goes down to 0 and up to 64 bits, max_tokens has a floor, what comes after the penalties is ours,
-and the defaults that the card leaves out are written down (temperature 0.6 is Meta's; penalties are
-off)."""
-
-_ARGUMENTS = ("prompt", "messages", "prompt_tokens", "system", "raw", *PARAMETERS)
-_MAX_DRAWN_SEED = 9_999_999_999  # the card's largest: a drawn seed can be sent anywhere
+_PROMPTS = ("prompt", "messages", "prompt_tokens", "system", "raw")
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationRequest:
-    """One generation: one of three prompts, and the parameters; see `make_request`."""
+    """One generation: one of three kinds of prompt, and the parameters; see `make_request`."""
 
     messages: tuple[Message, ...] | None
     raw_prompt: str | None
+    """Text that is used as it is, after BOS."""
     prompt_tokens: tuple[int, ...] | None
-    max_tokens: int
-    temperature: float
-    top_p: float | None
-    top_k: int | None
-    seed: int
-    repetition_penalty: float
-    frequency_penalty: float
-    presence_penalty: float
-    stop: tuple[str, ...]
-    ignore_eos: bool
-    logprobs: int | None
-    prompt_logprobs: bool
-
-    def parameters(self) -> dict[str, Any]:
-        """Return the effective parameters: send them again and the same text comes back."""
-        values = {name: getattr(self, name) for name in PARAMETERS}
-        return {"raw": self.raw_prompt is not None} | values | {"stop": list(self.stop)}
+    parameters: Parameters
 
     def encode(self, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
         """Return the prompt's token ids: Meta's dialog format, or BOS and the raw text.
@@ -104,9 +59,8 @@ def make_request(
         prompt_tokens: ids used as they are (no BOS is added).
         system: a system prompt, with `prompt` alone.
         raw: use the prompt as it is, behind BOS, without the chat template.
-        **parameters: those of PARAMETERS; None stands for the default. A seed is drawn if none
-            is given. `stop` may be one string. `logprobs` is how many of the likeliest tokens to
-            tell with each drawn one's own probability; `prompt_logprobs`: for the prompt's too.
+        **parameters: the fields of `Parameters`; None stands for the default. A seed is drawn if
+            none is given. `stop` may be one string.
 
     Raises:
         InputError: naming everything that is wrong, the messages' order included.
@@ -116,7 +70,7 @@ def make_request(
         parameters["stop"] = [parameters["stop"]]
     values = {name: _plain(value) for name, value in parameters.items() if value is not None}
     problems = _prompt_problems(prompt, messages, prompt_tokens, system, raw)
-    problems += _parameter_problems(values)
+    problems += parameter_problems(values, _PROMPTS)
     if problems:
         raise InputError(one_line(problems))
     if prompt is not None and not raw:
@@ -129,20 +83,8 @@ def make_request(
         raw_prompt=prompt if raw else None,
         messages=None if messages is None else tuple(messages),
         prompt_tokens=None if prompt_tokens is None else tuple(prompt_tokens),
-        **_with_defaults(values),
+        parameters=make_parameters(values),
     )
-
-
-def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """Return every parameter in its type; draw the seed if there is none."""
-    kinds = {"integer": int, "number": float, "boolean": bool, "array": tuple}
-    values = {name: values.get(name, s.get("default")) for name, s in PARAMETERS.items()}
-    if values["seed"] is None:
-        values["seed"] = 1 + secrets.randbelow(_MAX_DRAWN_SEED)
-    return {
-        name: None if value is None else kinds[PARAMETERS[name]["type"]](value)
-        for name, value in values.items()
-    }
 
 
 def check_tokens(tokens: Any, vocab_size: int, name: str = "prompt_tokens") -> list[int]:
@@ -198,33 +140,3 @@ def _prompt_problems(prompt: Any, messages: Any, tokens: Any, system: Any, raw: 
     elif raw and prompt is None and given:
         problems.append(f"raw is given with {given[0]}, expected it with prompt; leave it out")
     return problems
-
-
-def _parameter_problems(values: dict[str, Any]) -> list[str]:
-    problems = []
-    for name, value in values.items():
-        schema = PARAMETERS.get(name)
-        if schema is None:
-            close = difflib.get_close_matches(name, _ARGUMENTS, n=1)
-            meant = f"did you mean {close[0]}?" if close else f"expected {', '.join(_ARGUMENTS)}"
-            problems.append(f"unknown parameter {name!r}, {meant}")
-        elif isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{name} is {value}, expected a finite number")
-        elif not jsonschema.Draft202012Validator(schema).is_valid(value):
-            problems.append(f"{name} is {value!r:.40}, expected {_expected(schema)}")
-    return problems
-
-
-def _expected(schema: dict[str, Any]) -> str:
-    """Say in words what a parameter's schema allows."""
-    if schema["type"] == "array":
-        return f"a string, or a list of up to {schema['maxItems']} that are not empty"
-    kind = {"integer": "an integer", "number": "a number", "boolean": "true or false"}
-    expected = kind[schema["type"]]
-    if "minimum" in schema:
-        expected += f" from {schema['minimum']}"
-    if "maximum" in schema:
-        expected += f" to {schema['maximum']}"
-    elif "minimum" in schema:
-        expected += " up"
-    return expected

@@ -1,22 +1,24 @@
-"""What a generation gives: pieces of text as they come, then a Result."""
+"""What a generation returns: pieces of text as they come, then a Result."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
+
+from llama_jax.engine.parameters import Parameters
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """How likely the model itself found a token: natural logarithms, before penalties and filters.
+    """The natural logarithm of a token's probability under the model alone.
 
-    So temperature, top-k and top-p do not enter; a token that those made certain can be unlikely.
+    Penalties, temperature, top-k and top-p do not enter.
     """
 
     token: int
     logprob: float
     top: list[tuple[int, float]]
-    """The likeliest tokens with theirs, falling; as many as were asked for."""
+    """The most likely tokens with theirs, in falling order; as many as were requested."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,39 @@ class Piece:
     """May be empty: of tokens held back, or with no tokenizer."""
     tokens: list[int]
     logprobs: list[TokenLogprob]
-    """One for each of `tokens` if the request asks for them, else none."""
+    """One for each of `tokens` if requested, else none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Tokens counted."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    """Without the EOS that ended them."""
+    total_tokens: int
+    cached_tokens: int
+    """Of the prompt: served from the prefix cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Where the time went: seconds, and tokens per second."""
+
+    load_s: float
+    """Loading the checkpoint."""
+    compile_s: float
+    """Compiling while the request was in the engine."""
+    queue_s: float
+    """Waiting for a slot."""
+    prefill_s: float
+    """From the slot to the first token."""
+    decode_s: float
+    """From the first token to the last."""
+    prefill_tokens_per_s: float | None
+    """None: no token was generated."""
+    decode_tokens_per_s: float | None
+    """None: nothing was decoded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,25 +71,21 @@ class Result:
     response: str | None
     """The text; None if the checkpoint has no tokenizer."""
     tokens: list[int]
-    """Ids generated; the EOS that ended them is left out."""
+    """Ids generated, without the EOS that ended them."""
     prompt_tokens: list[int]
     """Ids the model was fed."""
     finish_reason: FinishReason
-    """`stop`: the model drew EOS or spelt a stop string; `length`: max_tokens were drawn;
-    `cancelled`: its reader gave it up."""
-    usage: dict[str, int]
-    """prompt_tokens, completion_tokens (without EOS) and total_tokens, counted."""
+    """`stop`: the model generated EOS or a stop string; `length`: max_tokens were generated;
+    `cancelled`: the reader gave up."""
+    usage: Usage
     seed: int
     fingerprint: str
     """Of weights and configuration: where it and the request are equal, so are the tokens (on a GPU
     or TPU as far as docs/design.md says, Exactness)."""
-    parameters: dict[str, Any]
-    """The effective parameters, defaults and drawn seed included."""
-    timings: dict[str, float | None]
-    """Seconds: load_s, compile_s, queue_s, prefill_s (to the first token), decode_s; tokens per
-    second: prefill_tokens_per_s, decode_tokens_per_s (None if nothing was decoded); and
-    reused_tokens: of the prompt, how many were in the cache already."""
+    parameters: Parameters
+    """With every default and the drawn seed: together with `prompt_tokens` they repeat the run."""
+    timings: Timings
     logprobs: list[TokenLogprob] | None = None
-    """One for each of `tokens`, if asked for."""
+    """One for each of `tokens`, if requested."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
-    """One for each of `prompt_tokens` but the first, if asked for."""
+    """One for each of `prompt_tokens`, if requested; the first is None."""

@@ -148,8 +148,8 @@ class Engine:
         """
         prompt = request.encode(self.tokenizer, self.executor.config.vocab_size)
         context = self.executor.context
-        if len(prompt) + request.max_tokens > context:
-            raise ContextError(len(prompt), request.max_tokens, context)
+        if len(prompt) + request.parameters.max_tokens > context:
+            raise ContextError(len(prompt), request.parameters.max_tokens, context)
         generation = Generation(
             request,
             prompt,
@@ -252,7 +252,7 @@ class Engine:
             return None
         generation = self._queue[0]
         request, prompt, run = generation.request, generation.prompt, self.executor
-        reuse = self.reuse and not request.prompt_logprobs  # those need every token read
+        reuse = self.reuse and not request.parameters.prompt_logprobs  # those need every token read
         choice = assign_slot(self._slots, prompt, run.plan.reuse_multiple if reuse else None)
         slot, start = choice.slot, choice.start
         # From here on it is the slot's: whatever fails below ends it, and does not lose it.
@@ -262,21 +262,21 @@ class Engine:
             self._state = run.copy_row(self._take_state(), choice.source.row, slot.row)
         slot.cached = choice.source.cached[:start]
         params = sampling.make_params(
-            seed=request.seed,
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-            repetition_penalty=request.repetition_penalty,
-            frequency_penalty=request.frequency_penalty,
-            presence_penalty=request.presence_penalty,
+            seed=request.parameters.seed,
+            temperature=request.parameters.temperature,
+            top_k=request.parameters.top_k,
+            top_p=request.parameters.top_p,
+            repetition_penalty=request.parameters.repetition_penalty,
+            frequency_penalty=request.parameters.frequency_penalty,
+            presence_penalty=request.parameters.presence_penalty,
         )
         new = make_admission(
             params,
             prompt,
             run.config.vocab_size,
-            limit=max(1, request.max_tokens),
+            limit=max(1, request.parameters.max_tokens),
             stop_token=generation.stop_token,
-            wants_logprobs=request.logprobs is not None,
+            wants_logprobs=request.parameters.logprobs is not None,
             start=start,
         )
         self._state = run.admit(self._take_state(), slot.row, new)
@@ -289,7 +289,7 @@ class Engine:
     def _read_chunk(self, reading: _PrefillInProgress) -> None:
         """Read one chunk of a prompt."""
         slot, generation, run = reading.slot, reading.generation, self.executor
-        prompt, scored = generation.prompt, generation.request.prompt_logprobs
+        prompt, scored = generation.prompt, generation.request.parameters.prompt_logprobs
         start, size = reading.chunks.popleft()
         args = (self._take_state(), slot.row, prompt, start, size)
         last = not reading.chunks
@@ -313,7 +313,8 @@ class Engine:
         active = [
             slot
             for slot in self._slots
-            if slot.generation and 0 < slot.num_dispatched < slot.generation.request.max_tokens
+            if slot.generation
+            and 0 < slot.num_dispatched < slot.generation.request.parameters.max_tokens
         ]
         if active:
             longest = max(slot.position for slot in active)
@@ -341,7 +342,7 @@ class Engine:
         self._tick()
         if dispatched.prompt_logprobs is not None:
             generation, logprobs, targets = dispatched.prompt_logprobs
-            count = generation.request.logprobs or 0
+            count = generation.request.parameters.logprobs or 0
             if not generation.done:
                 generation.push_prompt_logprobs(token_logprobs(logprobs, 0, targets, count))
         for slot, generation, column in dispatched.columns:
@@ -361,11 +362,11 @@ class Engine:
         self, generation: Generation, tokens: list[int], logprobs: Logprobs, column: int
     ) -> None:
         request = generation.request
-        if request.max_tokens == 0:  # there is a token only because one was to be scored
+        if request.parameters.max_tokens == 0:  # there is a token only because one was to be scored
             return self._end(generation, "length")
         scores: Sequence[Any] = [None] * len(tokens)
-        if request.logprobs is not None:
-            scores = token_logprobs(logprobs, column, tokens, request.logprobs)
+        if request.parameters.logprobs is not None:
+            scores = token_logprobs(logprobs, column, tokens, request.parameters.logprobs)
         for token, logprob in zip(tokens, scores, strict=True):
             self.counts.tokens += 1
             generation.push(token, logprob)

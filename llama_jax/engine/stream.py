@@ -60,7 +60,7 @@ class Stream:
             raise RuntimeError("the stream failed: it has no result") from self._generation.error
         if self._generation.result is None or self._generation.unread:
             raise RuntimeError("the stream has not been read to its end yet")
-        timings = {"load_s": self._load_s} | self._generation.result.timings
+        timings = dataclasses.replace(self._generation.result.timings, load_s=self._load_s)
         return dataclasses.replace(self._generation.result, timings=timings)
 
     def close(self) -> None:

@@ -72,7 +72,7 @@ class Metrics:
             self._disconnects.labels(call.route).inc()
         for result in call.results:
             self._successes.labels(call.route, result.finish_reason).inc()
-            self._queued.observe(result.timings["queue_s"] or 0)
+            self._queued.observe(result.timings.queue_s)
             self._prompt.observe(len(result.prompt_tokens))
             self._generated.observe(len(result.tokens))
         if call.first_text_s is not None:

@@ -25,7 +25,7 @@ async def start_stream(
     call: RequestLog, events: Events, requests: Sequence[GenerationRequest]
 ) -> "EventStream":
     """Wait for the first event: what goes wrong before it is an ordinary error."""
-    seeds = [request.seed for request in requests]
+    seeds = [request.parameters.seed for request in requests]
     return EventStream(_tell_errors(call, await anext(events), events), seeds)
 
 

@@ -109,7 +109,11 @@ async def _events(answers: Answers, notes: list[dict[str, Any]]) -> Events:
 def _metadata(result: Result) -> dict[str, Any]:
     """Return what there is to say beside the text."""
     return {
-        "usage": result.usage,
+        "usage": {
+            "prompt_tokens": result.usage.prompt_tokens,
+            "completion_tokens": result.usage.completion_tokens,
+            "total_tokens": result.usage.total_tokens,
+        },
         "finish_reason": result.finish_reason,
         "seed": result.seed,
         "fingerprint": result.fingerprint,

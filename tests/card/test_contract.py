@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llama_jax import InputError
 from llama_jax.card.contract import CardRequest, SchemaError, check, parse_body
 from llama_jax.card.schemas import INPUT_SCHEMA, OUTPUT_SCHEMA
-from llama_jax.engine.request import PARAMETERS
+from llama_jax.engine.parameters import SCHEMAS as PARAMETERS
 from tests.helpers import ROOT
 
 RECORD = json.loads((ROOT / "tests" / "data" / "cabidela.json").read_text("utf-8"))
@@ -205,8 +205,16 @@ def test_stream_is_told_apart(stream):
 def test_makes_the_request_with_its_defaults():
     request = check({"prompt": "hi", "max_tokens": 16.0, "temperature": 1, "seed": 7}).request()
     assert request.messages == (HI,)
-    assert (request.max_tokens, request.temperature, request.seed) == (16, 1.0, 7)
-    assert (request.top_p, request.top_k, request.repetition_penalty) == (None, None, 1.0)
+    assert (
+        request.parameters.max_tokens,
+        request.parameters.temperature,
+        request.parameters.seed,
+    ) == (16, 1.0, 7)
+    assert (
+        request.parameters.top_p,
+        request.parameters.top_k,
+        request.parameters.repetition_penalty,
+    ) == (None, None, 1.0)
     assert check({"prompt": "hi", "raw": True}).request().raw_prompt == "hi"
 
 

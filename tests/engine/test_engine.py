@@ -241,7 +241,7 @@ def test_what_is_reused_changes_no_token(any_ex, monkeypatch):
             before = len(copies)
             generation = answer(engine, sampled(prompt))
             assert generation.reused == min(shared, len(prompt) - 1) // unit * unit
-            assert generation.reused == generation.result.timings["reused_tokens"]
+            assert generation.reused == generation.result.usage.cached_tokens
             assert generation.reused == engine.counts.reused_tokens
             kept += generation.reused > 0 and len(copies) == before
             assert_same(generation, alone(any_ex, sampled(prompt)))
@@ -551,7 +551,7 @@ def test_a_cancelled_request_ends_wherever_it_is(ex, where):
     assert engine.queued == 0
     assert engine.running == len(others)
     assert generation.result.finish_reason == "cancelled"
-    assert generation.result.timings["queue_s"] > 0
+    assert generation.result.timings.queue_s > 0
     assert generation.tokens == alone(ex, request).tokens[: len(generation.tokens)]
     assert generation.result.response == read(generation)[0]
     rest(engine)
@@ -932,7 +932,7 @@ def test_interleaved_streams_are_each_as_alone(llm, ex):
         expected = alone(ex, request).result
         assert (text, ids) == (expected.response, expected.tokens)
         assert stream.result.tokens == ids
-        assert stream.result.timings["load_s"] == llm.load_s
+        assert stream.result.timings.load_s == llm.load_s
 
 
 def test_a_stream_let_go_frees_its_slot(llm):
@@ -970,14 +970,14 @@ def test_generate_all_yields_in_order_as_if_alone(llm, ex):
     def arriving():
         for request in requests:
             taken.append(request)
-            yield {"messages": request.messages} | request.parameters()
+            yield {"messages": request.messages} | {**request.parameters}
 
     results = llm.generate_all(arriving())
     first = next(results)
     assert len(taken) <= 2 * SLOTS  # none is asked for before there is need
     for request, result in zip(requests, [first, *results], strict=True):
         assert result.tokens == alone(ex, request).tokens
-        assert result.seed == request.seed
+        assert result.seed == request.parameters.seed
 
 
 @pytest.mark.parametrize("max_queue", [0, None])

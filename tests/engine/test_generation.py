@@ -1,5 +1,7 @@
 """One request from token ids to text: its pieces are its result, whatever ends it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from llama_jax.decode.steps import Logprobs
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.generation import Clock, Generation, token_logprobs
 from llama_jax.engine.request import make_request
-from llama_jax.engine.result import TokenLogprob
+from llama_jax.engine.result import TokenLogprob, Usage
 from llama_jax.text.tokenizer import EOS_ID, Tokenizer
 from tests.helpers.oracles import first_stop
 
@@ -74,11 +76,7 @@ def test_a_stop_string_ends_it_before_its_first_letter():
     # The tokens that spelt it were drawn, and are counted.
     assert result.tokens == PARIS[: len(result.tokens)]
     assert TOKENIZER.decode(result.tokens) == "The capital of France"
-    assert result.usage == {
-        "prompt_tokens": 10,
-        "completion_tokens": len(result.tokens),
-        "total_tokens": 10 + len(result.tokens),
-    }
+    assert result.usage == Usage(10, len(result.tokens), 10 + len(result.tokens), cached_tokens=0)
     assert "".join(text for text, _ in taken(generation)) == result.response
 
 
@@ -197,11 +195,11 @@ def test_a_cancelled_one_goes_on_until_the_engine_knows():
 
 
 def test_the_result_says_what_was_asked_for():
-    request = {"temperature": 1.5, "top_k": 3, "stop": ["a", "b"], "logprobs": 2}
+    request = {"temperature": 1.5, "top_k": 3, "stop": ("a", "b"), "logprobs": 2}
     generation = push(make(**request), [EOS_ID])
     result = generation.result
-    assert result.parameters == generation.request.parameters()
-    assert result.parameters.items() >= request.items()
+    assert result.parameters == generation.request.parameters
+    assert dict(result.parameters).items() >= request.items()
     assert (result.seed, result.fingerprint) == (7, "fp")
     assert result.prompt_tokens == list(range(3, 13))
 
@@ -217,15 +215,16 @@ def test_times_are_the_engines_own():
     for worked, tokens in ((3.5, PARIS[1:3]), (4.5, PARIS[3:5])):
         clock.worked_s = worked
         push(generation, tokens)
-    timings = dict(generation.result.timings)
+    timings = dataclasses.asdict(generation.result.timings)
     assert timings.pop("queue_s") >= 0
+    assert generation.result.usage.cached_tokens == 4
     assert timings == {
+        "load_s": 0.0,
         "compile_s": 1.0,
         "prefill_s": 0.5,
         "decode_s": 2.0,
         "prefill_tokens_per_s": 12.0,  # of 10, 4 were there
         "decode_tokens_per_s": 2.0,  # 4 behind the first
-        "reused_tokens": 4,
     }
 
 
@@ -233,5 +232,6 @@ def test_times_of_one_that_never_began():
     generation = make()
     generation.finish("cancelled")
     timings = generation.result.timings
-    assert timings["prefill_tokens_per_s"] is timings["decode_tokens_per_s"] is None
-    assert (timings["prefill_s"], timings["decode_s"], timings["reused_tokens"]) == (0, 0, 0)
+    assert timings.prefill_tokens_per_s is timings.decode_tokens_per_s is None
+    assert (timings.prefill_s, timings.decode_s) == (0, 0)
+    assert generation.result.usage.cached_tokens == 0

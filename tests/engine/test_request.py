@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from llama_jax import InputError
-from llama_jax.engine.request import PARAMETERS, make_request
+from llama_jax.engine.parameters import SCHEMAS as PARAMETERS
+from llama_jax.engine.request import make_request
 
 
 def test_defaults_are_explicit():
     request = make_request(prompt="Hi", seed=3)
-    assert request.parameters() == {
-        "raw": False,
+    assert dict(request.parameters) == {
         "max_tokens": 256,
         "temperature": 0.6,
         "top_p": None,
@@ -21,7 +21,7 @@ def test_defaults_are_explicit():
         "repetition_penalty": 1.0,
         "frequency_penalty": 0.0,
         "presence_penalty": 0.0,
-        "stop": [],
+        "stop": (),
         "ignore_eos": False,
         "logprobs": None,
         "prompt_logprobs": False,
@@ -29,40 +29,51 @@ def test_defaults_are_explicit():
 
 
 def test_effective_parameters_make_the_same_request():
-    for parameters in ({"top_k": 3}, {"stop": ["a", "b"], "logprobs": 0, "prompt_logprobs": True}):
+    for parameters in ({"top_k": 3}, {"stop": ("a", "b"), "logprobs": 0, "prompt_logprobs": True}):
         request = make_request(prompt="Hi", **parameters)
-        effective = request.parameters()
+        effective = dict(request.parameters)
         assert effective.items() >= parameters.items()
         assert make_request(prompt="Hi", **effective) == request
         assert make_request(prompt="Hi", **json.loads(json.dumps(effective))) == request
 
 
 def test_a_seed_is_drawn_anew_within_the_cards_range():
-    seeds = {make_request(prompt="Hi").seed for _ in range(100)}
+    seeds = {make_request(prompt="Hi").parameters.seed for _ in range(100)}
     assert len(seeds) == 100
     assert all(1 <= seed <= 9_999_999_999 for seed in seeds)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1])
 def test_any_64_bit_seed_is_a_seed(seed):
-    assert make_request(prompt="Hi", seed=seed).seed == seed
+    assert make_request(prompt="Hi", seed=seed).parameters.seed == seed
 
 
 @pytest.mark.parametrize("stop", ["\n", ["\n"], ("\n",)])
 def test_stop_may_be_one_string_or_several(stop):
-    assert make_request(prompt="Hi", stop=stop).stop == ("\n",)
+    assert make_request(prompt="Hi", stop=stop).parameters.stop == ("\n",)
 
 
 def test_none_stands_for_the_default():
     plain = make_request(prompt="Hi", seed=1)
     assert make_request(prompt="Hi", seed=1, **dict.fromkeys(PARAMETERS.keys() - {"seed"})) == plain
-    assert (plain.stop, plain.logprobs, plain.prompt_logprobs) == ((), None, False)
+    assert (plain.parameters.stop, plain.parameters.logprobs, plain.parameters.prompt_logprobs) == (
+        (),
+        None,
+        False,
+    )
 
 
 def test_numbers_take_their_types():
     request = make_request(prompt="Hi", max_tokens=16.0, temperature=1, top_k=2.0)
-    assert (request.max_tokens, request.temperature, request.top_k) == (16, 1.0, 2)
-    assert [type(v) for v in (request.max_tokens, request.temperature)] == [int, float]
+    assert (
+        request.parameters.max_tokens,
+        request.parameters.temperature,
+        request.parameters.top_k,
+    ) == (16, 1.0, 2)
+    assert [type(v) for v in (request.parameters.max_tokens, request.parameters.temperature)] == [
+        int,
+        float,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +120,7 @@ def test_out_of_range(name, value, expected):
 def test_the_ends_of_every_range_are_in_it(name, schema):
     for end in ("minimum", "maximum"):
         if end in schema:
-            assert getattr(make_request(prompt="Hi", **{name: schema[end]}), name) == schema[end]
+            assert make_request(prompt="Hi", **{name: schema[end]}).parameters[name] == schema[end]
 
 
 @pytest.mark.parametrize(
@@ -169,8 +180,8 @@ def test_arrays_and_their_scalars_are_taken(array):
     for tokens in (array, list(array), tuple(array)):
         request = make_request(prompt_tokens=tokens, seed=array[1], temperature=np.float32(0.5))
         assert request.encode(None, 97) == [1, 5]
-        assert (request.seed, request.temperature) == (5, 0.5)
-        assert type(request.seed) is int
+        assert (request.parameters.seed, request.parameters.temperature) == (5, 0.5)
+        assert type(request.parameters.seed) is int
 
 
 def test_text_needs_a_tokenizer():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import threading
 import time
@@ -121,3 +122,10 @@ class RawCall:
         if message.get("body"):
             self.came.set()
         await asyncio.sleep(0)
+
+
+def native_usage(result):
+    """Return what Workers AI's `usage` has of a result's."""
+    usage = dataclasses.asdict(result.usage)
+    del usage["cached_tokens"]
+    return usage

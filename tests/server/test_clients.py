@@ -21,7 +21,7 @@ from llama_jax import Llama
 from llama_jax.card import schemas as card
 from llama_jax.demo import DEMO_CHECKPOINT
 from tests.helpers.server_process import TOKEN, served
-from tests.helpers.serving import ANSWER, ASKING, MODEL, QUESTION
+from tests.helpers.serving import ANSWER, ASKING, MODEL, QUESTION, native_usage
 
 ACCOUNT = "some-account"
 BASES = ("/v1", f"/client/v4/accounts/{ACCOUNT}/ai/v1")
@@ -68,7 +68,7 @@ def test_cloudflare_run(native, llm, asking):
     assert result == {
         "response": expected.response,
         "tool_calls": [],
-        "usage": expected.usage,
+        "usage": native_usage(expected),
         "finish_reason": expected.finish_reason,
         "seed": 7,
         "fingerprint": expected.fingerprint,
@@ -160,7 +160,7 @@ def test_openai_chat(server, llm, base):
     [choice] = whole.choices
     assert (choice.message.role, choice.message.content) == ("assistant", expected.response)
     assert choice.finish_reason == expected.finish_reason
-    assert whole.usage.completion_tokens == expected.usage["completion_tokens"]
+    assert whole.usage.completion_tokens == expected.usage.completion_tokens
     assert whole.system_fingerprint == expected.fingerprint
     choices = [choice for chunk in stream for choice in chunk.choices]
     assert "".join(choice.delta.content or "" for choice in choices) == expected.response
@@ -319,7 +319,7 @@ def test_litellm(server, llm, monkeypatch, provider):
     expected = llm.generate(messages=FREE, temperature=2, max_tokens=40, seed=7)
     whole = litellm.completion(**asking)
     assert whole.choices[0].message.content == expected.response
-    assert whole.usage.completion_tokens == expected.usage["completion_tokens"]
+    assert whole.usage.completion_tokens == expected.usage.completion_tokens
     stream = litellm.completion(**asking, stream=True)
     texts = [chunk.choices[0].delta.content or "" for chunk in stream]
     assert "".join(texts) == expected.response

@@ -377,7 +377,7 @@ def test_completion(client, llm, path):
         "finish_reason": expected.finish_reason,
         "seed": 5,
     }
-    assert body["usage"]["prompt_tokens"] == expected.usage["prompt_tokens"]
+    assert body["usage"]["prompt_tokens"] == expected.usage.prompt_tokens
     assert body["system_fingerprint"] == expected.fingerprint
 
 
@@ -542,4 +542,4 @@ def test_a_model_without_a_tokenizer_takes_ids(llm):
 def test_seeds_beyond_the_cards_stay_within_64_bits():
     body = b'{"model": "m", "prompt": "x", "n": 3, "seed": 18446744073709551614}'
     asked = openai_requests.parse_completion(body, "m", 3)
-    assert [request.seed for request in asked.requests] == [2**64 - 2, 2**64 - 1, 1]
+    assert [request.parameters.seed for request in asked.requests] == [2**64 - 2, 2**64 - 1, 1]

@@ -19,7 +19,7 @@ import pytest
 from llama_jax import Llama
 from llama_jax.card.schemas import INPUT_SCHEMA, MODEL
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.engine.request import PARAMETERS
+from llama_jax.engine.parameters import SCHEMAS as PARAMETERS
 from tests.conftest import _skip_or_fail
 from tests.helpers import ROOT
 

@@ -30,6 +30,7 @@ from tests.helpers.serving import (
     RawCall,
     events_of,
     make_app,
+    native_usage,
     paused,
     serving,
     wait_until,
@@ -81,7 +82,7 @@ def test_run(client, llm):
         "result": {
             "response": expected.response,
             "tool_calls": [],
-            "usage": expected.usage,
+            "usage": native_usage(expected),
             "finish_reason": "stop",
             "seed": 7,
             "fingerprint": expected.fingerprint,

@@ -5,7 +5,8 @@ from typing import Any
 
 from llama_jax.card import contract
 from llama_jax.decode.sampling import TOP_LOGPROBS
-from llama_jax.engine.request import PARAMETERS, GenerationRequest, make_request
+from llama_jax.engine.parameters import SCHEMAS
+from llama_jax.engine.request import GenerationRequest, make_request
 from llama_jax.errors import InputError
 from llama_jax.server.errors import BAD_INPUT, NO_MODEL, ApiError
 
@@ -37,7 +38,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 """Parameters that would change the answer, and the values of each that would not."""
 
 
-COMPLETION_PARAMETERS = PARAMETERS.keys() - {"logprobs", "prompt_logprobs"}
+COMPLETION_PARAMETERS = SCHEMAS.keys() - {"logprobs", "prompt_logprobs"}
 _MAX_CARD_SEED = 9_999_999_999
 
 
@@ -170,10 +171,13 @@ def _check_count(count: int, most: int) -> None:
 
 def _choices(request: GenerationRequest, n: int) -> list[GenerationRequest]:
     """Return a request n times, choice j with the seed + j: each can be had again alone."""
-    first = request.seed
+    first = request.parameters.seed
     largest = _MAX_CARD_SEED if first <= _MAX_CARD_SEED else 2**64 - 1
     seeds = [first + j if first + j <= largest else first + j - largest for j in range(n)]
-    return [dataclasses.replace(request, seed=seed) for seed in seeds]
+    return [
+        dataclasses.replace(request, parameters=dataclasses.replace(request.parameters, seed=seed))
+        for seed in seeds
+    ]
 
 
 def _prompts(prompt: Any) -> list[Any]:

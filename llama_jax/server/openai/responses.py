@@ -29,7 +29,7 @@ class ChatChoices:
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
         """Return what a piece adds, if it adds anything."""
-        wanted = self._asked.requests[index].logprobs is not None
+        wanted = self._asked.requests[index].parameters.logprobs is not None
         if not (piece.text or wanted):
             return None
         choice: dict[str, Any] = {"index": index, "delta": {"content": piece.text}}
@@ -85,7 +85,7 @@ class CompletionChoices:
         """Return what a piece adds, if it adds anything."""
         texts = self._texts[index]
         text = texts.leading_separator(piece.tokens) + piece.text
-        if self._asked.requests[index].logprobs is None:
+        if self._asked.requests[index].parameters.logprobs is None:
             return self._choice(index, text) if text else None
         offsets = texts.offsets(piece.tokens)
         logprobs = completion_logprobs(piece.tokens, piece.logprobs, offsets, self._tokenizer)
@@ -176,7 +176,7 @@ def usage(asked: ParsedRequest, results: Sequence[Result]) -> dict[str, Any]:
     first = results[:: asked.n]
     prompt = sum(len(result.prompt_tokens) for result in first)
     completion = sum(len(result.tokens) for result in results)
-    cached = sum(int(result.timings["reused_tokens"] or 0) for result in first)
+    cached = sum(result.usage.cached_tokens for result in first)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,

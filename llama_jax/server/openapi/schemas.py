@@ -4,7 +4,7 @@ from typing import Any
 
 from llama_jax.card import schemas as card
 from llama_jax.decode.sampling import TOP_LOGPROBS
-from llama_jax.engine.request import PARAMETERS
+from llama_jax.engine.parameters import SCHEMAS as PARAMETERS
 from llama_jax.server.openai.requests import (
     COMPLETION_PARAMETERS,
     MAX_CHOICES,

@@ -1,0 +1,125 @@
+"""Parameters: how a request wants its tokens drawn, checked, with every default made explicit."""
+
+import dataclasses
+import difflib
+import math
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import jsonschema
+
+from llama_jax.decode.sampling import TOP_LOGPROBS
+
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "max_tokens": {"type": "integer", "minimum": 0, "default": 256},
+    "temperature": {"type": "number", "minimum": 0, "maximum": 5, "default": 0.6},
+    "top_p": {"type": "number", "minimum": 0, "maximum": 2},
+    "top_k": {"type": "integer", "minimum": 1, "maximum": 50},
+    "seed": {"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
+    "repetition_penalty": {"type": "number", "minimum": 0, "maximum": 2, "default": 1.0},
+    "frequency_penalty": {"type": "number", "minimum": 0, "maximum": 2, "default": 0.0},
+    "presence_penalty": {"type": "number", "minimum": 0, "maximum": 2, "default": 0.0},
+    "stop": {
+        "type": "array",
+        "items": {"type": "string", "minLength": 1},
+        "maxItems": 16,
+        "default": (),
+    },
+    "ignore_eos": {"type": "boolean", "default": False},
+    "logprobs": {"type": "integer", "minimum": 0, "maximum": TOP_LOGPROBS},
+    "prompt_logprobs": {"type": "boolean", "default": False},
+}
+"""The type, range and default of each parameter, as JSON Schema.
+
+They are the model card's, with four additions. A seed may be 0 and may have 64 bits. max_tokens has
+a floor. The parameters after the penalties are ours. Defaults that the card leaves out are stated:
+temperature 0.6 is Meta's, and the penalties are off.
+"""
+
+_MAX_DRAWN_SEED = 9_999_999_999  # the card's largest: a drawn seed can be sent anywhere
+_PYTHON_TYPES = {"integer": int, "number": float, "boolean": bool, "array": tuple}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """The effective parameters of one request; `SCHEMAS` has their ranges."""
+
+    max_tokens: int
+    """Tokens to generate at most."""
+    temperature: float
+    top_p: float | None
+    """None: off."""
+    top_k: int | None
+    """None: off."""
+    seed: int
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    stop: tuple[str, ...]
+    """The text ends before the first of these strings."""
+    ignore_eos: bool
+    """Continue past the end-of-sequence token."""
+    logprobs: int | None
+    """The most likely tokens to return with each generated one; None: no log-probabilities."""
+    prompt_logprobs: bool
+    """Return the log-probabilities of the prompt's tokens too."""
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the names: with `__getitem__`, `**parameters` sends them again."""
+        return tuple(SCHEMAS)
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+
+def make_parameters(values: dict[str, Any]) -> Parameters:
+    """Give every value its type, fill in the defaults, and draw a seed if none is given.
+
+    Args:
+        values: by name, without problems; None stands for the default.
+    """
+    typed: dict[str, Any] = {}
+    for name, schema in SCHEMAS.items():
+        value = schema.get("default") if values.get(name) is None else values[name]
+        typed[name] = None if value is None else _PYTHON_TYPES[schema["type"]](value)
+    if typed["seed"] is None:
+        typed["seed"] = 1 + secrets.randbelow(_MAX_DRAWN_SEED)
+    return Parameters(**typed)
+
+
+def parameter_problems(values: dict[str, Any], others: Sequence[str] = ()) -> list[str]:
+    """Return what is wrong with the values of parameters: what, got and expected.
+
+    Args:
+        values: by name, none of them None.
+        others: further names that a misspelled one may have meant.
+    """
+    names = (*others, *SCHEMAS)
+    problems = []
+    for name, value in values.items():
+        schema = SCHEMAS.get(name)
+        if schema is None:
+            close = difflib.get_close_matches(name, names, n=1)
+            meant = f"did you mean {close[0]}?" if close else f"expected {', '.join(names)}"
+            problems.append(f"unknown parameter {name!r}, {meant}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{name} is {value}, expected a finite number")
+        elif not jsonschema.Draft202012Validator(schema).is_valid(value):
+            problems.append(f"{name} is {value!r:.40}, expected {_expected(schema)}")
+    return problems
+
+
+def _expected(schema: dict[str, Any]) -> str:
+    """Describe what a parameter's schema allows."""
+    if schema["type"] == "array":
+        return f"a string, or a list of up to {schema['maxItems']} that are not empty"
+    kind = {"integer": "an integer", "number": "a number", "boolean": "true or false"}
+    expected = kind[schema["type"]]
+    if "minimum" in schema:
+        expected += f" from {schema['minimum']}"
+    if "maximum" in schema:
+        expected += f" to {schema['maximum']}"
+    elif "minimum" in schema:
+        expected += " up"
+    return expected
