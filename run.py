@@ -24,7 +24,7 @@ from typing import Any
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from llama_jax import InputError, Llama, Result
+from llama_jax import InputError, Llama, Result, use_compile_cache
 from llama_jax.batch import Batch
 from llama_jax.card import contract
 from llama_jax.demo import DEMO_CHECKPOINT
@@ -127,6 +127,7 @@ def checkpoint_path() -> pathlib.Path:
 
 def load(slots: int = 1, **how: Any) -> Llama:
     """Load the checkpoint, with as many slots unless the flags say otherwise."""
+    use_compile_cache()
     return Llama.load(
         checkpoint_path(),
         dtype=FLAGS.dtype,
@@ -302,8 +303,7 @@ def summary(llm: Llama, result: Result, repeat: str) -> str:
     if t.prefill_tokens_per_s is not None:
         read = result.usage.prompt_tokens - result.usage.cached_tokens
         parts.append(
-            f"prefill {read} tokens in {t.prefill_s:.3f} s "
-            f"({t.prefill_tokens_per_s:,.0f} tok/s)"
+            f"prefill {read} tokens in {t.prefill_s:.3f} s ({t.prefill_tokens_per_s:,.0f} tok/s)"
         )
     if t.decode_tokens_per_s is not None:
         rate = t.decode_tokens_per_s

@@ -7,8 +7,9 @@
 """
 
 from llama_jax.config import ModelConfig
+from llama_jax.decode.compile_cache import use_compile_cache
+from llama_jax.engine.engine import QueueFullError
 from llama_jax.engine.result import Result
-from llama_jax.engine.scheduler import QueueFullError
 from llama_jax.engine.stream import Stream
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
@@ -22,4 +23,5 @@ __all__ = [
     "Result",
     "Stream",
     "__version__",
+    "use_compile_cache",
 ]

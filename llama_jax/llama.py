@@ -12,13 +12,12 @@ import jax
 import numpy as np
 
 from llama_jax.config import ModelConfig
-from llama_jax.decode.compile_cache import use_compile_cache
 from llama_jax.decode.executor import Executor
 from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.engine.engine import Engine
 from llama_jax.engine.fingerprint import fingerprint
 from llama_jax.engine.request import GenerationRequest, check_tokens, make_request
 from llama_jax.engine.result import Result
-from llama_jax.engine.scheduler import Engine
 from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import Tokenizer
@@ -88,7 +87,9 @@ class Llama:
         verify: bool = False,
         progress: bool = False,
     ) -> "Llama":
-        """Restore a checkpoint; from then on, programs compiled are kept (`use_compile_cache`).
+        """Restore a checkpoint.
+
+        Programs are compiled at their first use. `use_compile_cache` keeps them for later runs.
 
         Args:
             path: what `python -m convert` wrote; None: `default_checkpoint()`.
@@ -103,7 +104,6 @@ class Llama:
         Raises:
             InputError: see `load_checkpoint`; context out of range; a tokenizer of another model.
         """
-        use_compile_cache()
         began = time.perf_counter()
         path = pathlib.Path(default_checkpoint() if path is None else path).expanduser()
         # Before the weights: a mistake should not take a minute to show.

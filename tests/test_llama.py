@@ -12,9 +12,9 @@ import pytest
 
 from llama_jax import InputError, Llama, Stream
 from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.engine.engine import Engine
 from llama_jax.engine.fingerprint import fingerprint
 from llama_jax.engine.result import Usage
-from llama_jax.engine.scheduler import Engine
 from llama_jax.llama import CHECKPOINT_VARIABLE, MAX_SLOTS, default_checkpoint
 from llama_jax.text.tokenizer import BOS_ID, EOS_ID
 from llama_jax.weights.checkpoint import load_checkpoint, save_checkpoint

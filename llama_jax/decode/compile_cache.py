@@ -7,10 +7,12 @@ import jax
 
 
 def use_compile_cache() -> None:
-    """Have JAX keep what it compiles in the user's cache folder, unless JAX was told otherwise.
+    """Have JAX keep what it compiles in the user's cache folder, unless it is configured already.
 
-    `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=false` keeps
-    nothing. What is in the folder is run as code: it is its owner's alone.
+    This changes settings of the whole process, so only its owner should call it: `run.py` does, and
+    a notebook may. `JAX_COMPILATION_CACHE_DIR` names another folder;
+    `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing. What is in the folder is run as code: it is
+    its owner's alone.
     """
     settings = jax.config.values
     if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:

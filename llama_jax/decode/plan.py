@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether a logit's bits follow from its row's tokens alone.
+        """Whether a logit's bits depend on its slot's tokens alone.
 
         That is, not from the batch, nor from how the tokens were cut into chunks. Else both are
         kept fixed, for the same request to give the same tokens.

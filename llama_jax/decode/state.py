@@ -1,7 +1,7 @@
-"""The state of decoding: a fixed number of rows, each with one request at its own position.
+"""The decode state: a fixed number of slots, each with one request at its own position.
 
-A row is given to a request by `admit`; `decode.py` then moves it on. The functions are pure;
-`executor.py` compiles them with the state donated.
+`admit` gives a slot to a request; the functions of `steps.py` advance it. All are pure;
+`programs.py` compiles them with the state donated.
 """
 
 from collections.abc import Sequence
@@ -20,43 +20,43 @@ from llama_jax.nn import cache as kv
 
 
 class DecodeState(NamedTuple):
-    """All that decoding carries from step to step, one entry per row."""
+    """All that decoding carries from step to step, one entry for each slot."""
 
     cache: kv.KVCache
     tokens: Int[Array, "B"]
-    """The last token drawn; not in the cache yet."""
+    """The last token generated; not in the cache yet."""
     positions: Int[Array, "B"]
-    """The cache slot that comes next: that of `tokens`, or of the prompt's next chunk."""
+    """The next cache position: that of `tokens`, or of the prompt's next chunk."""
     steps: Int[Array, "B"]
-    """Tokens drawn so far: the index t of the next."""
+    """Tokens generated so far: the index t of the next."""
     limits: Int[Array, "B"]
-    """Tokens to draw at most (max_tokens)."""
+    """Tokens to generate at most (max_tokens)."""
     stop_tokens: Int[Array, "B"]
-    """The token that ends the row (EOS), or NO_TOKEN."""
+    """The token that ends the slot's request (EOS), or NO_TOKEN."""
     done: Bool[Array, "B"]
-    """The row draws nothing more: finished, idle, or still in prefill."""
+    """The slot generates nothing: its request ended, it is idle, or still in prefill."""
     wants_logprobs: Bool[Array, "B"]
     sampling: sampling.SamplingParams
     in_prompt: Bool[Array, "B V"]
-    """Tokens that occur in the prompt, for the repetition penalty."""
+    """Whether each token occurs in the prompt, for the repetition penalty."""
     output_counts: Int[Array, "B V"]
     """How often each token occurs in the output, for all three penalties."""
 
 
 class Admission(NamedTuple):
-    """What a row is given when a request takes it. Values, not shapes: none of it recompiles."""
+    """What a slot is given with a request. Values, not shapes: none of it recompiles."""
 
     sampling: sampling.SamplingParams
     """Of shape [1]."""
     limit: Int[AnyArray, ""]
-    """Tokens to draw at most, at least 1."""
+    """Tokens to generate at most, 1 or more."""
     stop_token: Int[AnyArray, ""]
-    """The token that ends the row, or NO_TOKEN."""
+    """The token that ends the request, or NO_TOKEN."""
     wants_logprobs: Bool[AnyArray, ""]
     in_prompt: Bool[AnyArray, "V"]
-    """The tokens that occur in the prompt."""
+    """Whether each token occurs in the prompt."""
     start: Int[AnyArray, ""]
-    """Tokens of the prompt that the row's cache holds already."""
+    """Tokens of the prompt that the slot's cache holds already."""
 
 
 def make_admission(
@@ -69,7 +69,7 @@ def make_admission(
     wants_logprobs: bool = False,
     start: int = 0,
 ) -> Admission:
-    """Return the Admission (NumPy arrays) of a request of numbers."""
+    """Return an Admission of NumPy arrays."""
     in_prompt = np.zeros(vocab_size, bool)
     in_prompt[np.asarray(prompt, np.int32)] = True
     return Admission(
@@ -83,8 +83,7 @@ def make_admission(
 
 
 def init_state(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike) -> DecodeState:
-    """Return a state of `batch` idle rows with `capacity` cache slots each."""
-
+    """Return a state of `batch` idle slots with `capacity` cache positions each."""
     zeros = jnp.zeros((batch,), jnp.int32)
     return DecodeState(
         cache=kv.init_cache(config, batch, capacity, dtype),
@@ -101,42 +100,42 @@ def init_state(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike)
     )
 
 
-def admit(state: DecodeState, row: Int[Array, ""], new: Admission) -> DecodeState:
-    """Give a row to a new request, whose prompt `prefill` is then to read; `state` is donated.
+def admit(state: DecodeState, slot: Int[Array, ""], new: Admission) -> DecodeState:
+    """Give a slot to a new request, whose prompt `prefill` then reads; `state` is donated.
 
-    Whatever the row held is forgotten, but for the first `new.start` slots of its cache.
+    All that the slot held is discarded, except the first `new.start` positions of its cache.
     """
     return state._replace(
-        positions=state.positions.at[row].set(new.start),
-        steps=state.steps.at[row].set(0),
-        limits=state.limits.at[row].set(new.limit),
-        stop_tokens=state.stop_tokens.at[row].set(new.stop_token),
-        done=state.done.at[row].set(True),
-        wants_logprobs=state.wants_logprobs.at[row].set(new.wants_logprobs),
-        sampling=jax.tree.map(lambda a, b: a.at[row].set(b[0]), state.sampling, new.sampling),
-        in_prompt=state.in_prompt.at[row].set(new.in_prompt),
-        output_counts=state.output_counts.at[row].set(0),
+        positions=state.positions.at[slot].set(new.start),
+        steps=state.steps.at[slot].set(0),
+        limits=state.limits.at[slot].set(new.limit),
+        stop_tokens=state.stop_tokens.at[slot].set(new.stop_token),
+        done=state.done.at[slot].set(True),
+        wants_logprobs=state.wants_logprobs.at[slot].set(new.wants_logprobs),
+        sampling=jax.tree.map(lambda a, b: a.at[slot].set(b[0]), state.sampling, new.sampling),
+        in_prompt=state.in_prompt.at[slot].set(new.in_prompt),
+        output_counts=state.output_counts.at[slot].set(0),
     )
 
 
-def release(state: DecodeState, row: Int[Array, ""]) -> DecodeState:
-    """End a row before its own end; `state` is donated."""
-    return state._replace(done=state.done.at[row].set(True))
+def release(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
+    """End a slot's request early; `state` is donated."""
+    return state._replace(done=state.done.at[slot].set(True))
 
 
-def copy_row(state: DecodeState, source: Int[Array, ""], target: Int[Array, ""]) -> DecodeState:
-    """Copy the cache of one row to another; `state` is donated."""
-    return state._replace(cache=kv.copy_row(state.cache, source, target))
+def copy_slot(state: DecodeState, source: Int[Array, ""], target: Int[Array, ""]) -> DecodeState:
+    """Copy the cache of one slot to another; `state` is donated."""
+    return state._replace(cache=kv.copy_slot(state.cache, source, target))
 
 
-def gather_rows(state: DecodeState, rows: Int[Array, "n"]) -> DecodeState:
-    """Return some rows' entries, with the whole cache."""
-    part = jax.tree.map(lambda a: a[rows], state._replace(cache=()))
+def gather_rows(state: DecodeState, slots: Int[Array, "n"]) -> DecodeState:
+    """Return some slots' entries, with the whole cache."""
+    part = jax.tree.map(lambda a: a[slots], state._replace(cache=()))
     return part._replace(cache=state.cache)
 
 
-def scatter_rows(state: DecodeState, part: DecodeState, rows: Int[Array, "n"]) -> DecodeState:
-    """Put back what `take` took."""
+def scatter_rows(state: DecodeState, part: DecodeState, slots: Int[Array, "n"]) -> DecodeState:
+    """Write back what `gather_rows` returned, after it was advanced."""
     entries, new = state._replace(cache=()), part._replace(cache=())
-    entries = jax.tree.map(lambda a, b: a.at[rows].set(b, unique_indices=True), entries, new)
+    entries = jax.tree.map(lambda a, b: a.at[slots].set(b, unique_indices=True), entries, new)
     return entries._replace(cache=part.cache)

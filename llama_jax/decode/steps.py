@@ -1,9 +1,9 @@
-"""The decode contract: rows admitted one by one, prompts prefilled in chunks, tokens in scans.
+"""Decode steps: slots admitted one by one, prompts prefilled in chunks, tokens in scans.
 
-Everything is token ids and arrays. The functions are pure; `executor.py` compiles them with the
+Everything is token ids and arrays. The functions are pure; `programs.py` compiles them with the
 state donated.
 
-    admit(row) -> prefill(row, chunk) ... prefill(row, last chunk: token 0) -> decode(rows) ...
+    admit(slot) -> prefill(slot, chunk) ... prefill(slot, last chunk: token 0) -> decode(slots) ...
 """
 
 from typing import NamedTuple
@@ -21,98 +21,74 @@ from llama_jax.nn.transformer import Params, Transformer, forward
 
 
 class Logprobs(NamedTuple):
-    """Natural logarithms of the model's own probabilities: of the logits before any filter."""
+    """Natural logarithms of the model's probabilities, before penalties and filters."""
 
     chosen: Float[Array, "*T n"]
     """Of the token itself."""
     top: Float[Array, "*T n top"]
-    """Of the likeliest tokens, falling."""
+    """Of the most likely tokens, in falling order."""
     top_ids: Int[Array, "*T n top"]
 
 
 class StepOutputs(NamedTuple):
-    """What some steps drew, one column per row that took part."""
+    """What some steps generated, one column for each slot computed."""
 
     tokens: Int[Array, "*T n"]
-    """The stop token among them; NO_TOKEN where a row was done."""
+    """Including the stop token; NO_TOKEN where a slot was done."""
     logprobs: Logprobs
-    """Zeros in a step in which no row asks for them."""
+    """Zeros in a step in which no slot requests them."""
 
 
 def prefill(
     model: Transformer,
     params: Params,
     state: DecodeState,
-    row: Int[Array, ""],
+    slot: Int[Array, ""],
     tokens: Int[Array, "T"],
     length: Int[Array, ""],
     is_last: Bool[Array, ""],
+    targets: Int[Array, "T"] | None = None,
     *,
     attend_len: int,
-) -> tuple[DecodeState, StepOutputs]:
-    """Read one chunk of a row's prompt; after the last, draw the row's first token.
+) -> tuple[DecodeState, StepOutputs, Logprobs | None]:
+    """Read one chunk of a slot's prompt; after the last, sample the slot's first token.
 
     Args:
         model, attend_len: static; see `Transformer.__call__`.
         params: the model's parameters.
         state: donated.
-        row: the row, admitted before.
+        slot: the slot, admitted before.
         tokens: the chunk, right-padded with any valid id.
         length: how many of `tokens` are the prompt's, 1 to T.
         is_last: whether the prompt ends with this chunk.
+        targets: the token that follows each of `tokens`, to be scored; None: nothing is scored,
+            and logits are computed at one position only.
 
     Returns:
-        The state, and one step of one column: the first token if `is_last`.
+        The state; one step of one column, the first token if `is_last`; and the log-probabilities
+        [T, 1] of `targets`, or None.
     """
-    part = gather_rows(state, row[None])
+    part = gather_rows(state, slot[None])
     logits, cache = forward(
         model,
         params,
         tokens[None, :],
         part.positions,
         state.cache,
-        rows=row[None],
+        slots=slot[None],
         attend_len=attend_len,
-        last=length[None] - 1,
+        last=length[None] - 1 if targets is None else None,
     )
-    return _finish_chunk(state, part._replace(cache=cache), row, logits[:, 0, :], length, is_last)
-
-
-def prefill_scored(
-    model: Transformer,
-    params: Params,
-    state: DecodeState,
-    row: Int[Array, ""],
-    tokens: Int[Array, "T"],
-    length: Int[Array, ""],
-    is_last: Bool[Array, ""],
-    targets: Int[Array, "T"],
-    *,
-    attend_len: int,
-) -> tuple[DecodeState, StepOutputs, Logprobs]:
-    """Read a chunk as `prefill`, and say how likely each token of the prompt was.
-
-    Args:
-        model, params, state, row, tokens, length, is_last, attend_len: as of `prefill`.
-        targets: the token that follows each of `tokens`.
-
-    Returns:
-        As `prefill`, and the logprobs [T, 1] of `targets`.
-    """
-    part = gather_rows(state, row[None])
-    logits, cache = forward(
-        model,
-        params,
-        tokens[None, :],
-        part.positions,
-        state.cache,
-        rows=row[None],
-        attend_len=attend_len,
+    logits, scores = logits[0], None
+    if targets is not None:
+        scores = jax.tree.map(lambda a: a[:, None], _logprobs(logits, targets))
+        logits = lax.dynamic_slice_in_dim(logits, length - 1, 1)
+    part = part._replace(
+        cache=cache, positions=part.positions + length, done=jnp.logical_not(is_last)[None]
     )
-    last = lax.dynamic_slice_in_dim(logits[0], length - 1, 1)
-    state, drawn = _finish_chunk(state, part._replace(cache=cache), row, last, length, is_last)
-    scored = _logprobs(logits[0], targets)
-    return state, drawn, jax.tree.map(lambda a: a[:, None], scored)
+    part, outputs = _emit(part, logits, is_last[None])
+    state = scatter_rows(state, part, slot[None])
+    return state, jax.tree.map(lambda a: a[None], outputs), scores
 
 
 def decode_step(
@@ -120,13 +96,13 @@ def decode_step(
     params: Params,
     state: DecodeState,
     *,
-    rows: Int[Array, "B"] | None = None,
+    slots: Int[Array, "B"] | None = None,
     attend_len: int,
 ) -> tuple[DecodeState, StepOutputs]:
-    """Feed every row its last token and draw the next.
+    """Feed every slot its last token and sample the next.
 
-    A row that is done computes along and changes nothing of its own but a slot of its cache that
-    is not read before it is written again.
+    A slot that is done is computed as well. It changes nothing of its own but a cache position
+    that is not read before it is written again.
     """
     active = jnp.logical_not(state.done)
     logits, cache = forward(
@@ -135,7 +111,7 @@ def decode_step(
         state.tokens[:, None],
         state.positions,
         state.cache,
-        rows=rows,
+        slots=slots,
         attend_len=attend_len,
     )
     positions = state.positions + active.astype(jnp.int32)
@@ -147,31 +123,31 @@ def decode(
     model: Transformer,
     params: Params,
     state: DecodeState,
-    rows: Int[Array, "n"] | None = None,
+    slots: Int[Array, "n"] | None = None,
     *,
     num_steps: int,
     attend_len: int,
 ) -> tuple[DecodeState, StepOutputs]:
-    """Run `num_steps` steps (static) as one scan: no host in between, whatever rows end.
+    """Run `num_steps` steps as one scan, without the host in between, whichever slots end.
 
     Args:
-        model, num_steps, attend_len: static; attend_len is at least every active row's position
+        model, num_steps, attend_len: static; attend_len is at least every active slot's position
             plus num_steps.
         params: the model's parameters.
         state: donated.
-        rows: the rows to compute, all different; None: all. See `Transformer.__call__`.
+        slots: the slots to compute, all different; None: all. See `Transformer.__call__`.
 
     Returns:
-        The state, and what each step drew.
+        The state, and the outputs of each step.
     """
 
     def step(part: DecodeState, _: None) -> tuple[DecodeState, StepOutputs]:
-        return decode_step(model, params, part, rows=rows, attend_len=attend_len)
+        return decode_step(model, params, part, slots=slots, attend_len=attend_len)
 
-    if rows is None:
+    if slots is None:
         return lax.scan(step, state, None, length=num_steps)
-    part, drawn = lax.scan(step, gather_rows(state, rows), None, length=num_steps)
-    return scatter_rows(state, part, rows), drawn
+    part, outputs = lax.scan(step, gather_rows(state, slots), None, length=num_steps)
+    return scatter_rows(state, part, slots), outputs
 
 
 def score(
@@ -183,35 +159,21 @@ def score(
     *,
     attend_len: int,
 ) -> tuple[kv.KVCache, Float[Array, "T V"]]:
-    """Return the logits at every position of one chunk of a lone row; the cache is donated."""
+    """Return the logits at every position of one chunk of a single text; the cache is donated."""
     logits, cache = forward(
         model, params, tokens[None, :], start[None], cache, attend_len=attend_len
     )
     return cache, logits[0]
 
 
-def _finish_chunk(
-    state: DecodeState,
-    part: DecodeState,
-    row: Int[Array, ""],
-    logits: Float[Array, "1 V"],
-    length: Int[Array, ""],
-    is_last: Bool[Array, ""],
-) -> tuple[DecodeState, StepOutputs]:
-    """Move a row on past a chunk, and draw behind the last."""
-    part = part._replace(positions=part.positions + length, done=jnp.logical_not(is_last)[None])
-    part, drawn = _emit(part, logits, is_last[None])
-    return scatter_rows(state, part, row[None]), jax.tree.map(lambda a: a[None], drawn)
-
-
 def _emit(
     state: DecodeState, logits: Float[Array, "B V"], active: Bool[Array, "B"]
 ) -> tuple[DecodeState, StepOutputs]:
-    """Draw a token for each active row; note it, and whether it ends the row."""
-    drawn = sampling.sample(
+    """Sample a token for each active slot; record it, and whether it ends the slot."""
+    sampled = sampling.sample(
         logits, state.sampling, state.steps, state.in_prompt, state.output_counts
     )
-    tokens = jnp.where(active, drawn, state.tokens)
+    tokens = jnp.where(active, sampled, state.tokens)
     steps = state.steps + active.astype(jnp.int32)
     ended = (tokens == state.stop_tokens) | (steps >= state.limits)
     rows = jnp.arange(tokens.shape[0])

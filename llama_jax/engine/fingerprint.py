@@ -25,7 +25,7 @@ def fingerprint(checkpoint: Checkpoint, executor: Executor) -> str:
         "config": dataclasses.asdict(checkpoint.config),
         "dtype": checkpoint.dtype,
         "plan": plan._asdict(),
-        "sizes": None if plan.batch_invariant else (executor.batch, executor.capacity),
+        "sizes": None if plan.batch_invariant else (executor.batch, executor.sizes.capacity),
         "instructions": instruction_set() if plan.batch_invariant else None,
         "device": jax.devices()[0].device_kind,
         "sampler": SAMPLER_VERSION,

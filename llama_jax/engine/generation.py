@@ -2,26 +2,21 @@
 
 import collections
 import contextlib
+import copy
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import numpy as np
 
 from llama_jax.decode.sampling import NO_TOKEN
 from llama_jax.decode.steps import Logprobs
+from llama_jax.engine.clock import Clock
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.result import FinishReason, Piece, Result, Timings, TokenLogprob, Usage
 from llama_jax.text.stop import StopCutter
 from llama_jax.text.tokenizer import EOS_ID, StreamDecoder, Tokenizer
-
-
-class Clock:
-    """Seconds that the engine worked, without those that compiling took: its own kind of time."""
-
-    def __init__(self) -> None:
-        self.worked_s = 0.0
-        self.compiled_s = 0.0
 
 
 class Generation:
@@ -30,9 +25,9 @@ class Generation:
     The engine fills it, in whatever thread drives the engine; another may read and cancel it.
 
     Args:
-        request: what is asked for.
+        request: what to generate.
         prompt: its token ids.
-        tokenizer: None: ids stand for the text, with commas.
+        tokenizer: None: the text is the ids, with commas.
         clock: the engine's.
         fingerprint: the engine's; see `Result`.
         on_change: called, in the engine's thread, when there is something new.
@@ -54,7 +49,7 @@ class Generation:
         self.error: BaseException | None = None
         self.cancelled = False
         self.reused = 0
-        """Tokens of the prompt that were in the cache already."""
+        """Tokens of the prompt served from the prefix cache."""
         self._pieces: collections.deque[Piece] = collections.deque()
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
         self._cutter = StopCutter(request.parameters.stop)
@@ -78,33 +73,41 @@ class Generation:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it asks for no token, and for no word on its prompt's."""
-        return (
-            self.request.parameters.max_tokens == 0 and not self.request.parameters.prompt_logprobs
-        )
+        """Whether it requests no tokens and no log-probabilities of its prompt."""
+        parameters = self.request.parameters
+        return parameters.max_tokens == 0 and not parameters.prompt_logprobs
 
     @property
     def unread(self) -> bool:
-        """Whether there are pieces to be taken."""
+        """Whether there are pieces to take."""
         return bool(self._pieces)
 
     def take(self) -> Piece | None:
-        """Return the next piece, if there is one already."""
+        """Return the next piece, or None if there is none yet."""
         return self._pieces.popleft() if self._pieces else None
 
     def cancel(self) -> None:
-        """Have it ended at the engine's next turn; its slot is then free for another."""
+        """End it at the engine's next turn; its slot is then free."""
         self.cancelled = True
 
-    # What the engine tells it.
+    def raise_error(self) -> NoReturn:
+        """Raise a copy of the error that ended it: each reader adds frames of its own."""
+        assert self.error is not None
+        error = self.error
+        with contextlib.suppress(Exception):  # a type that cannot be copied
+            error = copy.copy(self.error).with_traceback(self.error.__traceback__)
+            error.__cause__ = self.error.__cause__
+        raise error
+
+    # Called by the engine.
 
     def begin(self, reused: int) -> None:
-        """Note that it has got a slot, whose cache holds some of its prompt already."""
+        """Record that it has a slot, whose cache holds `reused` tokens of its prompt."""
         self.reused = reused
         self._times.begin()
 
     def push(self, token: int, logprob: TokenLogprob | None = None) -> None:
-        """Take the next token drawn, up to the one that ends it; turn it into text."""
+        """Add the next token, up to the one that ends it; turn it into text."""
         self._times.token()
         if token == self.stop_token:
             return self.finish("stop")
@@ -123,11 +126,11 @@ class Generation:
         return None
 
     def push_prompt_logprobs(self, logprobs: Sequence[TokenLogprob]) -> None:
-        """Take those of the prompt's next tokens."""
+        """Add the log-probabilities of the prompt's next tokens."""
         self._prompt_logprobs += logprobs
 
     def finish(self, reason: FinishReason) -> None:
-        """Let out what was held back, and make the result."""
+        """Emit what was held back, and make the result."""
         if self._decoder:
             rest = self._cutter.push(self._decoder.finish()) + self._cutter.finish()
         else:
@@ -137,37 +140,35 @@ class Generation:
         if self._cutter.stopped:
             reason = "stop"
         parameters = self.request.parameters
-        prompt_tokens, completion_tokens = len(self.prompt), len(self.tokens)
+        usage = Usage(
+            prompt_tokens=len(self.prompt),
+            completion_tokens=len(self.tokens),
+            total_tokens=len(self.prompt) + len(self.tokens),
+            cached_tokens=self.reused,
+        )
         self.result = Result(
             response="".join(self._texts) if self._decoder else None,
             tokens=self.tokens,
             prompt_tokens=self.prompt,
             finish_reason=reason,
-            usage=Usage(
-                prompt_tokens=prompt_tokens,
-                completion_tokens=completion_tokens,
-                total_tokens=prompt_tokens + completion_tokens,
-                cached_tokens=self.reused,
-            ),
+            usage=usage,
             seed=parameters.seed,
             fingerprint=self._fingerprint,
             parameters=parameters,
             timings=self._times.summary(len(self.prompt), self.reused),
             logprobs=None if parameters.logprobs is None else self._logprobs,
-            prompt_logprobs=self._prompt_logprobs
-            if self.request.parameters.prompt_logprobs
-            else None,
+            prompt_logprobs=self._prompt_logprobs if parameters.prompt_logprobs else None,
         )
         self._end()
 
     def fail(self, error: BaseException) -> None:
-        """End it by an error; its reader will be told, if there is one still."""
+        """End it by an error, which its readers raise."""
         self.error = error
         with contextlib.suppress(Exception):
             self._end()
 
     def changed(self) -> None:
-        """Tell the reader that there is something new."""
+        """Notify the reader that there is something new."""
         if self._on_change:
             self._on_change()
 
@@ -198,7 +199,7 @@ def token_logprobs(
 
 
 class _Times:
-    """When one generation got on, in wall-clock time (its queue) and in the engine's own."""
+    """When a generation waited (wall-clock time) and progressed (the engine's clock)."""
 
     def __init__(self, clock: Clock):
         self._clock = clock
@@ -209,7 +210,7 @@ class _Times:
         self._count = 0
 
     def begin(self) -> None:
-        self._queue_s = time.perf_counter() - self._submitted
+        self._queue_s = self._waited()
         self._began = self._first = self._last = self._clock.worked_s
 
     def token(self) -> None:
@@ -218,6 +219,9 @@ class _Times:
         if self._count == 1:
             self._first = self._last
 
+    def _waited(self) -> float:
+        return time.perf_counter() - self._submitted
+
     def summary(self, prompt_length: int, reused: int) -> Timings:
         """Return the timings; load_s, which the engine does not know, is 0."""
         prefill_s, decode_s = self._first - self._began, self._last - self._first
@@ -225,11 +229,7 @@ class _Times:
         return Timings(
             load_s=0.0,
             compile_s=self._clock.compiled_s - self._compiled,
-            queue_s=(
-                time.perf_counter() - self._submitted  # it never got a slot
-                if self._queue_s is None
-                else self._queue_s
-            ),
+            queue_s=self._waited() if self._queue_s is None else self._queue_s,
             prefill_s=prefill_s,
             decode_s=decode_s,
             prefill_tokens_per_s=read / prefill_s if self._count and prefill_s else None,

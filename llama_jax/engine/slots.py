@@ -1,4 +1,4 @@
-"""Slots: the rows of the engine's state, and what their caches still hold."""
+"""Slots: the engine's side of the decode state's slots, and what their caches still hold."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,23 +9,30 @@ from llama_jax.engine.generation import Generation
 
 @dataclasses.dataclass
 class Slot:
-    """One row of the state."""
+    """One slot of the decode state."""
 
-    row: int
+    index: int
     generation: Generation | None = None
-    """None: it is free."""
+    """None: the slot is free."""
     cached: list[int] = dataclasses.field(default_factory=list)
     """The tokens that its cache holds and that a prompt may reuse."""
     num_dispatched: int = 0
     """Tokens of its generation that were dispatched; 0 while the prompt is being read."""
     last_used: int = 0
-    """When it was last given out, counted in generations."""
+    """When it was last assigned, counted in generations."""
 
     @property
     def position(self) -> int:
-        """The place in the cache of the last token that was dispatched."""
+        """The cache position of the last token that was dispatched."""
         assert self.generation is not None
         return len(self.generation.prompt) + self.num_dispatched - 1
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether its prompt is read, and tokens are left to dispatch."""
+        if self.generation is None:
+            return False
+        return 0 < self.num_dispatched < self.generation.request.parameters.max_tokens
 
     def common_prefix_len(self, prompt: list[int]) -> int:
         """Return how many of a prompt's first tokens its cache holds."""
@@ -45,30 +52,30 @@ class Placement(NamedTuple):
     slot: Slot
     """A free one."""
     source: Slot
-    """The one whose cache holds the prompt's beginning; `slot` itself: there is no need to copy."""
+    """The slot whose cache holds the prompt's beginning; `slot` itself if nothing is copied."""
     start: int
     """How many tokens that is."""
 
 
 def assign_slot(slots: Sequence[Slot], prompt: list[int], multiple: int | None) -> Placement:
-    """Choose a slot for a prompt; one is free.
+    """Choose a slot for a prompt; one must be free.
 
-    What a free slot holds is used where it is if little else would be lost, and is else copied to
-    the slot that was given out longest ago.
+    A free slot that holds the prompt's beginning is used itself if little else would be lost.
+    Otherwise its content is copied to the slot that was assigned longest ago.
 
     Args:
         slots: all of them.
         prompt: its tokens.
-        multiple: of how many tokens a cache's beginning is reused; None: it is not.
+        multiple: the beginning is reused in multiples of so many tokens; None: not at all.
     """
     free = [slot for slot in slots if slot.generation is None]
     oldest = min(free, key=lambda slot: slot.last_used)
     if multiple is None:
         return Placement(oldest, oldest, 0)
     # Of equals a free one: from that, nothing need be copied.
-    held = {slot.row: slot.common_prefix_len(prompt) for slot in slots}
-    best = max(slots, key=lambda slot: (held[slot.row], slot.generation is None))
-    common = min(held[best.row], len(prompt) - 1)  # one is read at least, for its logits
+    held = {slot.index: slot.common_prefix_len(prompt) for slot in slots}
+    best = max(slots, key=lambda slot: (held[slot.index], slot.generation is None))
+    common = min(held[best.index], len(prompt) - 1)  # one is read at least, for its logits
     start = common - common % multiple
     if start == 0:
         return Placement(oldest, oldest, 0)

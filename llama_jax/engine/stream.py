@@ -1,4 +1,4 @@
-"""Stream: an answer read piece by piece, which moves the engine on."""
+"""Stream: an answer read piece by piece; reading it drives the engine."""
 
 import collections
 import contextlib
@@ -6,18 +6,18 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from llama_jax.engine.engine import Engine, QueueFullError
 from llama_jax.engine.generation import Generation
 from llama_jax.engine.result import Piece, Result
-from llama_jax.engine.scheduler import Engine, QueueFullError
 
 T = TypeVar("T")
 
 
 class Stream:
-    """Pieces of text as they are drawn; `result` is there once the last has been taken.
+    """Pieces of text as they are generated; `result` is there once the last was taken.
 
-    While it waits for its own next piece, the engine works for all. One that is let go before its
-    end is cancelled.
+    While it waits for its own next piece, the engine works for all. A stream that is dropped before
+    its end is cancelled.
     """
 
     def __init__(self, engine: Engine, generation: Generation, load_s: float = 0.0):
@@ -44,13 +44,13 @@ class Stream:
                 return piece
             if done:
                 if self._generation.error is not None:
-                    raise self._generation.error
+                    self._generation.raise_error()
                 return None
             self._engine.step(skip_if=lambda: self._generation.done or self._generation.unread)
 
     @property
     def done(self) -> bool:
-        """Whether all is drawn; it may not be read yet."""
+        """Whether all is generated; it may not be read yet."""
         return self._generation.done
 
     @property
@@ -64,7 +64,7 @@ class Stream:
         return dataclasses.replace(self._generation.result, timings=timings)
 
     def close(self) -> None:
-        """Give it up: what it has not drawn yet is not drawn."""
+        """Cancel the rest."""
         self._generation.cancel()
 
     def __del__(self) -> None:
@@ -74,13 +74,13 @@ class Stream:
 def finish_in_order(
     engine: Engine, submissions: Iterable[Callable[[], tuple[T, Stream | None]]]
 ) -> Iterator[tuple[T, Stream | None]]:
-    """Work until every stream is done; yield them in order, each with what it came with.
+    """Work until every stream is done; yield them in order, each with its companion value.
 
     Args:
-        engine: whose streams they are.
-        submissions: each submits a request; None stands for one that cannot be. They are asked for
-            and called one by one, as early as it takes to keep every slot busy, and called again
-            if other threads were faster and the queue is full.
+        engine: the streams'.
+        submissions: each submits a request and returns a value with its stream, or with None if
+            the request cannot be submitted. They are called one by one, early enough to keep every
+            slot busy, and called again if other threads have filled the queue meanwhile.
     """
     source, waiting = iter(submissions), collections.deque[tuple[T, Stream | None]]()
     submit = None

@@ -1,7 +1,8 @@
-"""Attention over a cache: the query at position p sees slots 0 to p, and no other.
+"""Attention over a cache: the query at position p sees positions 0 to p, and no other.
 
-Three forms, of one meaning but not of one order of additions. `plan.py` chooses. Letters as in
-`ops.py`: B batch, T queries, S slots, N query heads, K key/value heads, G = N // K, H head dim.
+Three implementations of the same function; each adds in its own order, and `plan.py` chooses.
+Letters as in `ops.py`: B batch, T queries, S cache positions, N query heads, K key/value heads,
+G = N // K, H head dim.
 """
 
 import jax
@@ -10,12 +11,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.nn import cpu_kernels, ops
-from llama_jax.nn.cache import Slots
+from llama_jax.nn.cache import CacheArray
 
 BLOCK = 128
-"""Cache slots that `in_blocks` takes at a time."""
+"""Cache positions that `in_blocks` reads at a time."""
 
-_MASKED = -1e30  # finite: a row of nothing but masked slots stays free of NaN
+_MASKED = -1e30  # finite: a query whose positions are all masked stays free of NaN
 
 _Softmax = tuple[
     Float[Array, "B K G T"],  # the highest score so far
@@ -26,28 +27,27 @@ _Softmax = tuple[
 
 def in_blocks(
     q: Float[Array, "B T N H"],
-    k: Slots,
-    v: Slots,
+    k: CacheArray,
+    v: CacheArray,
     positions: Int[Array, "B T"],
     *,
-    rows: Int[Array, "B"] | None = None,
+    slots: Int[Array, "B"] | None = None,
     attend_len: int,
 ) -> Float[Array, "B T N H"]:
-    """Attend causally over a cache: the query at position p sees slots 0 to p, and no other.
+    """Attend causally over a cache: the query at position p sees positions 0 to p, and no other.
 
-    A loop over blocks of slots with a running softmax (arXiv:1805.02867). Each turn has the same
-    shapes whatever `attend_len` is, and a block that is wholly masked adds exact zeros: so reading
-    more of the cache changes no bit, where one product and one softmax over all of it may. Blocks
-    are cut out of the whole cache inside the loop, where a slice of it would be copied first, and
-    widened there to float32. An accelerator would launch several kernels at each turn.
+    A loop over blocks of positions with a running softmax (arXiv:1805.02867). Each turn has the
+    same shapes whatever `attend_len` is, and a wholly masked block adds exact zeros. So reading
+    more of the cache changes no bit; one product and one softmax over all of it may. Blocks are cut
+    out of the whole cache inside the loop and widened there to float32; a slice of the cache would
+    be copied first. An accelerator would launch several kernels at each turn.
 
     Args:
-        q, k, v: queries, and the cache's slots; those above a query's position may hold anything
-            finite.
+        q, k, v: queries, and the cache; positions above a query's may hold anything finite.
         positions: absolute, of each query.
-        rows: the row of k and v that q (then of batch 1) attends to; None: each to its own.
-        attend_len: static; slots to read, more than any position, at most S. It is at most
-            `BLOCK`, or a multiple of it.
+        slots: the slot of k and v that q (then of batch 1) attends to; None: each to its own.
+        attend_len: static; cache positions to read, more than any of `positions`, at most S. It is
+            at most `BLOCK`, or a multiple of it.
 
     Returns:
         Weighted values in float32.
@@ -61,7 +61,8 @@ def in_blocks(
 
     def attend(i: Array, carry: _Softmax) -> _Softmax:
         k_block, v_block = (
-            ops.as_float(_cut(a, rows, batch, i * block, block)).astype(jnp.float32) for a in (k, v)
+            ops.as_float(_cut(a, slots, batch, i * block, block)).astype(jnp.float32)
+            for a in (k, v)
         )
         visible = (i * block + jnp.arange(block))[None, None, :] <= positions[:, :, None]
         return _attend_block(carry, q, k_block, v_block, visible)
@@ -79,7 +80,7 @@ def _attend_block(
     v: Float[Array, "B K block H"],
     visible: Bool[Array, "B T block"],
 ) -> _Softmax:
-    """Take one block of slots into a running softmax."""
+    """Add one block of positions to a running softmax."""
     highest, total, values = carry
     scores = _dot("bkgth,bksh->bkgts", q, k)
     scores = jnp.where(visible[:, None, None, :, :], scores, _MASKED)
@@ -93,19 +94,19 @@ def _attend_block(
 
 def whole(
     q: Float[Array, "B T N H"],
-    k: Slots,
-    v: Slots,
+    k: CacheArray,
+    v: CacheArray,
     positions: Int[Array, "B T"],
     *,
-    rows: Int[Array, "B"] | None = None,
+    slots: Int[Array, "B"] | None = None,
     attend_len: int,
 ) -> Float[Array, "B T N H"]:
-    """Attend as `in_blocks`, by one product over all slots: few, large kernels.
+    """Attend as `in_blocks`, by one product over all positions: few, large kernels.
 
     For GPUs and TPUs. Products are of the cache's dtype and accumulate in float32.
     """
     q = _group_heads(q, k.shape[1])
-    k, v = (ops.as_float(_cut(a, rows, q.shape[0], 0, attend_len)) for a in (k, v))
+    k, v = (ops.as_float(_cut(a, slots, q.shape[0], 0, attend_len)) for a in (k, v))
     scores = _dot("bkgth,bksh->bkgts", q.astype(k.dtype), k)
     visible = jnp.arange(attend_len)[None, None, :] <= positions[:, :, None]
     scores = jnp.where(visible[:, None, None, :, :], scores, _MASKED)
@@ -114,11 +115,11 @@ def whole(
 
 
 IMPLEMENTATIONS = {"blocks": in_blocks, "whole": whole, "native": cpu_kernels.attention}
-"""The forms by name."""
+"""By name; `plan.py` chooses."""
 
 
 def _group_heads(q: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K G T H"]:
-    """Scale queries and sort them by the key/value head they share."""
+    """Scale queries and group them by the key/value head they share."""
     batch, length, heads, head_dim = q.shape
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
     return jnp.einsum("btkgh->bkgth", q)
@@ -131,13 +132,17 @@ def _ungroup_heads(values: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]
 
 
 def _cut(
-    slots: Slots, rows: Int[Array, "B"] | None, batch: int, start: Int[Array, ""] | int, length: int
+    array: CacheArray,
+    slots: Int[Array, "B"] | None,
+    batch: int,
+    start: Int[Array, ""] | int,
+    length: int,
 ) -> Array:
-    """Return `length` slots from `start` on, of every row or of the one named."""
-    assert rows is None or batch == 1, "several rows by name are for the kernel"
-    _, kv_heads, _, head_dim = slots.shape
-    corner = (0 if rows is None else rows[0], 0, start, 0)
-    return lax.dynamic_slice(slots, corner, (batch, kv_heads, length, head_dim))
+    """Return `length` positions from `start` on, of every slot or of the one given."""
+    assert slots is None or batch == 1, "only the CPU kernel takes several slots"
+    _, kv_heads, _, head_dim = array.shape
+    corner = (0 if slots is None else slots[0], 0, start, 0)
+    return lax.dynamic_slice(array, corner, (batch, kv_heads, length, head_dim))
 
 
 def _dot(letters: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:

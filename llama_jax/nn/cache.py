@@ -1,7 +1,7 @@
 """KVCache: keys and values of every layer as an explicit pytree with static capacity.
 
-Slot p of a row holds the key and value of the token at absolute position p; nothing is ever
-shifted. Executables donate the cache, so XLA writes it in place.
+Position p of a slot holds the key and value of the token at absolute position p; nothing is ever
+shifted. Programs donate the cache, so XLA writes it in place.
 """
 
 from typing import NamedTuple
@@ -14,15 +14,15 @@ from jaxtyping import Array, Float, Int, Shaped, UInt16
 
 from llama_jax.config import ModelConfig
 
-Slots = Float[Array, "rows K S H"] | UInt16[Array, "rows K S H"]
+CacheArray = Float[Array, "slots K S H"] | UInt16[Array, "slots K S H"]
 """Keys or values: floats, or the bits of bfloat16 (see `init_cache`)."""
 
 
 class LayerCache(NamedTuple):
     """One layer's keys and values, apart: one array for both would be sliced and copied."""
 
-    k: Slots
-    v: Slots
+    k: CacheArray
+    v: CacheArray
 
 
 KVCache = tuple[LayerCache, ...]
@@ -30,7 +30,7 @@ KVCache = tuple[LayerCache, ...]
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike) -> KVCache:
-    """Return an empty cache of `capacity` slots for each of `batch` rows.
+    """Return an empty cache of `capacity` positions for each of `batch` slots.
 
     Args:
         config: the model's shape.
@@ -50,29 +50,29 @@ def write(
     k: Float[Array, "b T K H"],
     v: Float[Array, "b T K H"],
     starts: Int[Array, "b"],
-    rows: Int[Array, "b"] | None,
+    slots: Int[Array, "b"] | None,
 ) -> LayerCache:
-    """Store T tokens from slot `starts[i]` on, in row `rows[i]`; None: in every row, in order.
+    """Store T tokens from position `starts[i]` on in slot `slots[i]`; None: every slot, in order.
 
-    Slots `starts` to `starts + T - 1` must exist: XLA would move an update that does not fit.
+    Positions `starts` to `starts + T - 1` must exist: XLA would move an update that does not fit.
     """
     return LayerCache(
-        k=_write(cache.k, _to_slots(k, cache.k.dtype), starts, rows),
-        v=_write(cache.v, _to_slots(v, cache.v.dtype), starts, rows),
+        k=_write(cache.k, _to_cache(k, cache.k.dtype), starts, slots),
+        v=_write(cache.v, _to_cache(v, cache.v.dtype), starts, slots),
     )
 
 
-def copy_row(cache: KVCache, source: Int[Array, ""], target: Int[Array, ""]) -> KVCache:
-    """Let one row hold what another does, in every layer."""
+def copy_slot(cache: KVCache, source: Int[Array, ""], target: Int[Array, ""]) -> KVCache:
+    """Copy one slot's keys and values to another, in every layer."""
 
-    def copy(slots: Array) -> Array:
-        row = lax.dynamic_slice_in_dim(slots, source, 1)
-        return lax.dynamic_update_slice_in_dim(slots, row, target, 0)
+    def copy(array: Array) -> Array:
+        slot = lax.dynamic_slice_in_dim(array, source, 1)
+        return lax.dynamic_update_slice_in_dim(array, slot, target, 0)
 
     return jax.tree.map(copy, cache)
 
 
-def _to_slots(new: Float[Array, "b T K H"], dtype: DTypeLike) -> Shaped[Array, "b K T H"]:
+def _to_cache(new: Float[Array, "b T K H"], dtype: DTypeLike) -> Shaped[Array, "b K T H"]:
     new = jnp.swapaxes(new, 1, 2)
     if dtype != jnp.uint16:
         return new.astype(dtype)
@@ -80,20 +80,20 @@ def _to_slots(new: Float[Array, "b T K H"], dtype: DTypeLike) -> Shaped[Array, "
 
 
 def _write(
-    slots: Slots,
+    array: CacheArray,
     new: Shaped[Array, "b K T H"],
     starts: Int[Array, "b"],
-    rows: Int[Array, "b"] | None,
-) -> Slots:
+    slots: Int[Array, "b"] | None,
+) -> CacheArray:
     if new.shape[0] == 1:
-        first = jnp.zeros((), starts.dtype) if rows is None else rows[0].astype(starts.dtype)
-        return lax.dynamic_update_slice(slots, new, (first, 0, starts[0], 0))
-    if rows is not None:
-        places = starts[:, None] + jnp.arange(new.shape[2], dtype=starts.dtype)[None, :]
-        by_token = jnp.swapaxes(new, 1, 2)  # what NumPy's indexing by rows and places asks for
-        return slots.at[rows[:, None], :, places].set(by_token, unique_indices=True)
+        first = jnp.zeros((), starts.dtype) if slots is None else slots[0].astype(starts.dtype)
+        return lax.dynamic_update_slice(array, new, (first, 0, starts[0], 0))
+    if slots is not None:
+        positions = starts[:, None] + jnp.arange(new.shape[2], dtype=starts.dtype)[None, :]
+        by_token = jnp.swapaxes(new, 1, 2)  # NumPy's indexing by slots and positions expects this
+        return array.at[slots[:, None], :, positions].set(by_token, unique_indices=True)
 
-    def write_row(row_slots: Array, row_new: Array, start: Array) -> Array:
-        return lax.dynamic_update_slice(row_slots, row_new, (0, start, 0))
+    def write_slot(old: Array, part: Array, start: Array) -> Array:
+        return lax.dynamic_update_slice(old, part, (0, start, 0))
 
-    return jax.vmap(write_row)(slots, new, starts)
+    return jax.vmap(write_slot)(array, new, starts)

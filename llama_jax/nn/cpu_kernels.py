@@ -29,17 +29,17 @@ _log = logging.getLogger(__name__)
 
 
 def linears(x: Float[Array, "*batch i"], *weights: Float[Array, "_ i"]) -> list[Array]:
-    """Multiply rows by each of several weights, stored as published, one row per output.
+    """Multiply activations by each of several weights, stored as published, [outputs, inputs].
 
-    The bits of a row depend on nothing but the row and the weight: not on the batch. Sums are of
-    float32; with bfloat16 weights x is rounded to bfloat16 first.
+    The bits of an output row depend only on its input row and the weight, not on the batch. Sums
+    are of float32; with bfloat16 weights x is rounded to bfloat16 first.
 
     Args:
-        x: the rows.
+        x: the activations.
         weights: of one dtype. One call for all of them keeps every core busy.
 
     Returns:
-        One float32 array per weight, as wide as it has rows.
+        One float32 array for each weight, as wide as it has outputs.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(jnp.float32)
     outs = [jax.ShapeDtypeStruct((rows.shape[0], w.shape[0]), jnp.float32) for w in weights]
@@ -49,22 +49,22 @@ def linears(x: Float[Array, "*batch i"], *weights: Float[Array, "_ i"]) -> list[
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "rows K S H"] | UInt16[Array, "rows K S H"],
-    v: Float[Array, "rows K S H"] | UInt16[Array, "rows K S H"],
+    k: Float[Array, "slots K S H"] | UInt16[Array, "slots K S H"],
+    v: Float[Array, "slots K S H"] | UInt16[Array, "slots K S H"],
     positions: Int[Array, "B T"],
     *,
-    rows: Int[Array, "B"] | None = None,
+    slots: Int[Array, "B"] | None = None,
     attend_len: int,
 ) -> Float[Array, "B T N H"]:
-    """Attend as `attention.in_blocks`, reading only the slots up to each query's position.
+    """Attend as `attention.in_blocks`, reading only the positions up to each query's.
 
-    The bits of a query's result depend on its own row and position alone: not on the batch, the
+    The bits of a query's result depend on its own slot and position alone: not on the batch, the
     other queries, or the cache's size.
     """
     del attend_len  # an upper bound that it does not need
-    rows = jnp.arange(q.shape[0]) if rows is None else rows
+    slots = jnp.arange(q.shape[0]) if slots is None else slots
     out = jax.ShapeDtypeStruct(q.shape, jnp.float32)
-    return _call("Attention", out, q, k, v, positions.astype(jnp.int32), rows.astype(jnp.int32))
+    return _call("Attention", out, q, k, v, positions.astype(jnp.int32), slots.astype(jnp.int32))
 
 
 def rms_norm(

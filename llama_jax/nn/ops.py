@@ -1,8 +1,8 @@
 """The mathematics of a Llama layer: pure functions of arrays and scalars, never of a config.
 
-Letters: B batch, T query length, S cache slots, D model width, N query heads, K key/value heads,
-G = N // K, H head dim. Everything is computed in float32 except the operands of products, where
-noted; those accumulate in float32.
+Letters: B batch, T query length, S cache positions, D model width, N query heads, K key/value
+heads, G = N // K, H head dim. Everything is computed in float32 except, where noted, the operands
+of products; those accumulate in float32.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def as_float(array: Float[Array, "..."] | UInt16[Array, "..."]) -> Float[Array, 
 
 
 def embed(tokens: Int[Array, "B T"], table: Float[Array, "V D"]) -> Float[Array, "B T D"]:
-    """Look up each token's row of the table, in float32."""
+    """Look up each token's embedding, in float32."""
     if table.dtype != jnp.bfloat16:
         return table[tokens].astype(jnp.float32)
     # As bits, since XLA on a CPU would first widen the whole table; and tied to the tokens, since
@@ -42,7 +42,7 @@ def rms_norm(
 
 
 NORM_IMPLEMENTATIONS = {"plain": rms_norm, "native": cpu_kernels.rms_norm}
-"""The forms of the norm by name; `plan.py` chooses."""
+"""By name; `plan.py` chooses."""
 
 
 def rope_angles(
@@ -83,9 +83,10 @@ def swiglu(
 
     Args:
         x: normalised activations.
-        gate, up, down: weights, one row per output.
-        linears: multiplies the same rows by several weights; one of `projection.IMPLEMENTATIONS`.
-        to_float16: whether it rounds the rows to float16; see `projection.rounds_to_float16`.
+        gate, up, down: weights, [outputs, inputs].
+        linears: multiplies the same activations by several weights; one of
+            `projection.IMPLEMENTATIONS`.
+        to_float16: whether it rounds them to float16; see `projection.rounds_to_float16`.
     """
     gated, upped = linears(x, gate, up)
     hidden = jax.nn.silu(gated) * upped

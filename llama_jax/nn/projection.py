@@ -1,6 +1,6 @@
-"""Projections: rows times a weight stored as published, one row per output; float32 out.
+"""Projections: activations times a weight stored as published, [outputs, inputs]; float32 out.
 
-Four forms, of one meaning but not of one order of additions. `plan.py` chooses.
+Four implementations of the same function; each adds in its own order, and `plan.py` chooses.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from llama_jax.nn import cpu_kernels
 
 BLOCK_BYTES = 2**21
-"""Of a block of weights widened to float32: it stays in a core's cache."""
+"""Bytes of a block of weights widened to float32: it stays in a core's cache."""
 
 
 def plain(x: Float[Array, "*batch i"], weight: Float[Array, "o i"]) -> Float[Array, "*batch o"]:
@@ -64,13 +64,13 @@ def _one_by_one(multiply: Callable[[Array, Array], Array]) -> Callable[..., list
     return lambda x, *weights: [multiply(x, weight) for weight in weights]
 
 
-def rounds_to_float16(form: str, weight: Float[Array, "o i"]) -> bool:
-    """Return whether a form rounds x to float16, which ends at 65,504, for such a weight."""
-    return weight.dtype == jnp.float16 and form not in ("native", "blocked")
+def rounds_to_float16(implementation: str, weight: Float[Array, "o i"]) -> bool:
+    """Return whether an implementation rounds x to float16, whose largest value is 65,504."""
+    return weight.dtype == jnp.float16 and implementation not in ("native", "blocked")
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., list[Array]]] = {
     "native": cpu_kernels.linears,
-    **{form.__name__: _one_by_one(form) for form in (plain, two_rows, blocked)},
+    **{f.__name__: _one_by_one(f) for f in (plain, two_rows, blocked)},
 }
-"""The forms by name: each multiplies the same rows by several weights, and returns a list."""
+"""By name: each multiplies the same activations by several weights, and returns a list."""

@@ -1,7 +1,7 @@
 """Llama 2 in Flax Linen, used functionally: (params, tokens, cache) -> (logits, cache).
 
-The only module that imports flax. Weights are stored as published, one row per output, in the
-run's dtype; the residual stream is float32. The layers are a Python loop over separate parameters.
+The only module that imports flax. Weights are stored as published, [outputs, inputs], in the run's
+dtype; the residual stream is float32. The layers are a Python loop over separate parameters.
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ Params = dict[str, Any]
 
 
 class KernelChoice(NamedTuple):
-    """Which of several ways to compute the same mathematics; `plan.py` chooses."""
+    """Which implementation computes each operation; `plan.py` chooses."""
 
     projection: str = "plain"
     """A key of `projection.IMPLEMENTATIONS`."""
@@ -36,7 +36,7 @@ _projection_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_
 
 
 class _Layer(nn.Module):
-    """What every module has: the model's config, and how it is computed (see `plan.py`)."""
+    """Base of every module: the model's config, and how it is computed (see `plan.py`)."""
 
     config: ModelConfig
     dtype: DTypeLike = jnp.float32
@@ -44,7 +44,7 @@ class _Layer(nn.Module):
     kernels: KernelChoice = KernelChoice()
 
     def linears(self, x: Float[Array, "b T i"], *weights: Float[Array, "_ i"]) -> list[Array]:
-        """Multiply the same rows by several weights."""
+        """Multiply the same activations by several weights."""
         return projection.IMPLEMENTATIONS[self.kernels.projection](x, *weights)
 
     def weight(self, name: str, outputs: int, inputs: int) -> Float[Array, "outputs inputs"]:
@@ -68,7 +68,7 @@ class Attention(_Layer):
         starts: Int[Array, "b"],
         cache: kv.LayerCache,
         *,
-        rows: Int[Array, "b"] | None,
+        slots: Int[Array, "b"] | None,
         attend_len: int,
     ) -> tuple[Float[Array, "b T D"], kv.LayerCache]:
         """Attend from T new tokens to all so far; arguments as in `Transformer`."""
@@ -84,9 +84,9 @@ class Attention(_Layer):
         k = ops.apply_rope(k.reshape(batch, length, c.num_kv_heads, c.head_dim), angles)
         v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
 
-        cache = kv.write(cache, k, v, starts, rows)
+        cache = kv.write(cache, k, v, starts, slots)
         attend = attention.IMPLEMENTATIONS[self.kernels.attention]
-        out = attend(q, cache.k, cache.v, positions, rows=rows, attend_len=attend_len)
+        out = attend(q, cache.k, cache.v, positions, slots=slots, attend_len=attend_len)
         out = out.reshape(batch, length, -1)
         (out,) = self.linears(out, self.weight("o", c.dim, c.num_heads * c.head_dim))
         return out, cache
@@ -115,20 +115,20 @@ class Block(_Layer):
         starts: Int[Array, "b"],
         cache: kv.LayerCache,
         *,
-        rows: Int[Array, "b"] | None,
+        slots: Int[Array, "b"] | None,
         attend_len: int,
     ) -> tuple[Float[Array, "b T D"], kv.LayerCache]:
         """Run one layer; arguments as in `Transformer`."""
         attention = Attention(self.config, self.dtype, self.kernels, name="attention")
         feed_forward = FeedForward(self.config, self.dtype, self.kernels, name="feed_forward")
         normed = self.norm("attention_norm", x)
-        attended, cache = attention(normed, starts, cache, rows=rows, attend_len=attend_len)
+        attended, cache = attention(normed, starts, cache, slots=slots, attend_len=attend_len)
         x = x + attended
         return x + feed_forward(self.norm("ffn_norm", x)), cache
 
 
 class Transformer(_Layer):
-    """A decoder-only transformer: token ids in, float32 logits and the grown cache out."""
+    """A decoder-only transformer: token ids in, float32 logits and the updated cache out."""
 
     @nn.compact
     def __call__(
@@ -137,21 +137,22 @@ class Transformer(_Layer):
         starts: Int[Array, "b"],
         cache: kv.KVCache,
         *,
-        rows: Int[Array, "b"] | None = None,
+        slots: Int[Array, "b"] | None = None,
         attend_len: int,
         last: Int[Array, "b"] | None = None,
     ) -> tuple[Float[Array, "b t V"], kv.KVCache]:
-        """Run T tokens of each row and store their keys and values.
+        """Run T tokens of each sequence and store their keys and values.
 
         Args:
             tokens: ids in [0, vocab_size). Padding goes to the right, holds any valid id, and is
                 overwritten by the tokens that come later; nothing attends to it before.
-            starts: absolute position of `tokens[:, 0]`, per row.
+            starts: absolute position of `tokens[:, 0]`, for each sequence.
             cache: as from `init_cache`; donate it to have it written in place.
-            rows: the cache's row of each row of `tokens`; None: all, in order. More than one, but
-                not all, only with the attention of the kernels.
-            attend_len: static; slots of the cache that attention reads, at least starts + T.
-            last: index in [0, T) of the one position to return logits for, per row; None: all T.
+            slots: the cache slot of each sequence in `tokens`; None: all, in order. More than one,
+                but not all, only with the CPU kernels' attention.
+            attend_len: static; cache positions that attention reads, at least starts + T.
+            last: index in [0, T) of the one position of each sequence to return logits for; None:
+                all T.
 
         Returns:
             Logits over the vocabulary (t is 1 with `last`, else T), and the cache.
@@ -163,7 +164,7 @@ class Transformer(_Layer):
         layers = []
         for i, layer_cache in enumerate(cache):
             block = Block(c, self.dtype, self.kernels, name=f"layer_{i}")
-            x, layer_cache = block(x, starts, layer_cache, rows=rows, attend_len=attend_len)
+            x, layer_cache = block(x, starts, layer_cache, slots=slots, attend_len=attend_len)
             layers.append(layer_cache)
         if last is not None:
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)
@@ -180,13 +181,13 @@ def forward(
     starts: Int[Array, "b"],
     cache: kv.KVCache,
     *,
-    rows: Int[Array, "b"] | None = None,
+    slots: Int[Array, "b"] | None = None,
     attend_len: int,
     last: Int[Array, "b"] | None = None,
 ) -> tuple[Float[Array, "b t V"], kv.KVCache]:
     """Apply the model as a pure function of its parameters; see `Transformer.__call__`."""
     outputs: Any = model.apply(
-        {"params": params}, tokens, starts, cache, rows=rows, attend_len=attend_len, last=last
+        {"params": params}, tokens, starts, cache, slots=slots, attend_len=attend_len, last=last
     )
     return outputs
 

@@ -1,5 +1,6 @@
 """App: all routes around one model."""
 
+import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator
@@ -48,6 +49,7 @@ def app_of(service: Service) -> Starlette:
             yield
         finally:
             service.stop()
+            await asyncio.to_thread(service.join)  # in a thread: connections still end meanwhile
 
     def end(call: RequestLog) -> None:
         metrics.observe(call)

@@ -7,7 +7,7 @@ front door, which come before any model is looked at, are the bare text and have
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from llama_jax.engine.scheduler import ContextError, QueueFullError
+from llama_jax.engine.engine import ContextError, QueueFullError
 from llama_jax.errors import InputError
 from llama_jax.server.compact_json import CompactJSONResponse
 
@@ -118,7 +118,7 @@ def to_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case ContextError():
-            return ApiError(TOO_LONG, error.asked, error.context)
+            return ApiError(TOO_LONG, error.needed, error.context)
         case InputError():
             return ApiError(BAD_INPUT, error)
         case QueueFullError():

@@ -108,7 +108,7 @@ class _EngineCollector(Collector):
             "prompt_tokens": ("Of all prompts that got a slot.", engine.counts.prompt_tokens),
             "prefix_reused_tokens": (
                 "Of those, found in the cache and not read again.",
-                engine.counts.reused_tokens,
+                engine.counts.cached_tokens,
             ),
             "generation_tokens": ("Drawn.", engine.counts.tokens),
             "compile_seconds": ("Spent on compiling.", executor.compiled.seconds),

@@ -19,6 +19,9 @@ from llama_jax.server.settings import Settings
 MAX_ANSWERS = 256
 """That one call may ask for, however long the queue may get."""
 
+JOIN_S = 5.0
+"""How long a server that stops waits for its engine."""
+
 _LOGGER = logging.getLogger("llama_jax.server")
 
 
@@ -82,13 +85,20 @@ class Service:
             answers.cancel()
 
     def stop(self) -> None:
-        """End the engine's thread, after the turn that it is in."""
+        """Make the engine's thread end after the turn, or the compilation, that it is in."""
         self.drain()
         self.cancel_all()
         self._stopping.set()
         self.llm.engine.wake()
-        if self._thread.is_alive():
-            self._thread.join()
+
+    def join(self, timeout_s: float = JOIN_S) -> bool:
+        """Wait for the engine's thread to end after `stop`; return whether it did.
+
+        A compilation cannot be interrupted, and may take minutes.
+        """
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     async def answer(self, call: RequestLog, requests: Sequence[GenerationRequest]) -> "Answers":
         """Submit the requests of one call: all of them or none.
@@ -203,7 +213,7 @@ class Answers:
 
     def _result(self, generation: Generation) -> Result:
         if generation.error is not None:
-            raise generation.error
+            generation.raise_error()
         result = generation.result
         assert result is not None
         if result.finish_reason == "cancelled":

@@ -13,7 +13,8 @@ from tests.helpers import ROOT
 
 GENERATE = """
 import jax
-from llama_jax import Llama
+from llama_jax import Llama, use_compile_cache
+use_compile_cache()
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event.split("/")[-1]))
 result = Llama.load().generate(prompt="Hello", temperature=0, max_tokens=4)

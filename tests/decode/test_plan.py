@@ -14,7 +14,7 @@ from llama_jax.decode import plan, sampling
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.plan import Plan, choose_plan
 from llama_jax.decode.state import make_admission
-from llama_jax.engine.scheduler import Engine
+from llama_jax.engine.engine import Engine
 from llama_jax.nn.cache import init_cache
 from llama_jax.nn.transformer import KernelChoice, Transformer, forward, param_shapes
 
@@ -156,17 +156,17 @@ def test_the_token_loop_copies_and_converts_no_weight_and_no_cache(dtype, plan, 
     sizes = {int(np.prod(shape)) for shape in large}
     moved = [
         (opcode, shape)
-        for opcode, shape in loop_instructions(ex._programs[name].as_text())
+        for opcode, shape in loop_instructions(ex.programs[name].as_text())
         if opcode in MOVES and np.prod(shape) in sizes
     ]
     assert moved == []
     # Nor is anything large compiled in.
-    hlo = ex._programs[name].as_text()
+    hlo = ex.programs[name].as_text()
     constants = re.findall(r"= \w+\[([\d,]*)\]\S* constant\(", hlo)
     assert constants
     assert max(np.prod([int(n) for n in c.split(",") if n]) for c in constants) < 100_000
     # Nor before the loop: what it needs beside its arguments is small.
-    temporary = ex._programs[name].memory_analysis().temp_size_in_bytes
+    temporary = ex.programs[name].memory_analysis().temp_size_in_bytes
     weights = sum(a.nbytes for a in jax.tree.leaves(ex.params))
     assert temporary < 0.1 * weights * batch
 

@@ -195,7 +195,7 @@ def test_decoding_between_the_chunks_of_a_prompt_changes_nothing(batch_ex):
     params = sampling.make_params(seed=1, **SAMPLED)
     new = decode_state.make_admission(params, prompt, CONFIG.vocab_size, limit=10)
     state = ex.admit(state, 1, new)
-    for start, size in ex.chunks(len(prompt)):
+    for start, size in ex.sizes.chunks(len(prompt)):
         state, drawn = ex.prefill_chunk(state, 1, prompt, start, size)
         if start == 0:
             assert np.asarray(drawn.tokens).tolist() == [[NO_TOKEN]]
@@ -251,10 +251,10 @@ def test_copy_row_copies_a_cache_and_nothing_else(batch_ex):
     ex = batch_ex
     state = busy_state(ex)
     before = jax.tree.map(np.array, state)
-    state = ex.copy_row(state, 3, 1)
-    assert_equal(cached(state, 1, ex.capacity), cached(before, 3, ex.capacity))
+    state = ex.copy_slot(state, 3, 1)
+    assert_equal(cached(state, 1, ex.sizes.capacity), cached(before, 3, ex.sizes.capacity))
     for row in (0, 2, 3):
-        assert_equal(cached(state, row, ex.capacity), cached(before, row, ex.capacity))
+        assert_equal(cached(state, row, ex.sizes.capacity), cached(before, row, ex.sizes.capacity))
     for row in range(4):
         assert_equal(entries(state, row), entries(before, row))
 
@@ -267,7 +267,7 @@ def test_a_prompt_goes_on_from_what_a_row_holds(batch_ex, target):
     expected = run(ex, prompt, 9, row=target, seed=1, **SAMPLED)
     state, _ = admit(ex, ex.init_state(), 0, [*prompt[: start + 7], 5, 6], 1)
     if target != 0:
-        state = ex.copy_row(state, 0, target)
+        state = ex.copy_slot(state, 0, target)
     params = sampling.make_params(seed=1, **SAMPLED)
     new = decode_state.make_admission(params, prompt, CONFIG.vocab_size, limit=9, start=start)
     state, drawn = ex.prefill(ex.admit(state, target, new), target, prompt, start)
@@ -376,7 +376,7 @@ def test_fifty_mixed_requests_compile_each_program_once(plan):
             state, _ = decode_rows(ex, state, [0], length + asked - 1)
     jax.monitoring.clear_event_listeners()
     assert len(compiled) == len(ex.compiled.names)  # and nothing outside the executor
-    buckets = (256, 512) if plan.by_bucket else (ex.capacity,)
+    buckets = (256, 512) if plan.by_bucket else (ex.sizes.capacity,)
     assert set(ex.compiled.names) == {
         "init_state",
         "admit",
@@ -399,7 +399,7 @@ def test_the_cache_is_donated(dtype):
     cache_bytes = sum(a.nbytes for a in jax.tree.leaves(state.cache))
     state_bytes = sum(a.nbytes for a in jax.tree.leaves(state))
     for name in ("admit", *named(ex, "prefill", "decode")):
-        aliased = ex._programs[name].memory_analysis().alias_size_in_bytes
+        aliased = ex.programs[name].memory_analysis().alias_size_in_bytes
         assert aliased == state_bytes > cache_bytes, name
 
 
@@ -409,8 +409,8 @@ def test_the_cache_is_not_copied(plan):
     run(ex, PROMPT * 10, 9, row=1)
     cache_bytes = sum(a.nbytes for a in jax.tree.leaves(ex.init_state().cache))
     for name in named(ex, "prefill", "decode"):
-        program = ex._programs[name]
-        slots = f"f32[2,2,{ex.capacity},6]"
+        program = ex.programs[name]
+        slots = f"f32[2,2,{ex.sizes.capacity},6]"
         copies = [line for line in program.as_text().splitlines() if f"= {slots}" in line]
         assert copies, name  # the shape is spelt as expected
         assert not any(" copy(" in line for line in copies), name
@@ -427,7 +427,7 @@ def test_no_weight_is_captured_as_a_constant(ex):
     for name in named(ex, "prefill", "decode", "score"):
         tree = state.cache if name.startswith("score") else state
         expected = weights + sum(a.nbytes for a in jax.tree.leaves(tree))
-        assert ex._programs[name].memory_analysis().argument_size_in_bytes >= expected, name
+        assert ex.programs[name].memory_analysis().argument_size_in_bytes >= expected, name
 
 
 @pytest.mark.parametrize(
@@ -435,4 +435,4 @@ def test_no_weight_is_captured_as_a_constant(ex):
     [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (256, 256), (257, 512), (4096, 4096)],
 )
 def test_padded(ex, length, slots):
-    assert ex.padded(length) == slots
+    assert ex.sizes.padded(length) == slots

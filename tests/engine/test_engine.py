@@ -6,10 +6,12 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import itertools
 import random
 import threading
 import time
+import weakref
 
 import jax
 import numpy as np
@@ -19,10 +21,17 @@ from llama_jax import Llama
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.plan import choose_plan
 from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.engine.engine import (
+    MAX_FAILURES,
+    ContextError,
+    Engine,
+    EngineFailedError,
+    QueueFullError,
+)
+from llama_jax.engine.fair_lock import FairLock
 from llama_jax.engine.generation import Generation
 from llama_jax.engine.request import make_request
 from llama_jax.engine.result import Piece
-from llama_jax.engine.scheduler import ContextError, Engine, QueueFullError
 from llama_jax.engine.stream import Stream
 from llama_jax.text.chat import encode_dialog
 from llama_jax.text.tokenizer import Tokenizer
@@ -81,6 +90,7 @@ def changed(ex, **changes):
     """The executor by a changed plan; programs of the same name are not compiled anew."""
     other = copy.copy(ex)
     other.plan = ex.plan._replace(**changes)
+    other.sizes = dataclasses.replace(ex.sizes, plan=other.plan)
     return other
 
 
@@ -191,7 +201,7 @@ def test_each_of_64_requests_at_once_is_answered_as_if_alone(any_ex):
     rest(engine)
     reasons = [generation.result.finish_reason for generation in generations]
     assert min(reasons.count(reason) for reason in ("stop", "length", "cancelled")) > 5
-    assert engine.counts.reused_tokens > any_ex.plan.reuse_multiple
+    assert engine.counts.cached_tokens > any_ex.plan.reuse_multiple
     for generation in generations:
         text, tokens, logprobs = read(generation)
         result = generation.result
@@ -232,7 +242,7 @@ def spy(monkeypatch, ex, name):
 def test_what_is_reused_changes_no_token(any_ex, monkeypatch):
     """For prompts that share beginnings of many lengths with one before, and go on or do not."""
     unit, text = any_ex.plan.reuse_multiple, draw_ids(0, 300, any_ex)
-    copies, kept = spy(monkeypatch, any_ex, "copy_row"), 0
+    copies, kept = spy(monkeypatch, any_ex, "copy_slot"), 0
     for shared in (1, unit - 1, unit, unit + 1, 2 * unit, 250, 299, 300):
         for more in (0, 1, 30):
             prompt = text[:shared] + draw_ids(shared, more, any_ex)
@@ -242,7 +252,7 @@ def test_what_is_reused_changes_no_token(any_ex, monkeypatch):
             generation = answer(engine, sampled(prompt))
             assert generation.reused == min(shared, len(prompt) - 1) // unit * unit
             assert generation.reused == generation.result.usage.cached_tokens
-            assert generation.reused == engine.counts.reused_tokens
+            assert generation.reused == engine.counts.cached_tokens
             kept += generation.reused > 0 and len(copies) == before
             assert_same(generation, alone(any_ex, sampled(prompt)))
     assert min(len(copies), kept) > 2  # some were copied, some used where they were
@@ -256,7 +266,7 @@ def test_what_a_busy_slot_holds_is_copied_and_goes_on(any_ex, monkeypatch):
     generations = [engine.submit(first)]
     while not generations[0].tokens:
         engine.step()
-    copies = spy(monkeypatch, any_ex, "copy_row")
+    copies = spy(monkeypatch, any_ex, "copy_slot")
     generations.append(engine.submit(second))
     rest(engine)
     assert copies == [(0, 1)]
@@ -370,12 +380,12 @@ def test_a_plan_without_kernels_reuses_whole_chunks_of_256():
 
 def test_without_reuse_nothing_is_reused(ex, monkeypatch):
     engine = make(ex, reuse=False)
-    copies = spy(monkeypatch, ex, "copy_row")
+    copies = spy(monkeypatch, ex, "copy_slot")
     generations = [engine.submit(sampled(list(range(3, 90)))) for _ in range(6)]
     rest(engine)
     assert [generation.reused for generation in generations] == [0] * 6
     assert copies == []
-    assert engine.counts.reused_tokens == 0
+    assert engine.counts.cached_tokens == 0
     assert engine.counts.prompt_tokens == 6 * 87
 
 
@@ -389,13 +399,14 @@ def test_running_ahead_changes_no_token(any_ex, dispatches, monkeypatch):
     requests = [draw_request(rng, earlier) for _ in range(24)]
     ahead = changed(any_ex, max_in_flight=dispatches)
     engine, flying = make(ahead), []
-    receive = engine._receive
+    pipeline = engine._scheduler.pipeline
+    receive = pipeline.receive
 
-    def noted(dispatched):
-        flying.append(len(engine._dispatched) + 1)
-        receive(dispatched)
+    def noted():
+        flying.append(len(pipeline._in_flight))
+        return receive()
 
-    monkeypatch.setattr(engine, "_receive", noted)
+    monkeypatch.setattr(pipeline, "receive", noted)
     generations = [engine.submit(request) for request in requests]
     rest(engine)
     assert max(flying) == dispatches
@@ -529,7 +540,7 @@ def test_no_tokens_are_no_work(ex):
     assert generation.done
     assert (generation.result.tokens, generation.result.finish_reason) == ([], "length")
     assert generation.result.response == ""
-    assert engine._state is None
+    assert engine._scheduler.pipeline._state is None
 
 
 @pytest.mark.parametrize("where", ["queue", "prompt", "answer"])
@@ -594,7 +605,7 @@ def test_a_slot_is_free_however_its_answer_ends(ex, ending, dispatches, monkeypa
 
 def assert_no_slot_is_lost(engine):
     """All draw nothing now, and all can be in use at once."""
-    assert np.asarray(engine._state.done).all()
+    assert np.asarray(engine._scheduler.pipeline._state.done).all()
     generations = [engine.submit(endless(i, max_tokens=120)) for i in range(SLOTS)]
     for _ in range(SLOTS):
         engine.step()
@@ -718,7 +729,7 @@ class Lost:
         raise RuntimeError("the device is gone")
 
 
-CALLS = ["init_state", "admit", "copy_row", "release", "prefill_chunk", "prefill_scored", "decode"]
+CALLS = ["init_state", "admit", "copy_slot", "release", "prefill_chunk", "decode"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=type)
@@ -788,7 +799,7 @@ def test_an_interrupt_as_a_request_gets_its_slot_ends_it_once(ex):
                 raise KeyboardInterrupt
             return super().popleft()
 
-    engine._queue = Interrupted()
+    engine._queue = engine._scheduler._queue = Interrupted()
     first, second = (engine.submit(endless(i, max_tokens=9)) for i in range(2))
     with pytest.raises(KeyboardInterrupt):
         rest(engine)
@@ -834,14 +845,14 @@ def test_a_reader_makes_no_turn_once_another_has_drawn_its_piece(llm, monkeypatc
             return lock.__exit__(*error)
 
     monkeypatch.setattr(llm.engine, "_turn_lock", Watched())
-    monkeypatch.setattr(llm.engine, "_turn", error_raiser(SystemExit("a turn that is not needed")))
-    with lock, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(stream.next_piece)
-        assert asked.wait(60)
-        stream._generation._pieces.append(Piece("drawn meanwhile", [], []))
-        lock.release()
+    turn = error_raiser(SystemExit("a turn that is not needed"))
+    monkeypatch.setattr(llm.engine._scheduler, "turn", turn)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with lock:
+            reading = pool.submit(stream.next_piece)
+            assert asked.wait(60)
+            stream._generation._pieces.append(Piece("drawn meanwhile", [], []))
         assert reading.result(60).text == "drawn meanwhile"
-        lock.acquire()
 
 
 def test_logits_are_computed_between_turns(llm, monkeypatch):
@@ -1072,3 +1083,108 @@ def test_scores_change_no_token(native_kernels):
     expected = alone(ex, plain).tokens
     for told in ({"logprobs": 3}, {"prompt_logprobs": True}, {"logprobs": 0}):
         assert alone(ex, dataclasses.replace(plain, **told)).tokens == expected
+
+
+def test_the_lock_is_granted_in_the_order_of_arrival():
+    """A thread that holds it nearly always lets every other one in at the next release."""
+    lock, order, started = FairLock(), [], threading.Event()
+
+    def busy():
+        for _ in range(50):
+            with lock:
+                started.set()
+                order.append("busy")
+                time.sleep(0.001)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        done = pool.submit(busy)
+        started.wait()
+        for _ in range(10):
+            before = len(order)
+            with lock:
+                assert len(order) <= before + 2  # the turn under way, and at most one that waited
+        done.result()
+    assert not lock.locked()
+
+
+def test_a_lock_that_an_interrupt_finds_waiting_is_passed_on(monkeypatch):
+    lock, waiting = FairLock(), []
+
+    class Interrupted(threading.Event):
+        def wait(self, timeout=None):
+            waiting.append(self)
+            raise KeyboardInterrupt
+
+    with lock, monkeypatch.context() as patch:
+        patch.setattr("llama_jax.engine.fair_lock.threading.Event", Interrupted)
+        with pytest.raises(KeyboardInterrupt), lock:
+            pass
+    assert waiting
+    assert not lock.locked()
+    with lock:
+        assert lock.locked()
+
+
+def test_a_failed_step_keeps_nothing_of_the_decode_state_alive(ex, monkeypatch):
+    """Its error lives as long as the request's reader, but not the state that its frames held."""
+    engine = make(ex)
+    generation = engine.submit(endless())
+    engine.step()
+    kept = weakref.ref(engine._scheduler.pipeline._state.cache[0].k)
+    decode = type(ex).decode
+
+    def fail(state, slots, longest):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(ex, "decode", fail)
+    engine.step()
+    assert generation.error is not None
+    gc.collect()
+    assert kept() is None
+    assert decode
+
+
+def test_each_reader_of_a_failure_gets_an_error_of_its_own(llm, monkeypatch):
+    stream = llm.start(endless())
+    raise_once(monkeypatch, llm.executor, "decode", RuntimeError("the device is gone"))
+    errors = []
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the device is gone") as caught:
+            collections.deque(stream, maxlen=0)
+        errors.append(caught.value)
+    assert errors[0] is not errors[1]
+    assert errors[0] is not stream._generation.error
+
+
+def test_run_gives_up_when_the_device_fails_every_turn(ex, monkeypatch):
+    engine = make(ex)
+    monkeypatch.setattr(ex, "decode", error_raiser(RuntimeError("the device is gone")))
+    generations = [engine.submit(endless(i)) for i in range(MAX_FAILURES * SLOTS + 1)]
+    with pytest.raises(EngineFailedError, match=f"failed {MAX_FAILURES} times"):
+        engine.run(threading.Event())
+    assert sum(generation.done for generation in generations) <= MAX_FAILURES * SLOTS
+
+
+def test_a_failure_between_results_is_no_failure_of_the_device(ex, monkeypatch):
+    engine, stopping = make(ex), threading.Event()
+    for i in range(MAX_FAILURES + 1):
+        raise_once(monkeypatch, ex, "decode", RuntimeError("for once"))
+        engine.submit(endless(i, max_tokens=20))
+        rest(engine)
+        answer(engine, endless(i, max_tokens=20))
+    stopping.set()
+    engine.run(stopping)
+
+
+def test_warm_up_and_a_request_compile_each_program_once(monkeypatch):
+    ex = Executor(CONFIG, random_params(CONFIG), "float32", context=300)
+    engine = Engine(ex, None)
+    generation = engine.submit(make_request(prompt_tokens=[3] * 20, max_tokens=20, seed=1))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        warming = pool.submit(lambda: list(engine.warm_up()))
+        rest(engine)
+        progress = warming.result()
+    assert progress[-1][0] == progress[-1][1] == len(progress)
+    assert len(ex.compiled.names) == len(set(ex.compiled.names))
+    timings = generation.result.timings
+    assert min(timings.prefill_s, timings.decode_s, timings.compile_s) >= 0

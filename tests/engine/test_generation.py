@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from llama_jax.decode.steps import Logprobs
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.engine.generation import Clock, Generation, token_logprobs
+from llama_jax.engine.clock import Clock
+from llama_jax.engine.generation import Generation, token_logprobs
 from llama_jax.engine.request import make_request
 from llama_jax.engine.result import TokenLogprob, Usage
 from llama_jax.text.tokenizer import EOS_ID, Tokenizer

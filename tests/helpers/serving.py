@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -59,28 +58,9 @@ def events_of(text: str) -> list[Any]:
 
 @contextlib.contextmanager
 def paused(llm: Llama) -> Iterator[None]:
-    """Let the engine make no turn meanwhile.
-
-    Its lock alone will not do: a busy engine takes that again before anybody else gets it.
-    """
-    engine, held, go_on, locked = llm.engine, threading.Event(), threading.Event(), False
-    turn = engine._turn
-
-    def hold() -> bool:
-        held.set()
-        go_on.wait()
-        return turn()
-
-    engine._turn = hold
-    while not held.is_set() and not locked:  # it stands before a turn, or has none to make
-        locked = engine._turn_lock.acquire(timeout=0.01)
-    try:
+    """Let the engine make no turn meanwhile."""
+    with llm.engine._turn_lock:
         yield
-    finally:
-        engine._turn = turn
-        go_on.set()
-        if locked:
-            engine._turn_lock.release()
 
 
 class RawCall:

@@ -64,7 +64,7 @@ def test_reads_the_row_it_is_told(form):
     q = draw((1, 3, 4, 32))
     k, v = (draw((3, 2, 256, 32), seed=seed) for seed in (1, 2))
     positions = jnp.asarray([[9, 10, 11]], jnp.int32)
-    got = form(q, k, v, positions, rows=jnp.array([2], jnp.int32), attend_len=256)
+    got = form(q, k, v, positions, slots=jnp.array([2], jnp.int32), attend_len=256)
     np.testing.assert_allclose(got, oracle(q, k, v, positions, [2]), atol=2e-6)
 
 

@@ -129,7 +129,7 @@ def test_one_row_of_many():
     cache = jax.tree.map(lambda a: a + 1, kv.init_cache(SMALL, 3, 16, jnp.float32))
     tokens, start = jnp.asarray([TOKENS[:8]]), jnp.full(1, 4, jnp.int32)
     args = (Transformer(SMALL), params, tokens, start)
-    logits, after = jit_forward(*args, cache, rows=jnp.array([1], jnp.int32), attend_len=16)
+    logits, after = jit_forward(*args, cache, slots=jnp.array([1], jnp.int32), attend_len=16)
     alone = jax.tree.map(lambda a: a[1:2], cache)
     expected, alone = jit_forward(*args, alone, attend_len=16)
     np.testing.assert_array_equal(logits, expected)

@@ -1,0 +1,270 @@
+"""Programs: what runs on the device, one descriptor for each, compiled once and timed.
+
+A descriptor is a value: equal ones are one program. It has the function to compile, and a method
+`arguments` that makes the arguments of a call. Warm-up uses the same method, so each signature
+stands in one place.
+"""
+
+import abc
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from llama_jax.config import ModelConfig
+from llama_jax.decode import sampling, state, steps
+from llama_jax.decode.state import Admission, DecodeState
+from llama_jax.nn import cache as kv
+from llama_jax.nn.transformer import Params, Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What programs are compiled for: a model and the shape of its decode state."""
+
+    config: ModelConfig
+    model: Transformer
+    batch: int
+    """Slots."""
+    capacity: int
+    """Cache positions of each slot."""
+    cache_dtype: str
+
+
+class Program(abc.ABC):
+    """A function at fixed sizes; its `str` is its name."""
+
+    donated: ClassVar[tuple[int, ...]]
+    """Indices of the arguments that a call consumes."""
+
+    @abc.abstractmethod
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return the pure function to compile."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InitState(Program):
+    """Make a decode state of idle slots."""
+
+    donated: ClassVar[tuple[int, ...]] = ()
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `state.init_state` at the target's sizes."""
+        sizes = target.config, target.batch, target.capacity, target.cache_dtype
+        return lambda: state.init_state(*sizes)
+
+    def __str__(self) -> str:
+        return "init_state"
+
+
+@dataclasses.dataclass(frozen=True)
+class InitCache(Program):
+    """Make the cache of one slot, for `Score`."""
+
+    donated: ClassVar[tuple[int, ...]] = ()
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `cache.init_cache` at the target's sizes."""
+        sizes = target.config, 1, target.capacity, target.cache_dtype
+        return lambda: kv.init_cache(*sizes)
+
+    def __str__(self) -> str:
+        return "init_cache"
+
+
+@dataclasses.dataclass(frozen=True)
+class Admit(Program):
+    """Give a slot to a request."""
+
+    donated: ClassVar[tuple[int, ...]] = (0,)
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `state.admit`."""
+        return state.admit
+
+    def arguments(self, old: DecodeState, slot: int, new: Admission) -> tuple[Any, ...]:
+        """Return the arguments of a call."""
+        return old, np.int32(slot), new
+
+    def __str__(self) -> str:
+        return "admit"
+
+
+@dataclasses.dataclass(frozen=True)
+class Release(Program):
+    """End a slot's request early."""
+
+    donated: ClassVar[tuple[int, ...]] = (0,)
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `state.release`."""
+        return state.release
+
+    def arguments(self, old: DecodeState, slot: int = 0) -> tuple[Any, ...]:
+        """Return the arguments of a call."""
+        return old, np.int32(slot)
+
+    def __str__(self) -> str:
+        return "release"
+
+
+@dataclasses.dataclass(frozen=True)
+class CopySlot(Program):
+    """Copy the cache of one slot to another."""
+
+    donated: ClassVar[tuple[int, ...]] = (0,)
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `state.copy_slot`."""
+        return state.copy_slot
+
+    def arguments(self, old: DecodeState, source: int = 0, to: int = 0) -> tuple[Any, ...]:
+        """Return the arguments of a call."""
+        return old, np.int32(source), np.int32(to)
+
+    def __str__(self) -> str:
+        return "copy_slot"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill(Program):
+    """Read one chunk of a prompt."""
+
+    size: int
+    """Tokens, padding included."""
+    attend_len: int
+    scored: bool = False
+    """Return the log-probabilities of the prompt's tokens too."""
+    donated: ClassVar[tuple[int, ...]] = (1,)
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `steps.prefill` at these sizes."""
+        return functools.partial(steps.prefill, target.model, attend_len=self.attend_len)
+
+    def arguments(
+        self,
+        params: Params,
+        old: DecodeState,
+        slot: int = 0,
+        prompt: Sequence[int] = (0,),
+        start: int = 0,
+    ) -> tuple[Any, ...]:
+        """Return the arguments of a call that reads the prompt's tokens from `start` on."""
+        length = np.int32(min(self.size, len(prompt) - start))
+        is_last = np.bool_(start + self.size >= len(prompt))
+        chunk = padded_chunk(prompt, start, self.size)
+        targets = (padded_chunk(prompt, start + 1, self.size),) if self.scored else ()
+        return params, old, np.int32(slot), chunk, length, is_last, *targets
+
+    def __str__(self) -> str:
+        return f"prefill{'_scored' * self.scored}({self.size}, {self.attend_len})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode(Program):
+    """Run some decode steps of some slots."""
+
+    slots: int
+    """How many are computed."""
+    num_steps: int
+    attend_len: int
+    donated: ClassVar[tuple[int, ...]] = (1,)
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `steps.decode` at these sizes."""
+        return functools.partial(
+            steps.decode, target.model, num_steps=self.num_steps, attend_len=self.attend_len
+        )
+
+    def arguments(self, params: Params, old: DecodeState, slots: Sequence[int]) -> tuple[Any, ...]:
+        """Return the arguments of a call; all slots, in order, are given no indices."""
+        if len(slots) == old.tokens.shape[0]:
+            return params, old
+        return params, old, np.asarray(slots, np.int32)
+
+    def __str__(self) -> str:
+        return f"decode({self.slots}, {self.num_steps}, {self.attend_len})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Score(Program):
+    """Return the logits after every token of a chunk."""
+
+    size: int
+    attend_len: int
+    donated: ClassVar[tuple[int, ...]] = (1,)
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `steps.score` at these sizes."""
+        return functools.partial(steps.score, target.model, attend_len=self.attend_len)
+
+    def arguments(
+        self, params: Params, cache: kv.KVCache, tokens: Sequence[int], start: int
+    ) -> tuple[Any, ...]:
+        """Return the arguments of a call."""
+        return params, cache, np.int32(start), padded_chunk(tokens, start, self.size)
+
+    def __str__(self) -> str:
+        return f"score({self.size}, {self.attend_len})"
+
+
+def padded_chunk(tokens: Sequence[int], start: int, size: int) -> np.ndarray:
+    """Return `size` tokens from `start` on, padded on the right with id 0."""
+    part = np.asarray(tokens[start : start + size], np.int32)
+    return np.pad(part, (0, size - len(part)))
+
+
+def empty_admission(config: ModelConfig) -> Admission:
+    """Return an admission of the right shapes, for warm-up."""
+    return state.make_admission(sampling.make_params(), [0], config.vocab_size, limit=1)
+
+
+@dataclasses.dataclass
+class CompileLog:
+    """What was compiled: names like `prefill(16, 512)`, and seconds spent."""
+
+    names: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+
+class CompiledPrograms:
+    """The executables of one target, each compiled at its first use.
+
+    Calls may come from several threads only under one lock: the engine's.
+
+    Args:
+        target: what to compile for.
+    """
+
+    def __init__(self, target: Target):
+        self.log = CompileLog()
+        self._target = target
+        self._executables: dict[Program, jax.stages.Compiled] = {}
+
+    def __getitem__(self, name: str) -> jax.stages.Compiled:
+        """Return the executable of a program that is compiled, to inspect it."""
+        return next(e for program, e in self._executables.items() if str(program) == name)
+
+    def function(self, program: Program) -> Callable[..., Any]:
+        """Return the function that a program compiles."""
+        return program.function(self._target)
+
+    def run(self, program: Program, *args: Any) -> Any:
+        """Call a program; it consumes the arguments that it donates."""
+        if program not in self._executables:
+            self.compile(program, *args)
+        return self._executables[program](*args)
+
+    def compile(self, program: Program, *args: Any) -> None:
+        """Compile a program for arguments of these shapes, if it is not compiled yet."""
+        if program in self._executables:
+            return
+        began = time.perf_counter()
+        jitted = jax.jit(self.function(program), donate_argnums=program.donated)
+        self._executables[program] = jitted.lower(*args).compile()
+        self.log.names.append(str(program))
+        self.log.seconds += time.perf_counter() - began

@@ -1,0 +1,87 @@
+"""Sizes: which of a few fixed shapes each call uses. Host arithmetic, without a device.
+
+A prompt is prefilled in chunks of a few sizes. Attention reads a bucket of the cache's positions.
+Some or all slots decode together. So a handful of programs serve every request.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+
+from llama_jax.decode.plan import Plan
+from llama_jax.nn import attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The shapes of one executor's programs."""
+
+    plan: Plan
+    batch: int
+    """Slots."""
+    context: int
+    """Tokens of prompt plus output that a slot can hold."""
+
+    @functools.cached_property
+    def capacity(self) -> int:
+        """Cache positions of each slot: the context, padded to whole attention blocks."""
+        # Two blocks at least: XLA compiles a loop of one turn as no loop, to other bits.
+        blocks = -(-self.padded(self.context) // attention.BLOCK)
+        return max(2, blocks) * attention.BLOCK
+
+    @functools.cached_property
+    def buckets(self) -> list[int]:
+        """Every bucket, in rising order."""
+        return sorted({self.bucket(length) for length in range(1, self.capacity + 1)})
+
+    @functools.cached_property
+    def decode_counts(self) -> list[int]:
+        """Every number of slots that one decode program computes, in rising order."""
+        return sorted({len(self.decode_slots(range(n))) for n in range(1, self.batch + 1)})
+
+    def padded(self, length: int) -> int:
+        """Return the positions that `length` tokens take when prefilled in chunks.
+
+        A prefill size, or a multiple of the largest: a padded chunk never crosses the end.
+        """
+        for size in self.plan.prefill_sizes:
+            if length <= size:
+                return size
+        return -(-length // self.plan.prefill_sizes[-1]) * self.plan.prefill_sizes[-1]
+
+    def chunks(self, length: int, start: int = 0) -> Iterator[tuple[int, int]]:
+        """Cut a prompt's tokens from `start` to `length` into chunks: yield (start, size).
+
+        A chunk has the smallest size that holds the rest, and lies at a multiple of its own size,
+        so that with its padding it ends within the cache. `start` is a multiple of the plan's
+        `reuse_multiple`: unless the plan is batch-invariant, the cuts after it are those of a
+        prompt that is read from its beginning.
+        """
+        while start < length:
+            size = max(size for size in self.plan.prefill_sizes if start % size == 0)
+            size = min(size, self.padded(length - start))
+            yield start, size
+            start += size
+
+    def bucket(self, length: int) -> int:
+        """Return the cache positions to attend to: two blocks, four, eight ..., or all."""
+        if not self.plan.by_bucket:
+            return self.capacity
+        bucket = 2 * attention.BLOCK
+        while bucket < length:
+            bucket *= 2
+        return min(bucket, self.capacity)
+
+    def decode_slots(self, slots: Sequence[int]) -> list[int]:
+        """Return the slots to compute: all, unless the plan is batch-invariant.
+
+        Then it is these and some others, a power of two together: few programs, not one for each
+        number of slots.
+        """
+        if not self.plan.batch_invariant:
+            return list(range(self.batch))
+        count = min(self.batch, 1 << (len(slots) - 1).bit_length())
+        others = (slot for slot in range(self.batch) if slot not in slots)
+        slots = [*slots, *itertools.islice(others, count - len(slots))]
+        return sorted(slots) if count == self.batch else slots

@@ -1,0 +1,207 @@
+"""Engine: many generations at once on one executor, with continuous batching.
+
+A fixed number of slots, and one queue, first come first served. `Scheduler` decides what a turn
+does; this is the part that many threads may call.
+"""
+
+import collections
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from llama_jax.decode.executor import Executor
+from llama_jax.engine.clock import Clock
+from llama_jax.engine.fair_lock import FairLock
+from llama_jax.engine.generation import Generation
+from llama_jax.engine.request import GenerationRequest
+from llama_jax.engine.scheduler import Counts, Scheduler
+from llama_jax.errors import InputError
+from llama_jax.text.tokenizer import Tokenizer
+
+MAX_FAILURES = 3
+"""Failed turns in a row, with no request that ended well between: `Engine.run` gives up."""
+
+
+class ContextError(InputError):
+    """The prompt and max_tokens do not fit the context together."""
+
+    def __init__(self, prompt_tokens: int, max_tokens: int, context: int):
+        super().__init__(
+            f"prompt has {prompt_tokens:,} tokens and max_tokens is {max_tokens:,}, "
+            f"but the context holds {context:,}; shorten the prompt or lower max_tokens"
+        )
+        self.needed, self.context = prompt_tokens + max_tokens, context
+
+
+class QueueFullError(Exception):
+    """The queue is full; try again later."""
+
+
+class EngineFailedError(RuntimeError):
+    """The device fails every call; only a new process can help."""
+
+
+class Engine:
+    """Generate for many requests at once.
+
+    `submit` takes a request at any time, from any thread; `step` does the work. Whoever waits for
+    a generation calls `step` until it is done, or one thread runs `run` for all.
+
+    Args:
+        executor: its batch is the number of slots.
+        tokenizer: None if the model has none.
+        fingerprint: what results are to carry.
+        max_queue: requests that may wait beyond those in slots; None: any number.
+        reuse: let a prompt reuse what slots hold.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        *,
+        fingerprint: str = "",
+        max_queue: int | None = None,
+        reuse: bool = True,
+    ):
+        self.executor, self.tokenizer = executor, tokenizer
+        self.fingerprint, self.max_queue = fingerprint, max_queue
+        self._clock = Clock(executor.compiled)
+        self._queue: collections.deque[Generation] = collections.deque()
+        self._scheduler = Scheduler(executor, self._queue, self._clock, reuse=reuse)
+        self._turn_lock, self._submit_lock = FairLock(), threading.Lock()
+        self._work = threading.Event()
+
+    @property
+    def counts(self) -> Counts:
+        """What was done so far."""
+        return self._scheduler.counts
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Slots in use."""
+        return self._scheduler.running
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another request would be accepted."""
+        free = self.executor.batch - self.running
+        return self.max_queue is None or self.queued < self.max_queue + free
+
+    def submit(
+        self, request: GenerationRequest, on_change: Callable[[], None] | None = None
+    ) -> Generation:
+        """Queue a request.
+
+        Args:
+            request: what to generate.
+            on_change: called in the engine's thread when there is something new; must not block.
+
+        Raises:
+            InputError: text without a tokenizer, or ids outside the vocabulary.
+            ContextError: prompt and max_tokens do not fit the context.
+            QueueFullError: the queue is full.
+        """
+        prompt = request.encode(self.tokenizer, self.executor.config.vocab_size)
+        context, max_tokens = self.executor.context, request.parameters.max_tokens
+        if len(prompt) + max_tokens > context:
+            raise ContextError(len(prompt), max_tokens, context)
+        generation = Generation(
+            request,
+            prompt,
+            self.tokenizer,
+            clock=self._clock,
+            fingerprint=self.fingerprint,
+            on_change=on_change,
+        )
+        with self._submit_lock:
+            if not self.has_room:
+                raise QueueFullError(f"{self.queued} requests wait already; try again later")
+            self._queue.append(generation)
+        self._work.set()
+        return generation
+
+    def run(self, stopping: threading.Event) -> None:
+        """Do all that is submitted until `stopping` is set; `wake` then makes it look.
+
+        Raises:
+            EngineFailedError: MAX_FAILURES turns failed, and no request ended well between.
+        """
+        while True:
+            self._work.clear()  # before the question: what wakes it after that is not missed
+            if stopping.is_set():
+                return
+            if not self.step():
+                self._work.wait()
+            if (failures := self._scheduler.failures) >= MAX_FAILURES:
+                raise EngineFailedError(
+                    f"the engine failed {failures} times in a row; start a new process"
+                )
+
+    def wake(self) -> None:
+        """Make `run` look again whether there is something to do."""
+        self._work.set()
+
+    def step(self, skip_if: Callable[[], bool] = lambda: False) -> bool:
+        """Do one turn of work; return whether there is more.
+
+        A request that fails is ended by its error, and harms no other. If the device fails, all
+        requests in slots are ended by that error; those in the queue go on.
+
+        Args:
+            skip_if: called when no other thread is at work; true: the turn is not needed any more.
+        """
+        with self._turn_lock:
+            if skip_if():
+                return True
+            self._clock.start()
+            try:
+                return self._scheduler.turn()
+            except BaseException as error:  # an interrupt too: the state was given away
+                _drop_locals(error)
+                self._scheduler.fail_all(error)
+                if not isinstance(error, Exception):
+                    raise
+                return True
+            finally:
+                self._clock.update()
+
+    def score(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return the float32 logits [T, V] after each token of a text, between two turns.
+
+        So the time it takes, compiling included, belongs to no generation.
+        """
+        with self._turn_lock:
+            return self.executor.score(tokens)
+
+    def warm_up(self) -> Iterator[tuple[int, int]]:
+        """Compile every program that a request can need; yield (done, total).
+
+        Between two programs others may use the engine.
+        """
+        steps = self.executor.warm_up()
+        while True:
+            with self._turn_lock:
+                progress = next(steps, None)
+            if progress is None:
+                return
+            yield progress
+
+
+def _drop_locals(error: BaseException) -> None:
+    """Empty the frames that an error came through: they hold the whole decode state."""
+    seen: set[int] = set()
+    chain: list[BaseException | None] = [error]
+    while chain:
+        link = chain.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            traceback.clear_frames(link.__traceback__)
+            chain += [link.__cause__, link.__context__]

@@ -1,0 +1,117 @@
+"""Pipeline: the decode state on the device, and the calls in flight whose results are not read."""
+
+import collections
+import dataclasses
+
+import numpy as np
+
+from llama_jax.decode.executor import Executor
+from llama_jax.decode.state import Admission, DecodeState
+from llama_jax.decode.steps import Logprobs, StepOutputs
+from llama_jax.engine.generation import Generation
+from llama_jax.engine.slots import Slot
+
+
+@dataclasses.dataclass
+class Column:
+    """Which generation a column of `StepOutputs` belongs to."""
+
+    slot: Slot
+    generation: Generation
+    index: int
+
+
+@dataclasses.dataclass
+class PromptScores:
+    """Log-probabilities of the tokens of a prompt's chunk."""
+
+    generation: Generation
+    logprobs: Logprobs
+    targets: list[int]
+    """The tokens that were scored."""
+
+
+@dataclasses.dataclass
+class InFlight:
+    """Arrays that the device is computing, and whose they are."""
+
+    outputs: StepOutputs
+    columns: list[Column]
+    prompt_scores: PromptScores | None = None
+
+
+class Pipeline:
+    """Call the executor on one decode state, and read the results in order.
+
+    Args:
+        executor: what runs the programs. A call that fails has consumed the state: `reset` then
+            starts anew.
+    """
+
+    def __init__(self, executor: Executor):
+        self._executor = executor
+        self._state: DecodeState | None = None
+        self._in_flight: collections.deque[InFlight] = collections.deque()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is in flight."""
+        return not self._in_flight
+
+    @property
+    def is_full(self) -> bool:
+        """Whether results must be read before the next call."""
+        return len(self._in_flight) >= self._executor.plan.max_in_flight
+
+    def reset(self) -> None:
+        """Drop the state and what is in flight, after a failure."""
+        self._state = None
+        self._in_flight.clear()
+
+    def admit(self, slot: Slot, new: Admission) -> None:
+        """Give a slot to a request."""
+        self._state = self._executor.admit(self._take_state(), slot.index, new)
+
+    def copy_slot(self, source: Slot, target: Slot) -> None:
+        """Copy the cache of one slot to another."""
+        self._state = self._executor.copy_slot(self._take_state(), source.index, target.index)
+
+    def release(self, slot: Slot) -> None:
+        """End a slot's request on the device."""
+        self._state = self._executor.release(self._take_state(), slot.index)
+
+    def prefill_chunk(self, slot: Slot, generation: Generation, start: int, size: int) -> None:
+        """Read one chunk of a prompt; put its results, if any are wanted, in flight."""
+        prompt, scored = generation.prompt, generation.request.parameters.prompt_logprobs
+        is_last = start + size >= len(prompt)
+        self._state, outputs, logprobs = self._executor.prefill_chunk(
+            self._take_state(), slot.index, prompt, start, size, scored=scored
+        )
+        scores = None
+        if logprobs is not None:
+            scores = PromptScores(generation, logprobs, prompt[start + 1 : start + size + 1])
+        if is_last or scores:
+            columns = [Column(slot, generation, 0)] if is_last else []
+            self._in_flight.append(InFlight(outputs, columns, scores))
+
+    def decode(self, slots: list[Slot]) -> None:
+        """Run the next decode steps of some slots; put their results in flight."""
+        longest = max(slot.position for slot in slots)
+        indices = [slot.index for slot in slots]
+        self._state, outputs, computed = self._executor.decode(self._take_state(), indices, longest)
+        columns = [
+            Column(slot, slot.generation, computed.index(slot.index))
+            for slot in slots
+            if slot.generation is not None
+        ]
+        self._in_flight.append(InFlight(outputs, columns))
+
+    def receive(self) -> tuple[InFlight, np.ndarray]:
+        """Wait for the oldest results in flight; return them with their tokens [steps, columns]."""
+        oldest = self._in_flight.popleft()
+        return oldest, np.asarray(oldest.outputs.tokens)
+
+    def _take_state(self) -> DecodeState:
+        """Return the state for a call that consumes it."""
+        state, self._state = self._state, None
+        return self._executor.init_state() if state is None else state
