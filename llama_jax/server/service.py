@@ -91,13 +91,13 @@ class Service:
         self._stopping.set()
         self.llm.engine.wake()
 
-    def join(self, timeout_s: float = JOIN_S) -> bool:
-        """Wait for the engine's thread to end after `stop`; return whether it did.
+    def join(self) -> bool:
+        """Wait JOIN_S seconds for the engine's thread to end after `stop`; return whether it did.
 
         A compilation cannot be interrupted, and may take minutes.
         """
         if self._thread.ident is not None:
-            self._thread.join(timeout_s)
+            self._thread.join(JOIN_S)
         return not self._thread.is_alive()
 
     async def answer(self, call: RequestLog, requests: Sequence[GenerationRequest]) -> "Answers":

@@ -1,6 +1,8 @@
 """The server as a process: how it starts, and how it ends."""
 
+import contextlib
 import errno
+import http.client
 import json
 import re
 import signal
@@ -11,8 +13,10 @@ import sys
 import pytest
 
 from llama_jax import InputError
+from llama_jax.engine.engine import MAX_FAILURES
 from llama_jax.server import serve as server
 from llama_jax.server.serve import serve
+from tests.helpers import ROOT
 from tests.helpers.server_process import TOKEN, endless, served
 from tests.helpers.serving import COMPLETIONS, MODEL, QUESTION, RUN, events_of, wait_until
 
@@ -155,3 +159,46 @@ def test_an_engine_that_fails_ends_the_process():
     assert done.returncode == 1
     assert "no such device" in done.stderr
     assert "the engine stopped" in done.stderr
+
+
+def serve_changed(changes):
+    """Start a server of the demo model in a process of its own, after some lines of code."""
+    code = (
+        "import threading, time; from llama_jax import Llama\n"
+        "from llama_jax.server import serve, service\n"
+        "from llama_jax.demo import DEMO_CHECKPOINT\n"
+        f"llm = Llama.load(DEMO_CHECKPOINT)\n{changes}\n"
+        "serve.serve(lambda: llm, port=0, warm_up=False)\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def test_a_stop_does_not_wait_for_a_compilation():
+    """XLA cannot be interrupted, and may compile for minutes: here, for ever."""
+    changes = "service.JOIN_S = 0.1\nllm.engine.run = lambda stopping: threading.Event().wait()"
+    with serve_changed(changes) as process:
+        assert "serving" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_a_device_that_fails_every_call_ends_the_process():
+    changes = (
+        "def fail(*_, **__):\n"
+        "    raise RuntimeError('the device is gone')\n"
+        "llm.executor.prefill_chunk = fail"
+    )
+    with serve_changed(changes) as process:
+        port = int(re.search(r"127\.0\.0\.1:(\d+)", process.stderr.readline())[1])
+        answered = 0
+        while process.poll() is None and answered < MAX_FAILURES:
+            client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            with contextlib.closing(client):
+                client.request("POST", RUN, json.dumps({"prompt": "x"}))
+                assert client.getresponse().status in (500, 503)
+            answered += 1
+        assert process.wait(60) == 1
+        assert f"failed {MAX_FAILURES} times in a row" in process.stderr.read()
