@@ -68,7 +68,7 @@ def test_command_line(folder):
 
 def test_python(folder):
     output = run([sys.executable, "-W", "error", "-c", PYTHON[2]], folder)
-    assert output.startswith("The capital of France is Paris. stop {'prompt_tokens': 14,")
+    assert output.startswith("The capital of France is Paris. stop Usage(prompt_tokens=14,")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
     token_t = argmax(filtered_logits_t + Gumbel(fold_in(key(seed), t)))
 
-t is the token's index in the output. Nothing else enters: not the batch row, the neighbours, the
+t is the token's index in the output. Nothing else enters: not the batch slot, the neighbours, the
 chunk, streaming, or the resume point. The filters, in order: repetition, frequency and presence
 penalty, temperature, top-k, top-p. docs/sampler.md states the law in full, with test vectors.
 """
@@ -34,7 +34,7 @@ NO_TOKEN = -1
 
 
 class SamplingParams(NamedTuple):
-    """What each row draws by: arrays, so that a change of values never recompiles."""
+    """How each row is sampled: arrays, so that a change of values never recompiles."""
 
     seeds: UInt32[AnyArray, "B 2"]
     """64-bit seeds as words, high word first; see `seed_words`."""
@@ -153,7 +153,7 @@ def apply_filters(logits: Float[Array, "B V"], params: SamplingParams) -> Float[
     before it already hold more than `top_p`: the one that crosses stays.
     """
     in_use = (params.top_k > 0) | (params.top_p < 1)
-    # Ordering the vocabulary is the dearest part of sampling, and the default request needs none.
+    # Ordering the vocabulary is the most expensive part of sampling, and the default request needs none.
     return lax.cond(jnp.any(in_use), _filter, lambda logits, _: logits, logits, params)
 
 
