@@ -141,7 +141,7 @@ class Llama:
         """Generate piece by piece: the same tokens and text as `generate`.
 
         A piece ends where a character ends. Without a tokenizer the text is the ids, with commas.
-        The request is checked here, before the first piece is asked for.
+        The request is checked here, before the first piece is read.
         """
         return self.start(make_request(**request))
 

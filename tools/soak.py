@@ -123,7 +123,7 @@ class Soak:
                     await client.one()
                 except WrongAnswerError as error:
                     if self._server.process.poll() is not None:
-                        return  # which is told once, elsewhere
+                        return  # which is reported once, elsewhere
                     if str(error) not in self.problems:
                         print(error, file=sys.stderr, flush=True)
                     self.problems.append(str(error))

@@ -16,7 +16,7 @@ from llama_jax.nn.transformer import KernelChoice, param_count
 
 
 class Plan(NamedTuple):
-    """What `Executor` compiles its programs by. Static: another plan is another set of programs."""
+    """How `Executor` compiles its programs. Static: another plan is another set of programs."""
 
     weights: str
     """The dtype that weights are held in: the run's, or float32 where that is faster."""
@@ -24,23 +24,23 @@ class Plan(NamedTuple):
     """The dtype that keys and values are held in; see `cache.init_cache`."""
     kernels: KernelChoice
     prefill_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
-    """Tokens per prefill chunk, each a multiple of the one before; see `Executor.chunks`."""
+    """Tokens per prefill chunk, each a multiple of the one before; see `Sizes.chunks`."""
     decode_steps: int = 8
-    """Tokens decoded per dispatch."""
+    """Tokens decoded per call."""
     max_in_flight: int = 1
-    """Dispatches in flight while their tokens are read."""
+    """Calls in flight before the oldest one's tokens are read."""
 
     @property
     def by_bucket(self) -> bool:
-        """Whether attention needs a static bound on the slots it reads."""
+        """Whether attention needs a static bound on the positions it reads."""
         return self.kernels.attention != "native"
 
     @property
     def batch_invariant(self) -> bool:
         """Whether a logit's bits depend on its slot's tokens alone.
 
-        That is, not from the batch, nor from how the tokens were cut into chunks. Else both are
-        kept fixed, for the same request to give the same tokens.
+        They do not depend on the batch or on how tokens were cut into chunks. Otherwise both are
+        kept fixed, so that the same request gives the same tokens.
         """
         return set(self.kernels) == {"native"}
 

@@ -1,4 +1,4 @@
-"""Fingerprint: a short name for all but the request that decides which tokens come out."""
+"""Fingerprint: a short name for everything, except the request, that decides the tokens."""
 
 import dataclasses
 import hashlib

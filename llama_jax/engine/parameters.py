@@ -1,4 +1,4 @@
-"""Parameters: how a request wants its tokens drawn, checked, with every default made explicit."""
+"""Parameters: how a request's tokens are sampled, checked, with every default explicit."""
 
 import dataclasses
 import difflib
