@@ -1,4 +1,4 @@
-"""A file of requests: order, faults by line, and going on where it stopped."""
+"""A file of requests: order, errors by line, resuming, and one writer at a time."""
 
 import json
 
@@ -33,8 +33,8 @@ def files(tmp_path):
 
 
 def run(files, llm):
-    batch = Batch(*files)
-    steps = sum(1 for _ in batch.run(llm))
+    with Batch(*files) as batch:
+        steps = sum(1 for _ in batch.run(llm))
     return batch, steps, [json.loads(line) for line in files[1].read_text().splitlines()]
 
 
@@ -42,7 +42,7 @@ def answers(rows):
     return [row["result"]["tokens"] if "result" in row else row["error"] for row in rows]
 
 
-def test_results_are_in_order_and_as_alone(files, llm):
+def test_results_are_in_order_and_equal_those_of_single_requests(files, llm):
     batch, steps, rows = run(files, llm)
     assert (batch.total, batch.done, steps, batch.failed) == (8, 8, 8, 4)
     assert [row["line"] for row in rows] == [1, 2, 4, 5, 6, 7, 8, 9]
@@ -64,7 +64,7 @@ def test_results_are_in_order_and_as_alone(files, llm):
 
 
 @pytest.mark.parametrize("whole_lines", [0, 1, 3, 7, 8])
-def test_it_goes_on_where_it_stopped(files, llm, whole_lines):
+def test_a_stopped_batch_resumes_after_its_last_whole_line(files, llm, whole_lines):
     """Killed between two lines, or in the middle of one."""
     _, _, expected = run(files, llm)
     text = files[1].read_bytes()
@@ -77,12 +77,12 @@ def test_it_goes_on_where_it_stopped(files, llm, whole_lines):
     assert files[1].read_bytes().splitlines(keepends=True)[:whole_lines] == lines[:whole_lines]
 
 
-def test_results_of_other_requests_are_not_taken_up(files, llm):
+def test_results_of_other_requests_are_not_continued(files, llm):
     run(files, llm)
     kept = files[1].read_bytes()
     files[0].write_text(files[0].read_text().replace("story", "tale"))
     with pytest.raises(
-        InputError, match=r"out\.jsonl, line 2, is no result of .*in\.jsonl, line 2"
+        InputError, match=r"out\.jsonl, line 2, is not a result of .*in\.jsonl, line 2"
     ):
         Batch(*files)
     assert files[1].read_bytes() == kept
@@ -91,15 +91,14 @@ def test_results_of_other_requests_are_not_taken_up(files, llm):
 @pytest.mark.parametrize(
     "text", ["[1]\n", "3\n", '{"line": 1}\n', "<html>\n", "no newline", "\x00"]
 )
-def test_a_stranger_s_file_is_not_written_to(files, text):
+def test_a_file_with_other_content_is_not_written_to(files, text):
     files[1].write_text(text)
     with pytest.raises(InputError, match=r"out\.jsonl, line 1"):
         Batch(*files)
     assert files[1].read_text() == text
 
 
-def test_more_results_than_requests(files, llm):
-    """Nothing that is there is lost in silence."""
+def test_more_results_than_requests_are_refused_and_kept(files, llm):
     run(files, llm)
     kept = files[1].read_bytes()
     files[0].write_text("\n".join(files[0].read_text().splitlines()[:3]))
@@ -108,8 +107,8 @@ def test_more_results_than_requests(files, llm):
     assert files[1].read_bytes() == kept
 
 
-def test_a_long_answer_does_not_hold_up_those_behind_it(tmp_path, llm):
-    """While the first is drawn the other slot goes on to the next, and the next."""
+def test_a_long_answer_does_not_block_the_requests_after_it(tmp_path, llm):
+    """While one slot generates it, the other takes one request after the other."""
     short = [{"prompt": "Hi", "seed": seed, "max_tokens": 2} for seed in range(1, 9)]
     long = {"prompt": "Hi", "seed": 1, "max_tokens": 90, "ignore_eos": True}
     source = iter([long, *short])
@@ -117,11 +116,22 @@ def test_a_long_answer_does_not_hold_up_those_behind_it(tmp_path, llm):
     assert next(source, None) is None
 
 
-def test_half_a_character_in_a_name_is_written_as_it_came(tmp_path, llm):
+def test_a_lone_surrogate_in_a_name_is_written_as_it_came(tmp_path, llm):
     (tmp_path / "in").write_text('{"prompt": "Hi", "seed": 1, "max_tokens": 1, "\\ud800": 1}')
     (row,) = run((tmp_path / "in", tmp_path / "out"), llm)[2]
     assert row["result"]["tokens"]
     assert row["ignored"] == ["\ud800"]
+
+
+def test_an_output_in_use_is_refused_until_it_is_closed(files, llm):
+    with Batch(*files) as batch:
+        next(batch.run(llm))
+        kept = files[1].read_bytes()
+        with pytest.raises(InputError, match=r"out\.jsonl is in use by another run, expected one"):
+            Batch(*files)
+        assert files[1].read_bytes() == kept
+    with Batch(*files) as batch:
+        assert batch.done == 1
 
 
 def test_files_that_cannot_be_used(tmp_path):
