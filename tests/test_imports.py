@@ -18,6 +18,7 @@ ORDER = [
     {"engine"},
     {"card", "llama"},
     {"__init__", "batch", "server"},
+    {"cli"},
 ]
 """The modules and folders of llama_jax: each imports from those above it only."""
 
@@ -76,7 +77,7 @@ def test_outside_dependencies_stay_in_their_rooms():
         "flax": {"transformer"},
         "orbax": {"shards"},
         "sentencepiece": {"tokenizer"},
-        "jsonschema": {"contract", "request"},
+        "jsonschema": {"contract", "parameters"},
         "torch": set(),
         "transformers": set(),
         "convert": set(),
@@ -122,10 +123,11 @@ def test_no_private_names_of_jax():
 
 
 def test_importing_has_no_effect():
-    """No device is queried and no setting of JAX is changed."""
+    """No device is queried, no setting of JAX is changed and no flag of absl is defined."""
     code = (
         "import jax, flax, orbax.checkpoint; before = dict(jax.config.values);"
-        "import llama_jax; assert dict(jax.config.values) == before;"
+        "import sys, llama_jax; assert dict(jax.config.values) == before;"
+        "assert 'llama_jax.cli' not in sys.modules;"
         "import jax._src.xla_bridge as bridge; assert not bridge.backends_are_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)

@@ -1,0 +1,1 @@
+"""The command line: `llama-jax`, and `python run.py` from a checkout."""

@@ -1,0 +1,29 @@
+"""The verb batch: answer a file of requests."""
+
+import sys
+
+from tqdm import tqdm
+
+from llama_jax.batch import Batch
+from llama_jax.cli.console import note
+from llama_jax.cli.flags import FLAGS
+from llama_jax.cli.model import load_model
+from llama_jax.errors import InputError
+
+
+def batch() -> None:
+    """Answer the requests of --input that --output has no results for."""
+    if FLAGS.input is None or FLAGS.output in ("text", "json"):
+        raise InputError("batch needs --input and --output, two files of JSON lines; name both")
+    with Batch(FLAGS.input, FLAGS.output) as work:
+        if work.done:
+            note(f"{FLAGS.output} has {work.done:,} of {work.total:,} results already; resuming")
+        llm = load_model(slots=8)
+        with tqdm(total=work.total, initial=work.done, unit="request", file=sys.stderr) as bar:
+            for _ in work.run(llm):
+                bar.update()
+    if work.failed:
+        raise InputError(
+            f"{work.failed:,} of {work.total:,} requests have an `error` in {FLAGS.output}; "
+            "fix them and run them as another batch"
+        )

@@ -1,0 +1,230 @@
+"""The flags: definitions, groups, and which verb takes which."""
+
+import dataclasses
+
+from absl import flags
+
+from llama_jax.errors import InputError
+from llama_jax.weights.checkpoint import DTYPES
+
+FLAGS = flags.FLAGS
+
+MODEL = ("checkpoint", "dtype", "context", "slots", "verify")
+PROMPT = ("prompt", "system", "messages", "prompt_tokens", "request", "raw")
+SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "stop",
+    "ignore_eos",
+)
+OUTPUT = ("output", "stream", "logprobs", "print_prompt_tokens")
+BATCH = ("input",)
+SERVE = ("host", "port", "api_token", "insecure", "allowed_origins", "max_queue", "timeout_s")
+GENERAL = ("debug",)
+
+PARAMETERS = (*SAMPLING, "logprobs")
+"""The flags that are generation parameters of the same name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """What the command line does, and the flags for it."""
+
+    name: str
+    """As typed; empty for the answer to one prompt."""
+    arguments: str
+    """What follows in the line of usage."""
+    summary: str
+    takes: tuple[str, ...]
+    refuses_others: str = ""
+    """The reason, in the error; flags that one other verb alone takes need none."""
+    takes_at_default: tuple[str, ...] = ()
+    """Flags with one value that works here, their default."""
+
+
+VERBS = {
+    verb.name: verb
+    for verb in (
+        Verb(
+            name="",
+            arguments="--prompt=TEXT [flags]",
+            summary="Answer one prompt.",
+            takes=(*MODEL, *PROMPT, *SAMPLING, *OUTPUT, *GENERAL),
+        ),
+        Verb(
+            name="chat",
+            arguments="[flags]",
+            summary="Chat in the terminal.",
+            takes=(*MODEL, "system", *SAMPLING, *GENERAL),
+            refuses_others="which reads turns from stdin and streams text in the chat format",
+            takes_at_default=("raw", "output", "stream"),
+        ),
+        Verb(
+            name="batch",
+            arguments="--input=FILE --output=FILE",
+            summary="Answer a file of requests.",
+            takes=(*MODEL, *BATCH, "output", *GENERAL),
+            refuses_others="whose requests are in --input",
+        ),
+        Verb(
+            name="serve",
+            arguments="[flags]",
+            summary="Serve the HTTP API.",
+            takes=(*MODEL, *SERVE, *GENERAL),
+            refuses_others="whose requests come over HTTP",
+        ),
+    )
+}
+
+
+def define() -> None:
+    """Define all flags in absl's global set; call it once."""
+    _define_model_flags()
+    _define_prompt_flags()
+    _define_sampling_flags()
+    _define_output_flags()
+    _define_serve_flags()
+    flags.DEFINE_string("input", None, "Model card requests, one JSON object per line.")
+    flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+
+
+def _define_model_flags() -> None:
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "Checkpoint written by `python -m convert`. "
+        "Default: $LLAMA_JAX_CHECKPOINT, else the embedded demo model.",
+    )
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        DTYPES,
+        "Data type of weights and KV cache. Default: as stored.",
+    )
+    flags.DEFINE_integer(
+        "context",
+        None,
+        "Tokens of prompt plus output that fit, 1 to the model's maximum. Default: the maximum.",
+    )
+    flags.DEFINE_integer(
+        "slots",
+        None,
+        "Requests in flight at once, 1 to 256. Default: 8 in batch and serve, else 1.",
+    )
+    flags.DEFINE_bool("verify", False, "First check all weights against the checkpoint's digests.")
+
+
+def _define_prompt_flags() -> None:
+    flags.DEFINE_string(
+        "prompt", None, "The user's message; or give --messages, --prompt_tokens or --request."
+    )
+    flags.DEFINE_string("system", None, "System prompt, with --prompt or in chat. Default: none.")
+    flags.DEFINE_string(
+        "messages",
+        None,
+        'Dialog in JSON, - for stdin: [{"role": "user", "content": "Hi"}, ...].',
+    )
+    flags.DEFINE_list(
+        "prompt_tokens", None, "Token ids, used as they are (no BOS is added): 1,15043,2787."
+    )
+    flags.DEFINE_string("request", None, "A whole model card request in JSON, - for stdin.")
+    flags.DEFINE_bool("raw", False, "Use --prompt as it is, after BOS, without the chat template.")
+
+
+def _define_sampling_flags() -> None:
+    flags.DEFINE_integer("max_tokens", 256, "Maximum number of tokens to generate, 0 or more.")
+    flags.DEFINE_float(
+        "temperature", 0.6, "Sampling temperature, 0 to 5; 0 always takes the most likely token."
+    )
+    flags.DEFINE_float(
+        "top_p",
+        None,
+        "Sample from the most likely tokens up to this total probability, 0 to 2. Default: off.",
+    )
+    flags.DEFINE_integer(
+        "top_k", None, "Sample from this many of the most likely tokens, 1 to 50. Default: off."
+    )
+    flags.DEFINE_integer(
+        "seed", None, "Random seed, 0 to 2^64 - 1. Default: drawn at random, and reported."
+    )
+    flags.DEFINE_float(
+        "repetition_penalty",
+        1.0,
+        "Penalty on tokens of the prompt and the output, 0 to 2; 1 is off.",
+    )
+    flags.DEFINE_float(
+        "frequency_penalty",
+        0.0,
+        "Penalty per occurrence of a token in the output, 0 to 2; 0 is off.",
+    )
+    flags.DEFINE_float(
+        "presence_penalty", 0.0, "Penalty on tokens that occur in the output, 0 to 2; 0 is off."
+    )
+    flags.DEFINE_multi_string(
+        "stop", [], "Stop before this text; repeat the flag for up to 16 texts. Default: none."
+    )
+    flags.DEFINE_bool("ignore_eos", False, "Continue past the end-of-sequence token.")
+
+
+def _define_output_flags() -> None:
+    flags.DEFINE_string(
+        "output", "text", "Format on stdout, text or json. In batch: the file of results."
+    )
+    flags.DEFINE_bool("stream", True, "Print the text as it is generated (text output only).")
+    flags.DEFINE_integer(
+        "logprobs",
+        None,
+        "Return the top-N log-probabilities (JSON output only), 0 to 20. Default: none.",
+    )
+    flags.DEFINE_bool(
+        "print_prompt_tokens", False, "Print the prompt's token ids and exit; loads no weights."
+    )
+
+
+def _define_serve_flags() -> None:
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
+    flags.DEFINE_integer("port", 8787, "Port to listen on, 0 to 65535; 0 takes any free one.")
+    flags.DEFINE_string(
+        "api_token",
+        None,
+        "Token that clients must send. Default: $LLAMA_JAX_API_TOKEN, else none.",
+    )
+    flags.DEFINE_bool("insecure", False, "Accept other machines and host names without a token.")
+    flags.DEFINE_list(
+        "allowed_origins",
+        [],
+        "Origins whose pages may call the server, such as https://example.com; * is any. "
+        "Default: none.",
+    )
+    flags.DEFINE_integer(
+        "max_queue",
+        64,
+        "Requests that may wait for a slot, 0 or more; further ones get status 429.",
+    )
+    flags.DEFINE_float(
+        "timeout_s", 600, "Seconds for a request, time in the queue included; above 0."
+    )
+
+
+def refuse_flags(given_with: str, reason: str, *names: str) -> None:
+    """Refuse flags that would have no effect."""
+    for name in names:
+        if FLAGS[name].present:
+            raise InputError(f"--{name} is given with {given_with}, {reason}; drop it")
+
+
+def refuse_flags_of_other_verbs(verb: Verb) -> None:
+    """Refuse flags that this verb does not take."""
+    for name in dict.fromkeys(name for other in VERBS.values() for name in other.takes):
+        flag = FLAGS[name]
+        at_default = name in verb.takes_at_default and flag.value == flag.default
+        if name not in verb.takes and not at_default:
+            takers = [other.name for other in VERBS.values() if name in other.takes]
+            only = f"but belongs to {takers[0]}" if takers in (["batch"], ["serve"]) else ""
+            refuse_flags(verb.name or "a prompt", only or verb.refuses_others, name)

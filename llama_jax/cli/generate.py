@@ -1,0 +1,47 @@
+"""No verb: answer one request."""
+
+import dataclasses
+import json
+
+from llama_jax.cli.console import note, summary
+from llama_jax.cli.flags import FLAGS, refuse_flags
+from llama_jax.cli.model import checkpoint_path, load_model
+from llama_jax.cli.requests import read_request
+from llama_jax.engine.request import GenerationRequest
+from llama_jax.weights.checkpoint import load_tokenizer
+
+
+def generate() -> None:
+    """Print the answer to the request that the flags describe."""
+    if FLAGS.print_prompt_tokens:
+        others = ("verify", "context", "dtype", "slots", "output", "stream")
+        refuse_flags("--print_prompt_tokens", "which runs no model", *others)
+    # Before the weights: a mistake should not take a minute to show.
+    request, repeat = read_request()
+    if FLAGS.print_prompt_tokens:
+        _print_prompt_tokens(request)
+        return
+    llm = load_model()
+    stream = llm.start(request)
+    for piece in stream:
+        if FLAGS.output == "text" and FLAGS.stream:
+            print(piece, end="", flush=True)
+    result = stream.result
+    if FLAGS.output == "json":
+        print(json.dumps(dataclasses.asdict(result), ensure_ascii=False, indent=2))
+    elif FLAGS.stream:
+        print()
+    else:
+        ids = ",".join(map(str, result.tokens))
+        print(ids if result.response is None else result.response)
+    note(summary(llm, result, repeat))
+
+
+def _print_prompt_tokens(request: GenerationRequest) -> None:
+    """Print the ids that the model would get to stdout, and their pieces to stderr."""
+    tokenizer, vocab_size = load_tokenizer(checkpoint_path())
+    tokens = request.encode(tokenizer, vocab_size)
+    print(",".join(map(str, tokens)))
+    if tokenizer is not None:
+        note(" ".join(tokenizer.piece(token) for token in tokens))
+    note(f"{len(tokens):,} tokens")

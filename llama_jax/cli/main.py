@@ -1,0 +1,78 @@
+"""Dispatch: from a command line to its verb, and from a mistake to one line and exit 2."""
+
+import io
+import os
+import sys
+
+from absl import app, logging
+from absl import flags as absl_flags
+
+from llama_jax.cli import flags
+from llama_jax.cli.batch import batch
+from llama_jax.cli.chat import chat
+from llama_jax.cli.console import note
+from llama_jax.cli.flags import FLAGS
+from llama_jax.cli.generate import generate
+from llama_jax.cli.help import help_text, version_text
+from llama_jax.cli.serve import serve
+from llama_jax.errors import InputError
+
+_RUN = {"": generate, "chat": chat, "batch": batch, "serve": serve}
+
+
+def entry() -> None:
+    """Run the command `llama-jax`."""
+    flags.define()
+    app.run(main, flags_parser=parse_flags)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse a command line; return the program's name and the other arguments that are no flags.
+
+    A request for help or the version is answered and exits 0; a mistake is one line and exits 2.
+    """
+    if {"--help", "-h"} & set(argv[1:]):  # absl's own exits 1
+        print(help_text(argv))
+        sys.exit(0)
+    if "--version" in argv[1:]:
+        print(version_text())
+        sys.exit(0)
+    try:
+        return FLAGS(argv)
+    except absl_flags.Error as error:
+        note(f"error: {str(error).removeprefix('ERROR:: ')}; see --help")
+        sys.exit(2)
+
+
+def main(argv: list[str]) -> None:
+    """Run what a parsed command line asks for; a mistake in it is one line and exit 2."""
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.DEBUG if FLAGS.debug else logging.WARNING)
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):  # invalid UTF-8 must not end in a traceback
+            stream.reconfigure(errors=errors)
+    try:
+        _run_verb(argv[1:])
+    except InputError as error:
+        if FLAGS.debug:
+            raise
+        note(f"error: {' '.join(str(error).split())}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        note("")
+        # XLA's threads may be compiling: the interpreter's own exit would free what they use.
+        os._exit(130)
+    except BrokenPipeError:  # the reader of stdout closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run_verb(arguments: list[str]) -> None:
+    verbs = [name for name in flags.VERBS if name]
+    if arguments and arguments not in [[name] for name in verbs]:
+        raise InputError(
+            f"got the argument {' '.join(arguments)!r}, expected {', '.join(verbs)} or none; a "
+            "prompt goes to --prompt"
+        )
+    name = arguments[0] if arguments else ""
+    flags.refuse_flags_of_other_verbs(flags.VERBS[name])
+    _RUN[name]()

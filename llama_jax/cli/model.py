@@ -1,0 +1,33 @@
+"""The model that the flags name."""
+
+import pathlib
+import sys
+
+from llama_jax.cli.console import note
+from llama_jax.cli.flags import FLAGS
+from llama_jax.decode.compile_cache import use_compile_cache
+from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.llama import Llama, default_checkpoint
+
+
+def checkpoint_path() -> pathlib.Path:
+    """Return the checkpoint that the flags or the environment name, else the demo model."""
+    if FLAGS.checkpoint is not None:
+        return pathlib.Path(FLAGS.checkpoint)
+    if (path := default_checkpoint()) == DEMO_CHECKPOINT:
+        note("no --checkpoint: running the embedded demo model, which knows only its small corpus")
+    return path
+
+
+def load_model(slots: int = 1, max_queue: int | None = None) -> Llama:
+    """Load the checkpoint; --slots takes precedence over `slots`."""
+    use_compile_cache()
+    return Llama.load(
+        checkpoint_path(),
+        dtype=FLAGS.dtype,
+        context=FLAGS.context,
+        slots=slots if FLAGS.slots is None else FLAGS.slots,
+        max_queue=max_queue,
+        verify=FLAGS.verify,
+        progress=sys.stderr.isatty(),
+    )

@@ -1,0 +1,78 @@
+"""Requests: from flags, from a dialog in JSON, or whole in the model card's JSON."""
+
+import pathlib
+import sys
+from typing import Any
+
+from llama_jax.card import contract
+from llama_jax.cli.console import note
+from llama_jax.cli.flags import FLAGS, PARAMETERS, PROMPT, refuse_flags
+from llama_jax.engine.request import GenerationRequest, make_request
+from llama_jax.errors import InputError
+from llama_jax.strict_json import parse_json
+
+
+def parameters_from_flags() -> dict[str, Any]:
+    """Return the generation parameters, None where a flag is not given and has no default."""
+    return {name: FLAGS[name].value for name in PARAMETERS}
+
+
+def read_request() -> tuple[GenerationRequest, str]:
+    """Return the request that the flags describe, checked, and how to pass a seed in it.
+
+    The latter has "{}" for the seed; it is empty if a seed was given.
+    """
+    if FLAGS.output not in ("text", "json"):
+        raise InputError(f"--output is {FLAGS.output!r:.40}, expected text or json")
+    if FLAGS.logprobs is not None and FLAGS.output != "json":
+        raise InputError("--logprobs is given without --output=json, which has them; add it")
+    if FLAGS.request is not None:
+        return _read_card_request(FLAGS.request)
+    request = parameters_from_flags()
+    request |= {"prompt": FLAGS.prompt, "system": FLAGS.system, "raw": FLAGS.raw}
+    if FLAGS.messages is not None:
+        request["messages"] = _read_messages(FLAGS.messages)
+    if FLAGS.prompt_tokens is not None:
+        request["prompt_tokens"] = [_parse_token(text) for text in FLAGS.prompt_tokens]
+    if FLAGS.output == "json" and FLAGS["stream"].present and FLAGS.stream:
+        raise InputError("--stream is given with --output=json, which is printed whole; drop one")
+    return make_request(**request), "--seed={}" if FLAGS.seed is None else ""
+
+
+def _read_card_request(source: str) -> tuple[GenerationRequest, str]:
+    """Return what `read_request` does, from JSON; warn of fields without effect."""
+    others = [name for name in (*PROMPT, *PARAMETERS) if name != "request"]
+    refuse_flags("--request", "which holds the whole request", *others)
+    card = contract.check(_read_json(source, f"--request={source}"))
+    for name in card.ignored:
+        note(f"warning: {name} is not a field of the model card here, and is ignored")
+    if card.stream and not (FLAGS.stream and FLAGS.output == "text"):
+        note("warning: stream is true in the request, but the answer is printed whole")
+    return card.request(), "" if "seed" in card.fields else '"seed": {}'
+
+
+def _read_messages(source: str) -> list:
+    name = f"--messages={source}"
+    messages = _read_json(source, name)
+    if not isinstance(messages, list):
+        raise InputError(f"{name} holds {messages!r:.40}, expected a list of messages")
+    return messages
+
+
+def _read_json(source: str, name: str) -> Any:
+    """Parse the JSON of a file, or of stdin for "-"."""
+    try:
+        # Bytes: JSON is UTF-8 whatever the terminal's encoding.
+        text = sys.stdin.buffer.read() if source == "-" else pathlib.Path(source).read_bytes()
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}; name a JSON file or -") from None
+    return parse_json(text, name)
+
+
+def _parse_token(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(
+            f"--prompt_tokens has {text!r:.40}, expected integers such as 1,15043"
+        ) from None

@@ -1,0 +1,26 @@
+"""The verb serve: the HTTP API."""
+
+import os
+
+from llama_jax.cli.flags import FLAGS
+from llama_jax.cli.model import load_model
+from llama_jax.errors import InputError
+
+
+def serve() -> None:
+    """Answer requests over HTTP until a signal ends it."""
+    try:
+        from llama_jax.server import serve as server
+    except ImportError as error:
+        raise InputError(f"{error.name} is not installed; pip install 'llama_jax[serve]'") from None
+    token = FLAGS.api_token
+    server.serve(
+        lambda: load_model(slots=8, max_queue=FLAGS.max_queue),
+        host=FLAGS.host,
+        port=FLAGS.port,
+        # An empty --api_token is a mistake, which Settings refuses; it does not mean none.
+        api_token=token if token is not None else os.environ.get("LLAMA_JAX_API_TOKEN"),
+        allowed_origins=tuple(FLAGS.allowed_origins),
+        insecure=FLAGS.insecure,
+        timeout_s=FLAGS.timeout_s,
+    )

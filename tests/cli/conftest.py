@@ -1,0 +1,70 @@
+"""The command line in this process: as fast as its model is loaded once."""
+
+import io
+import pathlib
+import sys
+
+import pytest
+from absl.testing import flagsaver
+
+from llama_jax import Llama
+from llama_jax.cli import flags
+from llama_jax.cli.main import main, parse_flags
+from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.llama import CHECKPOINT_VARIABLE
+
+
+@pytest.fixture(autouse=True)
+def _no_checkpoint_variable(monkeypatch):
+    monkeypatch.delenv(CHECKPOINT_VARIABLE, raising=False)
+
+
+@pytest.fixture(scope="session")
+def _flags():
+    flags.define()
+
+
+@pytest.fixture(scope="session")
+def demo():
+    return Llama.load(DEMO_CHECKPOINT)
+
+
+@pytest.fixture
+def cli(_flags, capsys, monkeypatch, demo):
+    """Run a command line; return (exit status, stdout, stderr)."""
+    load = Llama.load
+
+    def load_once(path, *, dtype=None, context=None, slots=1, **options):
+        if pathlib.Path(path) == DEMO_CHECKPOINT and (dtype, context, slots) == (None, None, 1):
+            return demo
+        return load(path, dtype=dtype, context=context, slots=slots, **options)
+
+    monkeypatch.setattr(Llama, "load", load_once)
+
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8"))
+        with flagsaver.flagsaver():
+            try:
+                main(parse_flags(["run.py", *arguments]))
+                status = 0
+            except SystemExit as exit_:
+                status = exit_.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def mistake(cli):
+    """Run a command line that is wrong: exit 2, nothing on stdout, one line; return the line."""
+
+    def call(*arguments, stdin="[]"):
+        status, out, err = cli(*arguments, stdin=stdin)
+        *notes, line = err.splitlines()
+        assert (status, out) == (2, "")
+        assert line.startswith("error: ")
+        assert all(note.startswith("no --checkpoint") for note in notes)
+        return line
+
+    return call

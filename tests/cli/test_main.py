@@ -1,0 +1,147 @@
+"""Help, version, exit statuses, signals, and the flags that a verb does not take."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from llama_jax.cli.flags import FLAGS, PARAMETERS, VERBS
+from llama_jax.engine.parameters import SCHEMAS
+from llama_jax.version import __version__
+from tests.helpers import ROOT
+from tests.helpers.commands import PARIS, PARIS_ANSWER, run_py
+
+COMMAND = "from llama_jax.cli.main import entry; entry()"
+"""What the installed command `llama-jax` runs."""
+
+
+def flags_in(help_text):
+    return set(re.findall(r"^  --(?:\[no\])?(\w+)", help_text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_every_flag_of_the_verb_and_no_other(cli, verb):
+    status, out, err = cli(*[verb] * bool(verb), "--help")
+    assert (status, err) == (0, "")
+    ours = [VERBS[verb]] if verb else VERBS.values()
+    taken = {name for each in ours for name in each.takes}
+    assert flags_in(out) == taken | {"helpfull", "version"}
+    assert all(len(line) <= 80 for line in out.splitlines())
+
+
+def test_help_needs_no_other_flag_and_exits_0():
+    done = run_py("-h")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "python run.py --prompt=TEXT [flags] " in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "llama-jax --prompt=TEXT [flags] " in done.stdout
+
+
+def test_helpfull_has_the_flags_of_absl():
+    assert {"stderrthreshold", "flagfile", "prompt", "port"} <= flags_in(
+        run_py("--helpfull").stdout
+    )
+
+
+@pytest.mark.usefixtures("cli")
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_defaults_and_ranges_are_those_of_the_parameters(name):
+    schema, flag = SCHEMAS[name], FLAGS[name]
+    assert (flag.default or None) == (schema.get("default") or None)
+    bounds = [str(schema[key]) for key in ("minimum", "maximum") if key in schema]
+    expected = " to ".join(bounds).replace(str(2**64 - 1), "2^64 - 1")
+    assert expected in flag.help
+
+
+def test_version_is_printed_without_a_device():
+    done = run_py("--version", env=os.environ | {"JAX_PLATFORMS": "none-such"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(rf"llama_jax {__version__} \(jax [\d.]+\w*, Python [\d.]+\)\n", done.stdout)
+
+
+def test_the_installed_command_does_what_run_py_does(tmp_path):
+    """From another folder, too."""
+    arguments = [PARIS, "--temperature=0"]
+    command = [sys.executable, "-c", COMMAND, *arguments]
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    installed = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    ours = run_py(*arguments, cwd=tmp_path)
+    assert (installed.returncode, installed.stdout) == (ours.returncode, ours.stdout)
+    assert ours.stdout == PARIS_ANSWER
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["hello"], "got the argument 'hello', expected chat, batch, serve or none; a prompt goes"),
+        (["chat", "serve"], "got the argument 'chat serve', expected chat, batch, serve or none"),
+        ([""], "got the argument '', expected chat, batch, serve or none"),
+        (["--prompt=a", "--promt=b"], "Unknown command line flag 'promt'"),
+        (["--prompt=a", "--temperature=hot"], "flag --temperature=hot"),
+        (["--prompt=a", "--dtype=int8"], "flag --dtype=int8"),
+        (["--flagfile=none"], "Unable to open flagfile"),
+        (["--prompt=a", "--input=x"], "--input is given with a prompt, but belongs to batch; drop"),
+        (["--prompt=a", "--port=1"], "--port is given with a prompt, but belongs to serve; drop"),
+        (["batch", "--port=1"], "--port is given with batch, but belongs to serve; drop it"),
+        (["batch", "--prompt=a"], "--prompt is given with batch, whose requests are in --input"),
+        (["batch", "--seed=1"], "--seed is given with batch, whose requests are in --input"),
+        (["serve", "--prompt=a"], "--prompt is given with serve, whose requests come over HTTP"),
+        (["serve", "--output=json"], "--output is given with serve, whose requests come over HTTP"),
+        (["chat", "--prompt=a"], "--prompt is given with chat, which reads turns from stdin"),
+        (["chat", "--logprobs=1"], "--logprobs is given with chat, which reads turns from stdin"),
+        (["chat", "--output=json"], "--output is given with chat, which reads turns from stdin"),
+        (["chat", "--nostream"], "--stream is given with chat, which reads turns from stdin"),
+        (["chat", "--raw"], "--raw is given with chat, which reads turns from stdin"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_one_line_and_exit_2(mistake, arguments, expected):
+    assert expected in mistake(*arguments)
+
+
+def test_debug_shows_the_traceback():
+    done = run_py("--prompt=", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_a_reader_that_closes_stdout_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "run.py", PARIS]
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    os.close(write)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_ctrl_c_while_compiling_exits_130():
+    """Where Python's own exit crashed in four of five tries."""
+    # A shell that runs these tests in the background has its children ignore SIGINT.
+    listen = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "runpy.run_path('run.py', run_name='__main__')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", listen, "--prompt=Hi", "--ignore_eos", "--max_tokens=450"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_LOG_COMPILES": "1"},
+    )
+    with process:
+        # The last thing that JAX logs before XLA compiles the decode step.
+        while b"conversion jit(decode)" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in err

@@ -1,0 +1,52 @@
+"""The verb serve: its flags; tests/test_readme.py starts it, tests/server has the server."""
+
+import sys
+
+import pytest
+
+from llama_jax.server import serve
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "token"),
+    [("", [], None), ("theirs", [], "theirs"), ("theirs", ["--api_token=ours"], "ours")],
+)
+def test_flags_reach_the_server(cli, monkeypatch, environment, flags, token):
+    calls = []
+    monkeypatch.setattr(serve, "serve", lambda load, **arguments: calls.append(arguments))
+    monkeypatch.delenv("LLAMA_JAX_API_TOKEN", raising=False)
+    if environment:
+        monkeypatch.setenv("LLAMA_JAX_API_TOKEN", environment)
+    flags = ["--host=::1", "--port=5", "--allowed_origins=https://a.b,*", "--timeout_s=9", *flags]
+    assert cli("serve", "--insecure", *flags) == (0, "", "")
+    assert calls == [
+        {
+            "host": "::1",
+            "port": 5,
+            "api_token": token,
+            "allowed_origins": ("https://a.b", "*"),
+            "insecure": True,
+            "timeout_s": 9.0,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--host=0.0.0.0"], "0.0.0.0"),
+        (["--api_token="], "api_token is empty, expected a secret"),
+        (["--port=0", "--max_queue=-1"], "max_queue is -1, expected a whole number from 0"),
+        (["--timeout_s=0"], "timeout_s is 0.0, expected a positive number"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_one_line_and_exit_2(mistake, flags, expected):
+    assert expected in mistake("serve", *flags)
+
+
+def test_a_missing_package_is_named_with_how_to_install_it(mistake, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("llama_jax.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "uvicorn is not installed; pip install 'llama_jax[serve]'" in mistake("serve")
