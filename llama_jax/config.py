@@ -1,4 +1,4 @@
-"""ModelConfig: the shape of a Llama, validated, to and from JSON. Standard library only."""
+"""ModelConfig: the shape of a Llama model, validated, to and from JSON. Standard library only."""
 
 import dataclasses
 import json
@@ -12,14 +12,14 @@ from llama_jax.strict_json import read_json
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """All that decides the parameters' shapes and what they compute; dtype is a run's choice.
+    """What decides the parameters' shapes and what they compute; dtype is a run-time choice.
 
     Raises:
         InputError: naming every field that is out of range.
     """
 
     vocab_size: int
-    """Rows of the embedding table; at least 3 (unknown, BOS and EOS are ids 0, 1 and 2)."""
+    """Tokens; at least 3 (unknown, BOS and EOS are ids 0, 1 and 2)."""
     dim: int
     """Width of the residual stream; a multiple of `2 * num_heads`."""
     ffn_dim: int
@@ -34,9 +34,9 @@ class ModelConfig:
     rope_theta: float
     """Base of the rotary embedding's geometric series of frequencies."""
     max_seq_len: int
-    """Positions the model was trained for: the most tokens of prompt plus output."""
+    """Positions the model was trained for: the maximum of prompt plus output tokens."""
     tie_embeddings: bool = False
-    """The output projection is the embedding table itself (no `lm_head`)."""
+    """The embedding table is also the output projection (no `lm_head`)."""
 
     def __post_init__(self):
         problems = _type_problems(self)
@@ -47,7 +47,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one head; even, since rotation pairs its elements."""
+        """Width of one head; even, because rotary embedding pairs its elements."""
         return self.dim // self.num_heads
 
     def to_json(self) -> str:
@@ -83,7 +83,7 @@ class ModelConfig:
 
 
 def as_float(value: Any) -> Any:
-    """Make a whole number a float: JSON writers print 10000.0 as 10000."""
+    """Convert an int to a float: JSON writers print 10000.0 as 10000."""
     if type(value) is not int:
         return value
     return float(value) if abs(value) < 2**53 else math.inf

@@ -1,14 +1,14 @@
-"""The one exception a user's own mistake raises."""
+"""The exception for a user's mistake."""
 
 
 class InputError(ValueError):
-    """A mistake in what the caller gave: the message says what, got, expected and remedy.
+    """A mistake in the caller's input; the message names what, got, expected and remedy.
 
-    Raised at the public edge, before anything is traced or written. The command line prints it as
-    one line and exits 2; every other exception is a fault of this program or of the machine.
+    It is raised at the public interface, before anything is traced or written. The command line
+    prints it as one line and exits 2. Every other exception is a bug or a fault of the machine.
     """
 
 
 def one_line(problems: list[str]) -> str:
-    """Join every problem found into the single line a user reads."""
+    """Join all problems into one line."""
     return "; ".join(problems)

@@ -1,4 +1,4 @@
-"""Read JSON that people edit, move and damage, or that a stranger sends."""
+"""Strict JSON: for files that people edit, and for requests from outside."""
 
 import collections
 import json
@@ -15,11 +15,18 @@ _TOO_DEEP = f"nested deeper than {_MAX_DEPTH}"
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
-    """Parse JSON strictly; an InputError names `source` and what is wrong.
+    """Parse JSON strictly.
 
-    Bytes are UTF-8, with or without a byte order mark. What Python's own parser takes and JSON does
-    not have is refused: NaN, infinities and numbers too large for a double. So are a key given
-    twice in one object, of which one value would be lost, and nesting deeper than 64.
+    NaN, infinities and numbers too large for a double are refused: Python's parser takes them, and
+    JSON does not have them. A key given twice in one object would lose a value. Nesting deeper than
+    64 could exhaust the stack.
+
+    Args:
+        text: bytes are UTF-8, with or without a byte order mark.
+        source: where it is from, for the error.
+
+    Raises:
+        InputError: naming `source` and what is wrong.
     """
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
@@ -33,7 +40,7 @@ def parse_json(text: str | bytes, source: str) -> Any:
         _check_depth(value)
     except (ValueError, RecursionError) as error:
         fault = _TOO_DEEP if isinstance(error, RecursionError) else error
-        raise InputError(f"{source}: not JSON ({fault}); mend it or write it again") from None
+        raise InputError(f"{source}: not JSON ({fault}); fix it or write it again") from None
     return value
 
 
@@ -46,7 +53,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int:
-    if len(text) > _MAX_DIGITS:  # well below Python's limit, so that sums can be printed too
+    if len(text) > _MAX_DIGITS:  # well below Python's limit: sums must be printable too
         raise ValueError(f"the number {text:.20}... is too large")
     return int(text)
 
@@ -62,7 +69,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _check_depth(value: Any) -> None:
-    """Raise ValueError for what nests so deep that work on it could run out of stack."""
+    """Raise ValueError for nesting so deep that recursion over it could exhaust the stack."""
     level = [value]
     for _ in range(_MAX_DEPTH + 1):
         level = [item for item in level if isinstance(item, dict | list)]
@@ -77,7 +84,11 @@ def _children(item: dict | list) -> Iterable[Any]:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Read a JSON object; an InputError names the file if it cannot be read or is none."""
+    """Read a JSON object from a file.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
     try:
         text = path.read_bytes()
     except OSError as error:

@@ -1,7 +1,6 @@
-"""The card's input contract: a body, checked as Cloudflare's validator checks it.
+"""The card's input contract: a body is checked as Cloudflare's validator checks it.
 
-The service refuses a request with a text of one fixed form. It is met here to the letter, so that
-a client written for the service sees what it knows.
+The error texts are the service's, character by character: clients may parse them.
 """
 
 import dataclasses
@@ -17,39 +16,43 @@ from llama_jax.errors import InputError
 from llama_jax.strict_json import parse_json
 
 MAX_NAMES = 16
-"""Of the fields that are ignored so many are named."""
+"""How many ignored fields are named."""
 
 
 class SchemaError(InputError):
-    """A body that does not meet the card's schema; the message is Cloudflare's for it."""
+    """A body that does not match the card's schema; the message is Cloudflare's."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CardRequest:
-    """A body that meets the card's schema: what of it takes effect, and what does not."""
+    """A body that matches the card's schema: the fields with an effect, and those without."""
 
     fields: dict[str, Any]
-    """What the matched branch knows and was given, `stream` apart: integers as int, no defaults."""
+    """Given fields of the matched branch, without `stream`; integers are int, no defaults."""
     stream: bool
     ignored: list[str]
-    """Names such as `stop` and `messages[0].name`; a null asks for nothing and is not named."""
+    """Names such as `stop` and `messages[0].name`; one whose value is null is not named."""
 
     def request(self) -> GenerationRequest:
-        """Return the generation asked for, with its defaults.
+        """Return the request, with its defaults.
 
         Raises:
-            InputError: what the schema allows and Llama 2 does not, as an order of roles.
+            InputError: the schema allows it and Llama 2 does not, such as an order of roles.
         """
         return make_request(**self.fields)
 
 
 def parse_body(text: bytes, name: str = "body") -> Any:
-    """Parse the JSON of a request; an InputError says what is wrong with it."""
+    """Parse the JSON of a request.
+
+    Raises:
+        InputError: see `parse_json`.
+    """
     return parse_json(text, name)
 
 
 def check(payload: Any) -> CardRequest:
-    """Check a parsed body against the card's schema; one that is no object counts as empty.
+    """Check a parsed body against the card's schema; one that is not an object counts as empty.
 
     Raises:
         SchemaError: it matches none or both of the schema's branches, prompt and messages.
@@ -65,7 +68,7 @@ def check(payload: Any) -> CardRequest:
 
 
 def _card_request(payload: dict[str, Any], properties: dict[str, Any]) -> CardRequest:
-    """Tell what takes effect of a payload from what does not, by the matched branch's fields."""
+    """Separate the fields of the matched branch from those without effect."""
     ignored = _unknown(payload, properties)
     fields: dict[str, Any] = {
         name: int(value) if properties[name]["type"] == "integer" else value
@@ -83,7 +86,7 @@ def _card_request(payload: dict[str, Any], properties: dict[str, Any]) -> CardRe
 
 
 def first_names(names: Sequence[str]) -> list[str]:
-    """Return names to tell a client; of very many the first, and how many more there are."""
+    """Return names to report to a client; of many, the first and how many more there are."""
     more = len(names) - MAX_NAMES
     return [*names[:MAX_NAMES], f"{more:,} more"] if more > 0 else list(names)
 
@@ -93,9 +96,9 @@ def _unknown(given: dict[str, Any], known: dict[str, Any]) -> list[str]:
 
 
 def _first_failure(branch: dict[str, Any], payload: dict[str, Any]) -> str | None:
-    """Return the text of what a branch finds wrong first, or None if the payload matches it."""
+    """Return the text of the first error by a branch; None: the payload matches it."""
     arrays = {name for name, schema in branch["properties"].items() if schema["type"] == "array"}
-    given = {  # to the service a list that is a number, a boolean or null was not given
+    given = {  # the service ignores a list whose value is a number, a boolean or null
         name: value
         for name, value in payload.items()
         if name not in arrays or isinstance(value, str | list | dict)
@@ -125,7 +128,7 @@ def _text(error: ValidationError) -> str:
 
 
 def _kinds(value: Any) -> tuple[str, ...]:
-    """Name the types of a JSON value as Cloudflare's validator does."""
+    """Return the types of a JSON value, by the names of Cloudflare's validator."""
     match value:
         case None:
             return ("null",)
@@ -136,7 +139,7 @@ def _kinds(value: Any) -> tuple[str, ...]:
         case str():
             return ("string",)
         case list():
-            # it takes for bytes an array whose items, up to the first null, are all of these
+            # to the validator, an array of these alone, up to the first null, may be bytes
             items = itertools.takewhile(lambda item: item is not None, value)
             plain = all(type(item) in (str, int, float) for item in items)
             return ("array", "binary") if plain else ("array",)
@@ -144,14 +147,14 @@ def _kinds(value: Any) -> tuple[str, ...]:
 
 
 def _max_length(_validator: Any, bound: int, value: Any, _schema: Any) -> Iterator[ValidationError]:
-    """Measure a string as JavaScript does, in UTF-16 code units.
+    """Measure a string in UTF-16 code units, as JavaScript does.
 
-    The card's one minLength is 1, which is the same in any unit.
+    The card's only minLength is 1, which is the same in any unit.
     """
     if isinstance(value, str) and len(value.encode("utf-16-le", "surrogatepass")) // 2 > bound:
         yield ValidationError("too long")
 
 
-# JSON Schema and JavaScript agree on the rest: 16.0 is an integer and true is no number
+# On the rest JSON Schema and JavaScript agree: 16.0 is an integer, true is not a number.
 _Validator = validators.extend(Draft202012Validator, {"maxLength": _max_length})
 _BRANCHES: list[dict[str, Any]] = parse_json(INPUT_SCHEMA, "card/input.json")["oneOf"]

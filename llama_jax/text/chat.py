@@ -1,7 +1,7 @@
-"""Messages to token ids, exactly as Meta's dialog format does it (meta-llama/llama, generation.py).
+"""Messages to token ids in Meta's dialog format (meta-llama/llama, generation.py).
 
-Each finished pair of turns is `BOS [INST] user [/INST] assistant EOS`, encoded on its own; the
-system prompt stands inside the first user turn. Llama-2-chat was trained on these very ids.
+Each finished pair of turns is `BOS [INST] user [/INST] assistant EOS`, encoded on its own. The
+system prompt is inside the first user turn. Llama-2-chat was trained on exactly these ids.
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,15 @@ class Message(TypedDict):
 
 
 def encode_dialog(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """Return the ids to continue with the assistant's next answer.
+    """Return the ids of a dialog's prompt: the assistant's next answer continues them.
 
     Args:
-        messages: an optional system message, then user and assistant in turn, a user last.
+        messages: an optional system message, then user and assistant in turn; the last is a user's.
         tokenizer: Llama 2's, or one with the same BOS and EOS.
 
     Raises:
-        InputError: naming every message whose role, order or content is not as above, or that
-            spells one of the format's control tags.
+        InputError: naming every message with a wrong role, place or content, or with one of the
+            format's control tags in it.
     """
     check_dialog(messages)
     turns = [message["content"] for message in messages]
@@ -46,7 +46,7 @@ def encode_dialog(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int
 
 
 def check_dialog(messages: Sequence[Message]) -> None:
-    """Refuse what Meta's format has no ids for; see `encode_dialog`."""
+    """Refuse messages that `encode_dialog` has no ids for."""
     if not messages:
         raise InputError("messages is empty, expected at least one user message; add one")
     problems = []

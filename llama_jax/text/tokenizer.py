@@ -1,4 +1,4 @@
-"""SentencePiece, and decoding one token at a time: byte-safe and space-exact."""
+"""SentencePiece, and streaming decoding that keeps every byte and space."""
 
 import codecs
 import pathlib
@@ -18,7 +18,7 @@ class Tokenizer:
         path: a `tokenizer.model` file.
 
     Raises:
-        InputError: the file is missing, is no SentencePiece model, or has other special ids.
+        InputError: the file is missing, is not a SentencePiece model, or has other special ids.
     """
 
     def __init__(self, path: str | pathlib.Path):
@@ -50,7 +50,7 @@ class Tokenizer:
         return self._sp.GetPieceSize()
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, no BOS or EOS; special tokens spelt out in it are plain text.
+        """Return the ids of a text, without BOS and EOS; special tokens in it are plain text.
 
         Raises:
             InputError: the text holds a lone surrogate, which UTF-8 cannot encode.
@@ -60,24 +60,24 @@ class Tokenizer:
         return self._sp.EncodeAsIds(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of ids; BOS and EOS are silent, invalid UTF-8 becomes U+FFFD."""
+        """Return the text of ids; BOS and EOS have none, invalid UTF-8 becomes U+FFFD."""
         return self._sp.DecodeIds(ids)
 
     def piece(self, token: int) -> str:
-        """Return the piece of one id as the vocabulary spells it, such as `▁the` or `<0x0A>`."""
+        """Return the vocabulary's piece of one id, such as `▁the` or `<0x0A>`."""
         return self._sp.IdToPiece(token)
 
     def byte(self, token: int) -> int | None:
-        """Return the value of a byte-fallback token, None for any other."""
+        """Return the value of a byte-fallback token; None for another token."""
         return int(self.piece(token)[3:5], 16) if self._sp.IsByte(token) else None
 
     def is_control(self, token: int) -> bool:
-        """Tell whether an id decodes to nothing (BOS, EOS)."""
+        """Return whether an id decodes to nothing (BOS, EOS)."""
         return self._sp.IsControl(token)
 
 
 def is_text(text: str) -> bool:
-    """Tell whether a string is Unicode text; one with a lone surrogate has no UTF-8."""
+    """Return whether a string has an encoding in UTF-8: it has no lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -86,15 +86,15 @@ def is_text(text: str) -> bool:
 
 
 class StreamDecoder:
-    """Decode tokens as they come: the pieces concatenate to `decode` of all of them at once.
+    """Decode a stream of tokens; the pieces concatenate to `decode` of all tokens at once.
 
-    A character whose UTF-8 bytes are spread over tokens is held back until it is whole, and the
-    space before a word is kept except at the very start, where SentencePiece drops it.
+    A character whose UTF-8 bytes are spread over tokens is held back until it is complete. The
+    space before a word is kept, except at the start of the text, where SentencePiece drops it.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        # The last visible token, and a control one if any came behind; all, if none was visible.
+        # The last visible token, and the last control token after it; all, if none was visible.
         self._context: list[int] = []
         self._pending: list[int] = []
 
@@ -104,8 +104,8 @@ class StreamDecoder:
         return "" if self._ends_inside_character() else self.finish()
 
     def finish(self) -> str:
-        """Return what is held back; bytes that never became a character are U+FFFD."""
-        # Decoded behind a visible token, a word's own leading space is not taken for the text's.
+        """Return what is held back; bytes of an incomplete character become U+FFFD."""
+        # SentencePiece keeps a word's leading space only after a visible token.
         before = self._tokenizer.decode(self._context)
         text = self._tokenizer.decode(self._context + self._pending)[len(before) :]
         tokens = self._context + self._pending
