@@ -1,12 +1,13 @@
 """One prompt: text or JSON on stdout, the rest on stderr."""
 
+import dataclasses
 import json
 import re
 import shutil
 
 import pytest
 
-from llama_jax import Llama
+from llama_jax import Llama, Result
 from llama_jax.cli.flags import PARAMETERS
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.llama import CHECKPOINT_VARIABLE
@@ -40,19 +41,7 @@ def test_json_has_the_fields_of_the_result(cli):
     assert status == 0
     result = json.loads(out)
     assert result["response"] == "The capital of France is Paris."
-    assert list(result) == [
-        "response",
-        "tokens",
-        "prompt_tokens",
-        "finish_reason",
-        "usage",
-        "seed",
-        "fingerprint",
-        "parameters",
-        "timings",
-        "logprobs",
-        "prompt_logprobs",
-    ]
+    assert list(result) == [field.name for field in dataclasses.fields(Result)]
     assert result["seed"] == 7
     assert result["parameters"]["top_k"] == 4
     assert result["parameters"]["temperature"] == 0.6

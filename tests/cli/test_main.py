@@ -114,10 +114,7 @@ def test_debug_shows_the_traceback():
 def test_a_reader_that_closes_stdout_is_no_error():
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "run.py", PARIS]
-    done = subprocess.run(
-        command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120
-    )
+    done = run_py(PARIS, capture_output=False, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
