@@ -1,4 +1,4 @@
-"""Each form of attention against float64, and the bits that may not change."""
+"""Each implementation of attention against float64, and the bits that may not change."""
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,14 @@ TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
 
 
 @pytest.fixture(params=["blocks", "whole", "native"])
-def form(request):
+def implementation(request):
     if request.param == "native":
         request.getfixturevalue("native_kernels")
     return jax.jit(attention.IMPLEMENTATIONS[request.param], static_argnames="attend_len")
 
 
 @pytest.fixture(params=["blocks", "native"])
-def exact_form(request):
+def exact_implementation(request):
     """Those that promise their bits."""
     if request.param == "native":
         request.getfixturevalue("native_kernels")
@@ -50,41 +50,41 @@ def oracle(q, k, v, positions, rows):
     ("batch", "length", "heads", "kv_heads", "width"),
     [(1, 1, 4, 4, 64), (1, 20, 8, 2, 128), (3, 1, 6, 2, 16), (2, 7, 4, 1, 8), (1, 5, 3, 3, 100)],
 )
-def test_equals_the_float64_oracle(form, dtype, batch, length, heads, kv_heads, width):
+def test_equals_the_float64_oracle(implementation, dtype, batch, length, heads, kv_heads, width):
     q = draw((batch, length, heads, width))
     k, v = (draw((batch, kv_heads, 256, width), dtype, seed) for seed in (1, 2))
     starts = np.random.default_rng(3).integers(0, 256 - length, batch)
     positions = jnp.asarray(starts[:, None] + np.arange(length), jnp.int32)
-    got = form(q, k, v, positions, attend_len=256)
+    got = implementation(q, k, v, positions, attend_len=256)
     expected = oracle(q, k, v, positions, range(batch))
     np.testing.assert_allclose(got, expected, atol=TOLERANCE[dtype])
 
 
-def test_reads_the_row_it_is_told(form):
+def test_reads_the_given_slot(implementation):
     q = draw((1, 3, 4, 32))
     k, v = (draw((3, 2, 256, 32), seed=seed) for seed in (1, 2))
     positions = jnp.asarray([[9, 10, 11]], jnp.int32)
-    got = form(q, k, v, positions, slots=jnp.array([2], jnp.int32), attend_len=256)
+    got = implementation(q, k, v, positions, slots=jnp.array([2], jnp.int32), attend_len=256)
     np.testing.assert_allclose(got, oracle(q, k, v, positions, [2]), atol=2e-6)
 
 
-def test_scores_of_any_size_stay_finite(form):
+def test_scores_of_any_size_stay_finite(implementation):
     """Scores of 1e4, all but one far below the highest; and keys that are all the same."""
     q, v = draw((1, 1, 2, 16)) * 1e3, draw((1, 2, 256, 16), seed=2)
     positions = jnp.asarray([[255]], jnp.int32)
     for k in (draw((1, 2, 256, 16), seed=1) * 30, jnp.ones((1, 2, 256, 16))):
-        got = form(q, k, v, positions, attend_len=256)
+        got = implementation(q, k, v, positions, attend_len=256)
         np.testing.assert_allclose(got, oracle(q, k, v, positions, [0]), atol=2e-3)
 
 
-def test_bits_of_bfloat16_are_bfloat16(form):
+def test_bits_of_bfloat16_are_bfloat16(implementation):
     q = draw((1, 2, 4, 32))
     k, v = (draw((1, 4, 256, 32), "bfloat16", seed) for seed in (1, 2))
     positions = jnp.asarray([[100, 101]], jnp.int32)
     bits = [jax.lax.bitcast_convert_type(a, jnp.uint16) for a in (k, v)]
     np.testing.assert_array_equal(as_float(bits[0]), k)
-    from_bits = form(q, *bits, positions, attend_len=256)
-    np.testing.assert_array_equal(from_bits, form(q, k, v, positions, attend_len=256))
+    from_bits = implementation(q, *bits, positions, attend_len=256)
+    np.testing.assert_array_equal(from_bits, implementation(q, k, v, positions, attend_len=256))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -92,29 +92,31 @@ def test_bits_of_bfloat16_are_bfloat16(form):
     ("kv_heads", "group"), [pytest.param(8, 1, marks=pytest.mark.slow), (2, 4)]
 )
 @pytest.mark.parametrize("length", [1, 16])
-def test_bits_do_not_depend_on_the_bucket(exact_form, dtype, kv_heads, group, length):
+def test_bits_do_not_depend_on_the_bucket(exact_implementation, dtype, kv_heads, group, length):
     q = draw((1, length, kv_heads * group, 64))
     k, v = (draw((1, kv_heads, 4096, 64), dtype, seed) for seed in (1, 2))
     positions = 200 + jnp.arange(length, dtype=jnp.int32)[None, :]
-    expected = exact_form(q, k, v, positions, attend_len=256)
+    expected = exact_implementation(q, k, v, positions, attend_len=256)
     for bucket in (512, 1024, 2048, 4096):
-        got = exact_form(q, k, v, positions, attend_len=bucket)
+        got = exact_implementation(q, k, v, positions, attend_len=bucket)
         np.testing.assert_array_equal(got, expected)
-        got = exact_form(q, k[:, :, :bucket], v[:, :, :bucket], positions, attend_len=bucket)
+        got = exact_implementation(
+            q, k[:, :, :bucket], v[:, :, :bucket], positions, attend_len=bucket
+        )
         np.testing.assert_array_equal(got, expected)
     garbage = k.at[:, :, 256:].set(7.0), v.at[:, :, 256:].set(7.0)
-    got = exact_form(q, *garbage, positions, attend_len=4096)
+    got = exact_implementation(q, *garbage, positions, attend_len=4096)
     np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_native_bits_do_not_depend_on_the_batch(native_kernels, dtype):
     """A query has the same bits in a prompt, alone, in any row, and in a cache of any size."""
-    form = attention.IMPLEMENTATIONS["native"]
+    implementation = attention.IMPLEMENTATIONS["native"]
     q, k, v = draw((4, 21, 6, 48)), *(draw((4, 2, 200, 48), dtype, seed) for seed in (1, 2))
     positions = jnp.asarray(np.arange(4)[:, None] * 30 + np.arange(21), jnp.int32)
-    whole = form(q, k, v, positions, attend_len=200)
+    whole = implementation(q, k, v, positions, attend_len=200)
     for b, t in ((0, 0), (1, 7), (3, 20)):
         alone = q[b : b + 1, t : t + 1], *(a[b : b + 1, :, :120] for a in (k, v))
-        got = form(*alone, positions[b : b + 1, t : t + 1], attend_len=120)
+        got = implementation(*alone, positions[b : b + 1, t : t + 1], attend_len=120)
         np.testing.assert_array_equal(got[0, 0], whole[b, t])

@@ -23,7 +23,7 @@ def anew(native_kernels, monkeypatch):
     cpu_kernels.has_kernels.cache_clear()
 
 
-def test_a_library_that_does_not_load_is_done_without(anew, monkeypatch, caplog, tmp_path):
+def test_library_that_does_not_load_is_reported_and_not_used(anew, monkeypatch, caplog, tmp_path):
     junk = tmp_path / "junk.so"
     junk.write_text("not a library")
     monkeypatch.setattr(
@@ -37,14 +37,14 @@ def test_a_library_that_does_not_load_is_done_without(anew, monkeypatch, caplog,
     assert cpu_kernels.REMEDY in caplog.text
 
 
-def test_a_library_of_another_version_is_done_without(anew, monkeypatch, caplog):
+def test_library_of_another_version_is_reported_and_not_used(anew, monkeypatch, caplog):
     monkeypatch.setattr(cpu_kernels, "INTERFACE", 999)
     with caplog.at_level(logging.WARNING):
         assert not cpu_kernels.has_kernels()
     assert "interface 2, expected 999" in caplog.text
 
 
-def test_no_library_is_said_once(anew, monkeypatch, caplog):
+def test_missing_library_is_reported_once(anew, monkeypatch, caplog):
     monkeypatch.setattr(cpu_kernels.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(cpu_kernels.platform, "machine", lambda: "x86_64")
     with caplog.at_level(logging.WARNING):

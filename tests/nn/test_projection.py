@@ -1,4 +1,4 @@
-"""Each form of the products with weights against float64, and the bits that may not change."""
+"""Each implementation of products with weights: against float64, and the bits it promises."""
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +10,18 @@ from llama_jax.nn import cpu_kernels, projection
 SIZES = [(1, 1), (5, 3), (16, 4), (33, 7), (64, 64), (1024, 65), (1030, 130), (2100, 9), (7, 3000)]
 
 
-def forms(*names):
+def implementations(*names):
     @pytest.fixture(params=names)
-    def form(request):
+    def implementation(request):
         if request.param == "native":
             request.getfixturevalue("native_kernels")
         return lambda x, weight: projection.IMPLEMENTATIONS[request.param](x, weight)[0]
 
-    return form
+    return implementation
 
 
-any_form = forms(*projection.IMPLEMENTATIONS)
-form_of_16_bits = forms("native", "blocked")
+any_implementation = implementations(*projection.IMPLEMENTATIONS)
+implementation_of_16_bits = implementations("native", "blocked")
 
 
 def draw(inputs, outputs, dtype, rows=30):
@@ -37,28 +37,30 @@ def oracle(x, weight):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
-def test_equals_the_float64_oracle(any_form, inputs, outputs, dtype):
-    """With x rounded to the weight's dtype beforehand: no form has a reason to differ by more."""
+def test_equals_the_float64_oracle(any_implementation, inputs, outputs, dtype):
+    """With x rounded to the weight's dtype beforehand, so that rounding explains no difference."""
     x, weight = draw(inputs, outputs, dtype)
     x = x.astype(dtype).astype(jnp.float32)
     for rows in (1, 2, 3, 7, 30):
-        got = any_form(x[:rows], weight)
+        got = any_implementation(x[:rows], weight)
         assert got.dtype == jnp.float32
         atol = 3e-6 * inputs**0.5
         np.testing.assert_allclose(got, oracle(x[:rows], weight), atol=atol)
 
 
-def test_keeps_leading_axes(any_form):
+def test_keeps_leading_axes(any_implementation):
     x, weight = draw(32, 8, "float32", rows=6)
-    got = any_form(x.reshape(2, 3, 32), weight)
+    got = any_implementation(x.reshape(2, 3, 32), weight)
     np.testing.assert_allclose(got, oracle(x, weight).reshape(2, 3, 8), atol=1e-5)
 
 
-def test_float16_inputs_beyond_its_range(form_of_16_bits):
+def test_float16_inputs_beyond_its_range(implementation_of_16_bits):
     """Where nothing is rounded to float16, nothing can overflow it."""
     x, weight = draw(64, 8, "float16", rows=1)
     x = x * 1e6
-    np.testing.assert_allclose(form_of_16_bits(x, weight), oracle(x, weight), rtol=1e-4, atol=30)
+    np.testing.assert_allclose(
+        implementation_of_16_bits(x, weight), oracle(x, weight), rtol=1e-4, atol=30
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

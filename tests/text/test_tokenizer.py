@@ -145,7 +145,7 @@ def published_huggingface_tokenizer(plain):
 
 @pytest.mark.parity
 def test_equals_hugging_face(tokenizer, plain):
-    """No exceptions. Spelt-out special tokens stay text: none is declared as an added token."""
+    """No exceptions. Spelled-out special tokens stay text: none is declared as an added token."""
     theirs = published_huggingface_tokenizer(plain)
     for text in TRICKY + random_texts(10_000):
         ids = tokenizer.encode(text)
@@ -157,7 +157,7 @@ def test_equals_hugging_face(tokenizer, plain):
 def test_equals_transformers(path, tokenizer):
     """What a user of transformers gets from this tokenizer.model, without a network.
 
-    `split_special_tokens` keeps a spelt-out "<s>" text. Two faults of transformers 5 are left out:
+    `split_special_tokens` keeps a spelled-out "<s>" text. Two bugs of transformers 5 are left out:
     a text that starts with a space gets no dummy prefix (its Metaspace prepends only where there is
     none yet), and runs of spaces merge first of all (it ranks merges by id, not by score).
     """
@@ -251,36 +251,20 @@ def test_stream_of_a_long_text(tokenizer):
     check_stream(tokenizer, tokenizer.encode("".join(random_texts(200))), each=False)
 
 
-def test_stream_of_random_ids(tokenizer):
-    """Any ids, many of them bytes that are no UTF-8, control ids and the unknown one."""
-    rng = random.Random(0)
-    sources = [
-        range(tokenizer.vocab_size),
-        range(FIRST_BYTE_ID, FIRST_BYTE_ID + 256),
-        [FIRST_BYTE_ID + byte for byte in "é中😀\u0301\U0010ffff".encode()],
-        range(FIRST_BYTE_ID),
-        tokenizer.encode(" a  b"),
-    ]
-    for _ in range(2_000):
-        weights = [rng.random() for _ in sources]
-        chosen = rng.choices(sources, weights, k=rng.randrange(12))
-        check_stream(tokenizer, [rng.choice(source) for source in chosen])
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=500, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_stream_of_arbitrary_ids(tokenizer, data):
     any_ids = st.integers(0, tokenizer.vocab_size - 1)
     byte_ids = st.integers(FIRST_BYTE_ID, FIRST_BYTE_ID + 255)
     special_ids = st.sampled_from([0, BOS_ID, EOS_ID])
     unicode = st.characters(exclude_categories=["Cs"])
-    spelt = unicode.map(lambda c: [FIRST_BYTE_ID + byte for byte in c.encode()])
+    spelled = unicode.map(lambda c: [FIRST_BYTE_ID + byte for byte in c.encode()])
     part = st.one_of(
         st.lists(any_ids, max_size=3),
         st.lists(byte_ids | special_ids, max_size=6),
         st.text(unicode, max_size=5).map(tokenizer.encode),
-        spelt,
-        spelt.map(lambda ids: ids[:-1]),
+        spelled,
+        spelled.map(lambda ids: ids[:-1]),
     )
     parts = data.draw(st.lists(part, max_size=6))
     check_stream(tokenizer, [token for ids in parts for token in ids])
