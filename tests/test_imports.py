@@ -72,7 +72,7 @@ def test_every_module_and_folder_has_its_place_in_the_order():
     assert files | {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(RANK)
 
 
-def test_outside_dependencies_stay_in_their_rooms():
+def test_outside_dependencies_are_imported_in_their_modules_only():
     rooms = {
         "flax": {"transformer"},
         "orbax": {"shards"},

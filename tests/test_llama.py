@@ -146,7 +146,7 @@ def test_running_ahead_changes_no_token(llm, max_tokens):
         assert (ours.tokens, ours.finish_reason) == (theirs.tokens, theirs.finish_reason)
 
 
-def test_a_stream_can_be_left_and_taken_up_again(llm):
+def test_stream_can_be_paused_and_resumed(llm):
     stream = llm.stream(**QUESTION)
     with pytest.raises(RuntimeError, match="not been read to its end"):
         _ = stream.result
@@ -210,7 +210,7 @@ def test_logprobs_and_pieces(llm):
 
 
 @pytest.mark.parametrize("slots", [1, 2])
-def test_all_of_many_are_answered_in_their_order_as_alone(llm, slots):
+def test_generate_all_gives_each_answer_in_order_as_alone(llm, slots):
     many = llm if slots == 1 else Llama.load(DEMO_CHECKPOINT, slots=slots)
     prompts = ["Hi", "What is the capital of Japan?", "Tell me a story.", "Hello", "Thanks!"]
     requests = [{"prompt": prompt, "seed": i} for i, prompt in enumerate(prompts)]
@@ -221,7 +221,7 @@ def test_all_of_many_are_answered_in_their_order_as_alone(llm, slots):
     assert list(many.generate_all([])) == []
 
 
-def test_all_of_many_says_what_is_wrong_with_one(llm):
+def test_generate_all_raises_the_error_of_one_request(llm):
     fits = {"prompt": "Hi", "seed": 1, "max_tokens": 3}
     results = llm.generate_all([fits, fits, {"prompt": "Hi", "max_tokens": 10_000}])
     assert [next(results).tokens for _ in range(2)] == [llm.generate(**fits).tokens] * 2
@@ -311,7 +311,7 @@ def test_bits_do_not_depend_on_the_context(llm, context):
 
 @pytest.mark.parametrize("context", [0, -1, 513, True, 64.0, "64"])
 def test_context_out_of_range(context, monkeypatch):
-    monkeypatch.setattr("llama_jax.llama.load_checkpoint", None)  # it is told before
+    monkeypatch.setattr("llama_jax.llama.load_checkpoint", None)  # it is reported before
     with pytest.raises(InputError, match=f"context is {context!r}, expected 1 to 512"):
         Llama.load(DEMO_CHECKPOINT, context=context)
 

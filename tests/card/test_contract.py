@@ -185,7 +185,7 @@ def test_whole_numbers_are_integers_however_written(text, value):
         ({"prompt": "hi", "prompt_tokens": [1]}, {"prompt": "hi"}, ["prompt_tokens"]),
     ],
 )
-def test_what_takes_effect_and_what_is_ignored(payload, fields, ignored):
+def test_ignored_fields_are_named(payload, fields, ignored):
     assert check(payload) == CardRequest(fields, stream=False, ignored=ignored)
 
 
@@ -197,7 +197,7 @@ def test_checking_leaves_the_payload_as_it_was():
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_stream_is_told_apart(stream):
+def test_stream_is_no_field_of_the_request(stream):
     request = check({"prompt": "hi", "stream": stream})
     assert (request.stream, request.fields) == (stream, {"prompt": "hi"})
 
@@ -300,7 +300,7 @@ def test_bodies_that_are_not_json(body, expected):
     ],
     ids=lambda value: repr(value)[:40],
 )
-def test_bodies_that_are(body, value):
+def test_bodies_that_are_json(body, value):
     assert parse_body(body.encode()) == value
 
 

@@ -67,8 +67,8 @@ class ServerProcess:
     def ending(self, calls: int, path: str) -> Iterator[None]:
         """Wait for so many more calls of a path to end, whether or not their clients stay.
 
-        What a client has sent before it hung up may still lie in the server's socket, so without
-        this an idle server can be one that has not begun.
+        What a client sent before it disconnected may still lie in the server's socket. So an idle
+        server may be one that has not begun.
         """
 
         def count() -> int:

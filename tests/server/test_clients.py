@@ -107,11 +107,11 @@ def test_cloudflare_errors(native, server):
     assert (status, code) == (413, 5021)
     assert "(5014) exceeded this model context window limit (512)" in text
     with cloudflare_client(server, "wrong") as other:
-        told = refusal(cloudflare.AuthenticationError, client=other)
-    assert told == (401, 10000, "Authentication error")
+        refused = refusal(cloudflare.AuthenticationError, client=other)
+    assert refused == (401, 10000, "Authentication error")
 
 
-def test_cloudflare_is_told_of_a_full_queue(native, server):
+def test_cloudflare_reports_a_full_queue(native, server):
     import cloudflare
 
     with server.full(), pytest.raises(cloudflare.RateLimitError) as caught:
