@@ -35,8 +35,9 @@ REQUIRE_ALL = "LLAMA_JAX_REQUIRE_ALL_TESTS"
 """Set in CI: a test that would be skipped for want of a package or of the assets fails instead."""
 
 
-if os.environ.get(REQUIRE_ALL):
-    import torch  # noqa: F401 (a module that needs it would skip itself)
+if os.environ.get(REQUIRE_ALL):  # a module that needs one of these would skip itself
+    import playwright.sync_api  # noqa: F401
+    import torch  # noqa: F401
 
 
 PASSED = "LLAMA_JAX_PASSED"
