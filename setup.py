@@ -1,7 +1,7 @@
-"""Build the CPU kernels of llama_jax/nn/cpu_kernels.cc, where there is a C++ compiler.
+"""Build the CPU kernels of llama_jax/nn/cpu_kernels.cc with GCC or Clang.
 
-Each is optional: without it the same products run as XLA's own, slower in 16 bits. All else about
-the package is in pyproject.toml.
+Each library is optional. Without a C++ compiler the installation succeeds, and JAX computes the
+same products, more slowly in 16 bits. Everything else about the package is in pyproject.toml.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ INSTRUCTION_SETS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-ma
 
 
 def kernels() -> list[Extension]:
-    """Return one library per instruction set, or none where they cannot be built."""
+    """Return one library per instruction set; none without jaxlib or on another CPU than x86-64."""
     jaxlib = importlib.util.find_spec("jaxlib")
     if platform.machine().lower() not in ("x86_64", "amd64") or not (jaxlib and jaxlib.origin):
         return []
@@ -29,6 +29,7 @@ def kernels() -> list[Extension]:
                 "-O3",
                 "-g0",
                 "-std=c++20",
+                "-ffp-contract=off",  # products and sums are fused where the source says so, only
                 "-Wno-uninitialized",  # GCC 12 warns of its own AVX-512 headers
                 "-isystem",
                 headers,

@@ -9,6 +9,7 @@
 //
 // Compiled once per instruction set (see setup.py); kernels.py picks what the CPU has.
 
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include <algorithm>
@@ -263,6 +264,7 @@ void WithRows(int64_t rows, F f) {
 // Runs f(0) .. f(n - 1) on XLA's threads and this one, which would do it all if they were busy.
 void Parallel(ffi::ThreadPool& pool, int64_t n, std::function<void(int64_t)> f) {
   struct Job {
+    Job(std::function<void(int64_t)> f, int64_t n) : f(std::move(f)), n(n) {}  // for Clang < 16
     std::function<void(int64_t)> f;
     int64_t n;
     std::atomic<int64_t> next{0}, done{0};
@@ -632,17 +634,20 @@ ffi::Error Normalize(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuff
 
 }  // namespace
 
-// Returns the version of this interface, for kernels.py to compare, or 0 if this CPU lacks a thing.
+// Returns the version of this interface, for cpu_kernels.py to compare, or 0 if this CPU lacks an
+// instruction. Clang's __builtin_cpu_supports knows neither f16c nor avx512bf16: these come from
+// cpuid. Whether the system saves their registers is part of the answer for avx2 and avx512f.
 extern "C" int LlamaJaxInterface() {
   __builtin_cpu_init();
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c");
+             __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 #ifdef __AVX512F__
   has = has && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
 #ifdef __AVX512BF16__
-  has = has && __builtin_cpu_supports("avx512bf16");
+  has = has && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & bit_AVX512BF16);
 #endif
   return has ? 2 : 0;
 }
