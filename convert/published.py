@@ -10,7 +10,7 @@ from convert.corruption import abbreviate
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError
 
-_PRESETS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+_PRESETS = pathlib.Path(__file__).with_name("configs")  # in a checkout a link to ../configs
 _SHAPE = ("vocab_size", "dim", "ffn_dim", "num_layers", "num_heads", "num_kv_heads")
 _BLOCK = 2**22  # bytes read at a time
 

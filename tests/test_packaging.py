@@ -1,0 +1,161 @@
+"""The wheel holds everything, and works away from the checkout."""
+
+import importlib.util
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+
+import pytest
+
+from tests.helpers import ROOT
+
+pytestmark = pytest.mark.slow
+
+NOT_PACKAGED = (".git", "benchmarks", "build", "tests", "tools", "*.egg-info", "*.so", ".venv")
+needs_cli = pytest.mark.skipif(
+    importlib.util.find_spec("llama_jax.cli") is None, reason="llama_jax.cli does not exist yet"
+)
+
+
+def run(*command, cwd: pathlib.Path) -> str:
+    """Run a command that sees nothing of the checkout; return its stdout."""
+    hidden = ("PYTHONPATH", "LLAMA_JAX_CHECKPOINT")
+    env = {name: value for name, value in os.environ.items() if name not in hidden}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=env | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def pip(*arguments, cwd: pathlib.Path) -> None:
+    run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, cwd=cwd)
+
+
+def build_wheel(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    pip("wheel", "--no-build-isolation", "--no-deps", "-w", folder, source, cwd=source)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the checkout: building leaves files behind."""
+    folder = tmp_path_factory.mktemp("source") / "llama_jax"
+    ignore = shutil.ignore_patterns(*NOT_PACKAGED)
+    return shutil.copytree(ROOT, folder, symlinks=True, ignore=ignore)
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The bin folder of an environment with the wheel, and this environment's dependencies."""
+    folder = tmp_path_factory.mktemp("venv")
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
+    python = folder / "bin" / "python"
+    pip("--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    (site,) = folder.glob("lib/*/site-packages")
+    # The .pth files of that folder, as of an editable llama_jax, are not read from here.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin"
+
+
+def packaged(path: pathlib.Path) -> set[str]:
+    """Return the names in a wheel, without its metadata."""
+    with zipfile.ZipFile(path) as file:
+        return {name for name in file.namelist() if ".dist-info/" not in name}
+
+
+def test_the_wheel_holds_every_file_of_the_packages(wheel):
+    expected = {
+        file.relative_to(ROOT).as_posix()
+        for package in ("llama_jax", "convert")
+        for file in (ROOT / package).rglob("*")
+        if file.is_file() and file.suffix not in (".cc", ".pyc", ".so")
+    }
+    expected |= {f"convert/configs/{file.name}" for file in (ROOT / "configs").glob("*.json")}
+    expected -= {"convert/configs/README.md"}
+    names = packaged(wheel)
+    assert {name for name in names if not name.endswith(".so")} == expected
+    for name in (
+        "convert/__main__.py",
+        "convert/configs/llama-2-7b.json",
+        "llama_jax/card/input.json",
+        "llama_jax/demo/checkpoint/manifest.json",
+        "llama_jax/demo/checkpoint/params/00000/_METADATA",
+        "llama_jax/demo/checkpoint/tokenizer.model",
+        "llama_jax/py.typed",
+        "llama_jax/server/page/index.html",
+    ):
+        assert name in names
+    with zipfile.ZipFile(wheel) as file:
+        for config in (ROOT / "configs").glob("*.json"):
+            assert file.read(f"convert/configs/{config.name}") == config.read_bytes()
+
+
+def test_an_sdist_builds_the_same_wheel(source, wheel, tmp_path):
+    code = "from setuptools import build_meta; print(build_meta.build_sdist({!r}))"
+    name = run(sys.executable, "-c", code.format(str(tmp_path)), cwd=source).splitlines()[-1]
+    shutil.unpack_archive(tmp_path / name, tmp_path, filter="data")
+    folder = tmp_path / name.removesuffix(".tar.gz")
+    assert (folder / "llama_jax" / "nn" / "cpu_kernels.cc").exists()
+    assert packaged(build_wheel(folder, tmp_path / "wheel")) == packaged(wheel)
+
+
+def test_the_wheel_works_away_from_the_checkout(installed, tmp_path):
+    code = """
+import convert, llama_jax
+from convert import published
+from llama_jax import Llama, ModelConfig
+from llama_jax.card import contract
+from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.server import page
+
+print(llama_jax.__file__)
+print(convert.__file__)
+config = ModelConfig.load(published._PRESETS / "llama-2-7b.json")
+assert published.differences(config) == []
+llama = Llama.load(DEMO_CHECKPOINT)
+print(llama.generate("What is the capital of France?", temperature=0).text)
+"""
+    ours, converters, text = run(installed / "python", "-c", code, cwd=tmp_path).splitlines()
+    for file in (ours, converters):
+        assert pathlib.Path(file).is_relative_to(installed.parent)
+    assert "Paris" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def version() -> str:
+    from llama_jax.version import __version__
+
+    return f"llama_jax {__version__}"
+
+
+def test_the_installed_converter_tells_its_version(installed, tmp_path):
+    said = run(installed / "python", "-m", "convert", "--version", cwd=tmp_path)
+    assert said.strip() == version()
+
+
+@needs_cli
+def test_the_command_tells_its_version(installed, tmp_path):
+    assert version() in run(installed / "llama-jax", "--version", cwd=tmp_path)
+
+
+@needs_cli
+def test_the_command_answers_a_prompt(installed, tmp_path):
+    question = "--prompt=What is the capital of France?"
+    text = run(installed / "llama-jax", question, "--temperature=0", cwd=tmp_path)
+    assert text.strip() == "The capital of France is Paris."
