@@ -1,6 +1,6 @@
-"""Files of tensors: safetensors, and PyTorch's pickles, which are read and never run.
+"""Files of tensors: safetensors, and PyTorch's pickles, whose code is never run.
 
-A file is opened for each tensor anew: what stays open stays mapped, and counts as memory.
+A file is opened anew for each tensor: an open file stays mapped, and its pages count as memory.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from convert.corruption import abbreviate, corrupted
-from llama_jax.errors import InputError
+from llama_jax.errors import InputError, innermost_package
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -30,7 +30,7 @@ def read_headers(path: pathlib.Path) -> dict[str, Header]:
     """Return what a .safetensors, .bin or .pth file holds.
 
     Raises:
-        InputError: it is damaged, something else, or holds anything but tensors.
+        InputError: it is corrupted, something else, or holds anything but tensors.
     """
     if path.suffix == ".safetensors":
         with _open_safetensors(path) as file:
@@ -80,21 +80,23 @@ def _load_torch(path: pathlib.Path) -> dict[str, Any]:
         loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError:
         raise InputError(
-            f"{path} holds Python objects other than tensors, or a damaged pickle; nothing in it "
+            f"{path} holds Python objects other than tensors, or a corrupted pickle; nothing in it "
             "was run; download it again"
         ) from None
-    except Exception:  # damaged bytes fail in any way: RuntimeError, KeyError, EOFError, ...
+    except Exception as error:  # corrupted bytes: RuntimeError, KeyError, EOFError, ValueError, ...
+        if innermost_package(error) != "torch":
+            raise
         raise corrupted(path, "PyTorch zip file") from None
     if not isinstance(loaded, dict):
         raise InputError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors")
-    strange = [
+    unexpected = [
         repr(name)
         for name, tensor in loaded.items()
         if not (isinstance(name, str) and isinstance(tensor, torch.Tensor))
         or tensor.layout != torch.strided
     ]
-    if strange:
+    if unexpected:
         raise InputError(
-            f"{path}: {abbreviate(strange)} is no dense tensor with a name; download it again"
+            f"{path}: {abbreviate(unexpected)} is no dense tensor with a name; download it again"
         )
     return loaded

@@ -1,4 +1,6 @@
-"""The exception for a user's mistake."""
+"""The exception for a user's mistake, and how to tell one from a bug."""
+
+import traceback
 
 
 class InputError(ValueError):
@@ -12,3 +14,12 @@ class InputError(ValueError):
 def one_line(problems: list[str]) -> str:
     """Join all problems into one line."""
     return "; ".join(problems)
+
+
+def innermost_package(error: BaseException | None) -> str:
+    """Return the top-level package whose code raised an exception; "" if it has no traceback.
+
+    It tells a library's complaint about a corrupted file from a bug of our own.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)] if error else []
+    return frames[-1].f_globals.get("__name__", "").partition(".")[0] if frames else ""

@@ -9,7 +9,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from llama_jax.errors import InputError
+from llama_jax.errors import InputError, innermost_package
+
+_ORBAX_ERRORS = (KeyError, MemoryError, OSError, RuntimeError, ValueError)
+"""What Orbax and TensorStore raise for corrupted files, full disks and full memory: they have no
+types of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Tensor:
     """Such as layer_0/attention/q."""
     array: np.ndarray
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What else its row of the manifest is to say."""
+    """Further entries for its row of the manifest."""
 
 
 def tensors(params: dict[str, Any]) -> Iterator[Tensor]:
@@ -48,14 +52,16 @@ def write_shard(folder: pathlib.Path, shard: list[Tensor]) -> None:
     Raises:
         OSError: it cannot be written: a full disk, no permission.
     """
+    tree = nest({t.path: t.array for t in shard})
     with _checkpointer() as checkpointer:
         try:
-            tree = nest({t.path: t.array for t in shard})
             checkpointer.save(folder, args=ocp.args.PyTreeSave(tree))
-        except Exception as error:  # Orbax has no type of its own for a disk that refuses
+        except _ORBAX_ERRORS as error:
+            if innermost_package(error) == "llama_jax":
+                raise
             said = str(error).strip().partition("\n")[0]
             raise OSError(f"{folder} cannot be written: is the disk full? Orbax: {said}") from error
-    # Orbax's own mark of success names the draft's path; here the rename is the mark.
+    # Orbax's own mark of success names the temporary path; here the rename is the mark.
     (folder / "commit_success.txt").unlink(missing_ok=True)
 
 
@@ -70,7 +76,7 @@ def read_shard(
         to_numpy: return NumPy arrays; the shardings do not matter then.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is corrupted, or does not fit into memory.
     """
     item = nest(dict(abstract))
     restore_args = (
@@ -78,22 +84,28 @@ def read_shard(
         if to_numpy
         else ocp.checkpoint_utils.construct_restore_args(item)
     )
+    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
     with _checkpointer() as checkpointer:
         try:
-            args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
-            return by_path(checkpointer.restore(folder, args=args))
-        except Exception as error:  # Orbax has no type of its own for damage, not even one base
-            said = str(error).strip().partition("\n")[0]
-            held = f"{folder} ({', '.join(list(abstract)[:3])}, ...)"
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said:
-                raise InputError(
-                    f"{held} does not fit into memory ({said[:200]}); use a 16-bit dtype or a "
-                    "larger device"
-                ) from error
-            raise InputError(
-                f"{held} is damaged (Orbax: {type(error).__name__}: {said[:200]}); "
-                "copy or convert the checkpoint again"
-            ) from error
+            restored = checkpointer.restore(folder, args=args)
+        except _ORBAX_ERRORS as error:
+            if innermost_package(error) == "llama_jax":
+                raise
+            raise _unreadable(folder, abstract, error) from error
+    return by_path(restored)
+
+
+def _unreadable(folder: pathlib.Path, names: Iterable[str], error: Exception) -> InputError:
+    said = str(error).strip().partition("\n")[0][:200]
+    held = f"{folder} ({', '.join(list(names)[:3])}, ...)"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said:
+        return InputError(
+            f"{held} does not fit into memory ({said}); use a 16-bit dtype or a larger device"
+        )
+    return InputError(
+        f"{held} is corrupted (Orbax: {type(error).__name__}: {said}); "
+        "copy or convert the checkpoint again"
+    )
 
 
 def _checkpointer() -> ocp.Checkpointer:

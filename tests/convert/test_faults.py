@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 
 from convert import __main__ as cli
-from convert import published
+from convert import commands, published
 from llama_jax import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.weights import checkpoint, manifest
+from llama_jax.weights import shards as shards_module
 from llama_jax.weights.atomic_directory import atomic_directory
 from llama_jax.weights.checkpoint import Tensor, load_checkpoint, save_checkpoint, verify_checkpoint
 from tests.helpers import ROOT
@@ -45,7 +46,7 @@ def convert(*arguments) -> int:
 
 def subprocess_convert(setting: str, *arguments) -> subprocess.Popen:
     """Start a conversion in a process of its own, after a line of Python."""
-    program = f"{setting}; import runpy; runpy.run_module('convert', run_name='__main__')"
+    program = f"{setting}\nimport runpy; runpy.run_module('convert', run_name='__main__')"
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
         cwd=ROOT,
@@ -158,7 +159,7 @@ def test_of_two_writers_the_second_is_refused(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_stranger_that_takes_the_place_is_not_overwritten(tmp_path):
+def test_a_folder_made_meanwhile_is_not_overwritten(tmp_path):
     path = tmp_path / "out"
 
     def write():
@@ -188,6 +189,33 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(hf, tmp_path, limit):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_a_bug_in_another_thread_is_shown(hf, tmp_path):
+    """While the errors of Orbax's own threads are not."""
+    setting = """
+import sys, threading, llama_jax.weights.checkpoint as checkpoint
+
+def bug(*_):
+    raise TypeError("a bug in a thread")
+
+class Finalized:
+    def __del__(self):
+        raise TypeError("a bug in a finalizer")
+
+def write(*_):
+    thread = threading.Thread(target=bug)
+    thread.start()
+    thread.join()
+    Finalized()
+
+checkpoint.write_manifest = write
+"""
+    process = subprocess_convert(setting, "hf", hf, tmp_path / "out")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    for bug in ("thread", "finalizer"):
+        assert f"TypeError: a bug in a {bug}" in err
+
+
 def test_an_export_to_a_full_disk_is_one_line_and_leaves_nothing(saved, tmp_path):
     setting = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
     process = subprocess_convert(setting, "export-hf", saved, tmp_path / "out")
@@ -203,7 +231,7 @@ def test_what_a_killed_conversion_left_counts_as_room(hf, tmp_path, monkeypatch,
     left.mkdir(parents=True)
     (left / "half").write_bytes(bytes(10**6))
     usage = collections.namedtuple("usage", "free")
-    monkeypatch.setattr(cli.shutil, "disk_usage", lambda path: usage(0))
+    monkeypatch.setattr(commands.shutil, "disk_usage", lambda path: usage(0))
     assert convert("hf", hf, tmp_path / "other") == 2
     assert "make room" in capsys.readouterr().err
     assert convert("hf", hf, tmp_path / "out") == 0
@@ -213,7 +241,7 @@ def test_what_a_killed_conversion_left_counts_as_room(hf, tmp_path, monkeypatch,
 def test_room_is_checked_beforehand(hf, tmp_path, monkeypatch, capsys):
     size = sum(array.nbytes for array in random_weights(GQA).values())
     usage = types.SimpleNamespace(free=size - 1)
-    monkeypatch.setattr(cli.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(commands.shutil, "disk_usage", lambda path: usage)
     assert convert("hf", hf, tmp_path / "out") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"out needs {size:,} bytes, but its disk has {size - 1:,} left" in said
@@ -308,7 +336,32 @@ def test_another_models_tokenizer_is_refused(saved, assets):
     assert "tokenizer.model has 499723 of " in refused(saved, load_checkpoint)
 
 
-# A source damaged; see also test_convert.py and test_convert_meta.py.
+def test_our_own_bug_is_not_called_corruption(saved, tmp_path, monkeypatch):
+    """A TypeError of any code, and any type of error that our code raises."""
+    folder = saved / "params" / "00000"
+    array = np.zeros(3, np.float32)
+    abstract = {"a": jax.ShapeDtypeStruct(array.shape, array.dtype)}
+    ours = {"__name__": "llama_jax.bug"}
+    exec("def bug(*args, **kwargs): raise ValueError('our bug')", ours)
+
+    def bug(*args, **kwargs):
+        raise TypeError("a bug")
+
+    for method, use in {
+        "restore": lambda: shards_module.read_shard(folder, abstract),
+        "save": lambda: shards_module.write_shard(tmp_path / "new", [Tensor("a", array)]),
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(shards_module.ocp.Checkpointer, method, bug)
+            with pytest.raises(TypeError, match="a bug"):
+                use()
+            patch.setattr(shards_module.ocp.Checkpointer, method, ours["bug"])
+            with pytest.raises(ValueError, match="our bug") as caught:
+                use()
+            assert type(caught.value) is ValueError
+
+
+# A corrupted source; see also test_convert.py and test_meta.py.
 
 KINDS = [
     pytest.param(write_hf, "model-*.safetensors", "model.safetensors.index.json", id="safetensors"),
@@ -317,7 +370,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("write", "files", "index"), KINDS)
-def test_a_damaged_shard_is_named(tmp_path, weights, write, files, index):
+def test_a_corrupted_shard_is_named(tmp_path, weights, write, files, index):
     folder = write(tmp_path / "hf", weights, 2)
     file = max(folder.glob(files))
     content = file.read_bytes()
@@ -328,8 +381,8 @@ def test_a_damaged_shard_is_named(tmp_path, weights, write, files, index):
         b"version https://git-lfs.github.com/spec/v1": "is a git-lfs pointer",
         bytes([content[0] ^ 1]) + content[1:]: "download it again",
     }
-    for damaged, message in cases.items():
-        file.write_bytes(damaged)
+    for corrupted, message in cases.items():
+        file.write_bytes(corrupted)
         with pytest.raises(InputError, match=f"{file.name} .*{message}") as caught:
             read_hf(folder)
         assert "\n" not in str(caught.value)
@@ -467,7 +520,7 @@ def test_the_cli_compares_what_is_published(tmp_path, weights, tokenizer, capsys
         file.write_bytes(content)
 
 
-def test_numbers_unlike_the_published_ones_are_told(tmp_path, weights, capsys):
+def test_numbers_unlike_the_published_ones_are_reported(tmp_path, weights, capsys):
     preset = ModelConfig.load(ROOT / "configs" / "llama-2-7b.json")
     assert published.differences(preset) == []
     (line,) = published.differences(dataclasses.replace(preset, norm_eps=1e-6))

@@ -42,6 +42,19 @@ def digest(content: bytes) -> str:
 
 
 @pytest.mark.parity
+def test_our_own_bug_is_not_called_corruption(tmp_path, weights, monkeypatch):
+    import torch
+
+    def bug(*args, **kwargs):
+        raise TypeError("a bug")
+
+    folder = write_bin(tmp_path / "hf", weights)
+    monkeypatch.setattr(torch, "load", bug)
+    with pytest.raises(TypeError, match="a bug"):
+        read_hf(folder)
+
+
+@pytest.mark.parity
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_kind_of_file_gives_the_same_root(tmp_path, dtype):
     from tests.helpers.meta_sources import meta_shards, write_meta
