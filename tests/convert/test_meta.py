@@ -122,7 +122,7 @@ def test_absent_kv_heads_mean_as_many_as_heads(tmp_path):
         ({"moe": {"num_experts": 8}, "lora": 1}, "unknown key 'lora'; unknown key 'moe'"),
         ({"dim": None, "n_layers": "2"}, "dim is missing, .*n_layers is '2'"),
         ({"ffn_dim_multiplier": -1}, "ffn_dim_multiplier is -1"),
-        ({"multiple_of": 256}, r"w1\.weight has 176 rows .* make 256"),
+        ({"multiple_of": 256}, r"w1\.weight has 176 outputs .* make 256"),
         ({"vocab_size": 400}, r"tok_embeddings\.weight is \[300, 64\], expected \[400, 64\]"),
         ({"n_heads": 3}, r"params\.json: model config: dim is 64"),
         ({"norm_eps": "tiny"}, "norm_eps is 'tiny', expected float"),
