@@ -1,4 +1,4 @@
-"""What is wrong with a file of weights, said so that a user can act on it."""
+"""Describe a corrupted file of weights, with a remedy."""
 
 import pathlib
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ _LISTED = 8  # of many names, an error shows these
 
 
 def corrupted(path: pathlib.Path, kind: str) -> InputError:
-    """Return the error for a file that its format's reader refused, saying what it looks like."""
+    """Return the error for a file that its reader refused; it describes the content."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

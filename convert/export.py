@@ -52,25 +52,25 @@ def write_hf(
 
     Args:
         folder: an empty one.
-        tensors: every parameter, by our paths; few are in memory at a time.
+        tensors: every parameter, by our paths; only one file's are in memory at a time.
         config: their shape.
         dtype: theirs.
     """
     rows = {row.ours: row.huggingface for row in names(config.num_layers)}
     placed, total = {}, 0
-    drafts: list[pathlib.Path] = []
+    files_written: list[pathlib.Path] = []
     for shard in group(tensors, _FILE_BYTES):
-        file = folder / f"{len(drafts):05}"
+        file = folder / f"{len(files_written):05}"
         named = {rows[t.path]: t.array for t in shard}
         try:
             safetensors.numpy.save_file(named, file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{file} cannot be written: is the disk full? {error}") from error
-        drafts.append(file)
-        placed |= dict.fromkeys(named, len(drafts))
+        files_written.append(file)
+        placed |= dict.fromkeys(named, len(files_written))
         total += sum(t.array.nbytes for t in shard)
         del shard, named  # before the next is read
-    _place(folder, drafts, placed, total)
+    _place(folder, files_written, placed, total)
     _write_json(folder / "config.json", _config(config, dtype))
     special_ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
     _write_json(folder / "generation_config.json", special_ids)
@@ -78,14 +78,17 @@ def write_hf(
 
 
 def _place(
-    folder: pathlib.Path, drafts: list[pathlib.Path], placed: dict[str, int], total: int
+    folder: pathlib.Path, files_written: list[pathlib.Path], placed: dict[str, int], total: int
 ) -> None:
     """Give the files the names that transformers looks for, now that their number is known."""
-    if len(drafts) == 1:
-        drafts[0].rename(folder / "model.safetensors")
+    if len(files_written) == 1:
+        files_written[0].rename(folder / "model.safetensors")
         return
-    files = [f"model-{i:05}-of-{len(drafts):05}.safetensors" for i, _ in enumerate(drafts, start=1)]
-    for file, name in zip(drafts, files, strict=True):
+    files = [
+        f"model-{i:05}-of-{len(files_written):05}.safetensors"
+        for i, _ in enumerate(files_written, start=1)
+    ]
+    for file, name in zip(files_written, files, strict=True):
         file.rename(folder / name)
     index = {
         "metadata": {"total_size": total},

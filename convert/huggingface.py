@@ -53,7 +53,7 @@ def open_source(folder: pathlib.Path) -> source.Source:
     """Open a folder of config.json and its weights: one file, or an index and its shards.
 
     Raises:
-        InputError: a file is missing or damaged, or the model is no Llama 2.
+        InputError: a file is missing or corrupted, or the model is no Llama 2.
     """
     source.check_folder(folder, ("config.json",), tuple(n for pair in _WEIGHTS for n in pair))
     config = read_config(folder / "config.json")
@@ -187,14 +187,14 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise InputError(f"{index} has no weight_map; download it again")
-    strange = [
+    unexpected = [
         repr(file)
         for file in placed.values()
         if not isinstance(file, str) or pathlib.PurePath(file).name != file
     ]
-    if strange:
+    if unexpected:
         raise InputError(
-            f"{index}: weight_map names {abbreviate(strange)}, expected files beside it"
+            f"{index}: weight_map names {abbreviate(unexpected)}, expected files beside it"
         )
     return placed
 

@@ -44,7 +44,7 @@ def open_source(folder: pathlib.Path, max_seq_len: int) -> source.Source:
         max_seq_len: the context the model was trained for, which Meta's files do not say.
 
     Raises:
-        InputError: a file is missing or damaged, the shards disagree, or the model is no Llama 2.
+        InputError: a file is missing or corrupted, the shards disagree, or the model is no Llama 2.
     """
     source.check_folder(folder, (_PARAMS,), (_SHARDS,))
     values = _read_params(folder / _PARAMS)
@@ -52,9 +52,9 @@ def open_source(folder: pathlib.Path, max_seq_len: int) -> source.Source:
     rows = {row.ours: row for row in names(values["n_layers"])}
     headers = _merged_headers(folder, shards, rows)
     gate = rows["layer_0/feed_forward/gate"]
-    _check_ffn_dim(folder, values, gate.meta, _rows(folder, headers, gate))
+    _check_ffn_dim(folder, values, gate.meta, _outputs(folder, headers, gate))
     if values["vocab_size"] == -1:
-        values["vocab_size"] = _rows(folder, headers, rows["embed"])
+        values["vocab_size"] = _outputs(folder, headers, rows["embed"])
     config = _config(folder / _PARAMS, values, max_seq_len)
     paths = {path: row.meta for path, row in rows.items()}
 
@@ -111,17 +111,17 @@ def _ffn_dim(values: dict[str, Any]) -> int:
     return -(-width // values["multiple_of"]) * values["multiple_of"]
 
 
-def _check_ffn_dim(folder: pathlib.Path, values: dict[str, Any], name: str, rows: int) -> None:
+def _check_ffn_dim(folder: pathlib.Path, values: dict[str, Any], name: str, outputs: int) -> None:
     """Compare the shards' width with the formula's: the one sign that the last shard is missing."""
-    if rows != _ffn_dim(values):
+    if outputs != _ffn_dim(values):
         raise InputError(
-            f"{folder}: {name} has {rows} rows in all shards, but dim, multiple_of and "
+            f"{folder}: {name} has {outputs} outputs in all shards, but dim, multiple_of and "
             f"ffn_dim_multiplier of {_PARAMS} make {_ffn_dim(values)}; a shard is missing, or the "
             "file is another model's"
         )
 
 
-def _rows(folder: pathlib.Path, headers: dict[str, Header], row: Name) -> int:
+def _outputs(folder: pathlib.Path, headers: dict[str, Header], row: Name) -> int:
     header = headers.get(row.meta)
     if header is None or len(header.shape) != 2:
         got = "missing" if header is None else f"of shape {list(header.shape)}"
@@ -138,7 +138,7 @@ def _open_shards(folder: pathlib.Path) -> Shards:
     problems += [f"missing {name}" for name in expected if not (folder / name).exists()]
     if problems:
         raise InputError(
-            f"{folder}: shards are not numbered from 00 without a gap: {one_line(problems)}; "
+            f"{folder}: shards are not numbered consecutively from 00: {one_line(problems)}; "
             "download what is missing"
         )
     shards = {
@@ -151,9 +151,9 @@ def _open_shards(folder: pathlib.Path) -> Shards:
     problems = []
     for other in others:
         lacking = shards[first].keys() - shards[other].keys()
-        strange = shards[other].keys() - shards[first].keys()
+        unexpected = shards[other].keys() - shards[first].keys()
         problems += [f"{other} lacks {abbreviate(sorted(lacking))}"] if lacking else []
-        problems += [f"{other} alone has {abbreviate(sorted(strange))}"] if strange else []
+        problems += [f"{other} alone has {abbreviate(sorted(unexpected))}"] if unexpected else []
     if problems:
         raise InputError(
             f"{folder}: shards hold different tensors than {first}: {one_line(problems)}; "
@@ -204,6 +204,6 @@ def _read(
 
 
 def _halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
-    """Move the rows of each head from rotary pairs to halves."""
+    """Move the outputs of each head from rotary pairs to halves."""
     pairs = weight.reshape(-1, head_dim // 2, 2, weight.shape[1])
     return pairs.swapaxes(1, 2).reshape(weight.shape)

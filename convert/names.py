@@ -1,6 +1,6 @@
 """What each parameter is called, and how it is laid out, in the two published formats.
 
-The only place that knows both. Every weight has one row per output in all three layouts.
+The only module that knows both. All three layouts store a weight as [outputs, inputs].
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ class Name:
     shard_axis: int | None
     """The axis that Meta's model-parallel shards split; None: every shard holds the whole."""
     rotary: bool = False
-    """Meta's rows of a head are pairs (x0, y0, x1, y1, ...), to be rotated together; ours and
-    Hugging Face's are halves (x0, x1, ..., y0, y1, ...)."""
+    """Meta orders the outputs of a head as rotary pairs (x0, y0, x1, y1, ...); we and Hugging Face
+    order them as halves (x0, x1, ..., y0, y1, ...)."""
 
 
 _MODEL = (

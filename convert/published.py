@@ -1,4 +1,4 @@
-"""What is known of published weights beforehand: Meta's checksums, Llama 2's own numbers."""
+"""Known facts about published weights: Meta's checksums and the configs of Llama 2."""
 
 import hashlib
 import pathlib
@@ -52,21 +52,21 @@ def check_list(path: pathlib.Path, *, progress: bool = False) -> int:
             if _md5(file, bar.update) != sums[name]:
                 problems.append(f"{name} is not the published file")
     if problems:
-        raise InputError(f"{path}: {abbreviate(problems)}; download what is named again")
+        raise InputError(f"{path}: {abbreviate(problems)}; download the named files again")
     return len(there)
 
 
-def _md5(path: pathlib.Path, tell: Callable[[int], object]) -> str:
+def _md5(path: pathlib.Path, update: Callable[[int], object]) -> str:
     md5 = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             md5.update(block)
-            tell(len(block))
+            update(len(block))
     return md5.hexdigest()
 
 
 def differences(config: ModelConfig) -> list[str]:
-    """Say where a config of a Llama 2's shape has other numbers than that Llama 2."""
+    """Describe how a config differs from the Llama 2 of the same shape."""
     for path in sorted(_PRESETS.glob("*.json")):
         preset = ModelConfig.load(path)
         if all(getattr(config, name) == getattr(preset, name) for name in _SHAPE):

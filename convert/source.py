@@ -1,4 +1,4 @@
-"""What both readers give, and the checks and conversions that are the same for both."""
+"""The common interface of both readers, with the checks and conversions they share."""
 
 import collections
 import dataclasses
@@ -21,9 +21,8 @@ from llama_jax.weights.manifest import array_digest
 from llama_jax.weights.shards import Tensor, by_path
 
 ROUNDING = ("rounded", "subnormal", "to zero", "beyond the largest")
-"""What becomes of values in a narrower dtype. Rounded: all that changed, so also what went to zero
-or lies beyond the largest. Subnormal: smaller than the dtype holds with its full precision, changed
-or not."""
+"""How values change in a narrower dtype. Rounded: every changed value, including those that went to
+zero or exceed the largest. Subnormal: below the smallest normal number, changed or not."""
 
 _BLOCK = 2**22  # values cast at a time
 
@@ -39,7 +38,7 @@ class Source:
     headers: dict[str, Header]
     """Every tensor found, by the source's name, its shards taken together."""
     read: Callable[[str], tuple[np.ndarray, list["Part"]]]
-    """Read the parameter of one path, in our layout and the source's dtype; and say from where."""
+    """Read the parameter of one path in our layout and the source's dtype, and its origin."""
 
 
 class Part(TypedDict):
@@ -189,10 +188,10 @@ def _cast(
     limits = jnp.finfo(dtype)
     largest, smallest = float(limits.max), float(limits.smallest_normal)
     counts: collections.Counter[str] = collections.Counter()
-    damaged, highest = 0, 0.0
+    non_finite, highest = 0, 0.0
     for start in range(0, source.size, _BLOCK):
         block = source[start : start + _BLOCK].astype(np.float32)
-        damaged += block.size - int(np.count_nonzero(np.isfinite(block)))
+        non_finite += block.size - int(np.count_nonzero(np.isfinite(block)))
         if stored is source:
             continue
         with np.errstate(over="ignore"):  # counted below
@@ -208,10 +207,10 @@ def _cast(
             counts["to zero"] += int(np.count_nonzero((wide == 0) & (block != 0)))
             counts["beyond the largest"] += int(np.count_nonzero(beyond))
         stored[start : start + _BLOCK] = cast
-    if damaged:
+    if non_finite:
         raise InputError(
-            f"{name} holds NaN or infinity in {damaged:,} of {source.size:,} values; "
-            "the file is damaged, download it again"
+            f"{name} holds NaN or infinity in {non_finite:,} of {source.size:,} values; "
+            "the file is corrupted, download it again"
         )
     if counts["beyond the largest"] and not saturate:
         raise InputError(

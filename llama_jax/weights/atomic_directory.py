@@ -1,4 +1,4 @@
-"""Draft: a folder that is written beside its place and is either whole there or absent."""
+"""Atomic directory: a folder that appears at its path complete, or not at all."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ def check_absent(path: str | pathlib.Path) -> None:
 def atomic_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """Make a folder that is renamed to `path` once the block has filled it, and else removed.
 
-    It lies beside `path` under one name: what a killed process left, the next one removes.
+    It lies beside `path` under one name: the next process removes what a killed one left.
 
     Raises:
         InputError: `path` exists, or another process is writing it.
@@ -47,16 +47,16 @@ def atomic_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def partial_folder(path: pathlib.Path) -> pathlib.Path:
-    """Return where a draft of `path` lies, or what is left of one."""
+    """Return the temporary folder in which `path` is written."""
     return path.parent / f".{path.name}.partial"
 
 
 @contextlib.contextmanager
 def _locked(partial: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
-    """Have the folder to this process; the system gives it up when the process ends."""
+    """Lock the folder for this process; the system releases the lock when the process ends."""
     try:
         import fcntl
-    except ImportError:  # Windows: two writers of one folder are not told apart
+    except ImportError:  # Windows: two writers of one folder are not detected
         yield
         return
     descriptor = os.open(partial, os.O_RDONLY)
@@ -77,10 +77,10 @@ def _locked(partial: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
 
 
 def _remove(partial: pathlib.Path) -> None:
-    """Remove what is left of a draft, once those who still write into it have come to an end.
+    """Remove the temporary folder, after the threads that still write into it have ended.
 
-    After a write has failed, TensorStore's threads go on with the others, and make the folders
-    that they miss.
+    After a write has failed, TensorStore's threads continue with the others, and recreate missing
+    folders.
     """
     finished = not any(partial.iterdir())
     shutil.rmtree(partial, ignore_errors=True)

@@ -63,7 +63,7 @@ def save_checkpoint(
 
     Args:
         path: a folder that does not exist yet.
-        tensors: every parameter, of one of DTYPES; asked for one by one and soon let go.
+        tensors: every parameter, of one of DTYPES; consumed one by one and dropped once written.
         config: the shape they have.
         tokenizer: the tokenizer.model to copy.
         origin: where the weights came from, for the manifest.
@@ -170,13 +170,13 @@ def verify_checkpoint(path: str | pathlib.Path, *, progress: bool = False) -> st
     values, _ = open_checkpoint(path)
     total = sum(file["bytes"] for file in values["files"].values())
     with _bar(total, "verifying files", progress) as bar:
-        check_files(path, values, tell=bar.update)
+        check_files(path, values, update=bar.update)
     problems: list[str] = []
     for _ in _read_stored(path, values, "verifying tensors", progress, problems):
         pass
     if problems:
         raise InputError(
-            f"checkpoint {path} is damaged: {one_line(problems[:8])}"
+            f"checkpoint {path} is corrupted: {one_line(problems[:8])}"
             + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
             + "; copy or convert it again"
         )
@@ -198,7 +198,7 @@ def read_tensors(path: str | pathlib.Path, *, progress: bool = False) -> Iterato
         yield tensor
     if problems:
         raise InputError(
-            f"checkpoint {path} is damaged: {one_line(problems[:8])}; copy or convert it again"
+            f"checkpoint {path} is corrupted: {one_line(problems[:8])}; copy or convert it again"
         )
 
 

@@ -3,11 +3,11 @@
 manifest.json has
   format_version, converter   FORMAT_VERSION; the program that wrote it
   dtype                       of every tensor
-  origin                      what the writer says of the source
+  origin                      the source, as the writer describes it
   root                        digest over all tensors; see `root_digest`
   tensors                     by path: shape, sha256 of the stored bytes, shard of params/; from a
                               conversion also sources (file, name, shape, dtype, sha256 of the bytes
-                              there) and rounding (what became of values in a narrower dtype)
+                              there) and rounding (how values changed in a narrower dtype)
   files                       every file but this one: bytes and sha256
   sha256                      digest of all of the above
 """
@@ -106,7 +106,7 @@ def check_files(
     values: dict[str, Any],
     *,
     at_most: float = math.inf,
-    tell: Callable[[int], object] = lambda size: None,
+    update: Callable[[int], object] = lambda size: None,
 ) -> None:
     """Compare the files of a checkpoint with the digests of its manifest.
 
@@ -114,7 +114,7 @@ def check_files(
         folder: the checkpoint.
         values: its manifest.
         at_most: leave out files of more bytes.
-        tell: called with the bytes of each file that was compared.
+        update: called with the bytes of each file that was compared.
 
     Raises:
         InputError: naming each that differs; of a shard, also what is in it.
@@ -128,7 +128,7 @@ def check_files(
             held = [path for path, row in values["tensors"].items() if row["shard"] == shard]
             more = ", ..." if len(held) > 3 else ""
             changed.append(name + (f" (of {', '.join(held[:3])}{more})" if held else ""))
-        tell(file["bytes"])
+        update(file["bytes"])
     if changed:
         raise InputError(
             f"checkpoint {folder}: changed after being written: {one_line(changed)}; {_REMEDY}"

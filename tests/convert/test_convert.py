@@ -21,7 +21,7 @@ from tests.helpers.sources import (
     DAMAGE,
     GQA,
     TIED,
-    assert_damage_is_named,
+    assert_corruption_is_named,
     assert_same,
     flat,
     hf_name,
@@ -194,7 +194,7 @@ def test_missing_shard_is_named(tmp_path, weights):
         ('{"weight_map": {"a": 1}}', "names 1, expected files"),
     ],
 )
-def test_damaged_index_is_named(tmp_path, weights, text, message):
+def test_corrupted_index_is_named(tmp_path, weights, text, message):
     folder = write_hf(tmp_path / "hf", weights, 2)
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(InputError, match=rf"model\.safetensors\.index\.json.*{message}"):
@@ -290,8 +290,8 @@ def test_tokenizer_must_fit_the_embedding(tmp_path, hf, tokenizer, capsys):
 
 
 @DAMAGE
-def test_damaged_weights_are_named(hf, content, message):
-    assert_damage_is_named(hf / "model.safetensors", read_hf, content, message)
+def test_corrupted_weights_are_named(hf, content, message):
+    assert_corruption_is_named(hf / "model.safetensors", read_hf, content, message)
 
 
 def test_an_html_page_is_one_line_and_exit_2(hf, tmp_path, capsys):

@@ -164,7 +164,7 @@ def test_an_existing_folder_is_never_written_to(tmp_path, capsys):
     assert not list(out.iterdir())
 
 
-def test_damage_is_named_and_nothing_exported(tmp_path, capsys):
+def test_corruption_is_named_and_nothing_exported(tmp_path, capsys):
     bad = corrupted(saved(tmp_path / "bad"))
     load_checkpoint(bad)  # sizes and small files are right
     for command in (["verify", bad], ["export-hf", bad, tmp_path / "out"]):

@@ -20,7 +20,7 @@ from tests.helpers.sources import (
     DAMAGE,
     GQA,
     MHA,
-    assert_damage_is_named,
+    assert_corruption_is_named,
     assert_same,
     flat,
     random_weights,
@@ -66,9 +66,9 @@ def test_non_contiguous_tensors_are_read_right(tmp_path, weights):
 
 
 @DAMAGE
-def test_damaged_weights_are_named(tmp_path, weights, content, message):
+def test_corrupted_weights_are_named(tmp_path, weights, content, message):
     folder = write_meta(tmp_path / "src", meta_shards(weights, GQA, 1))
-    assert_damage_is_named(folder / "consolidated.00.pth", read_meta, content, message)
+    assert_corruption_is_named(folder / "consolidated.00.pth", read_meta, content, message)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -146,12 +146,12 @@ def test_missing_last_shard_is_noticed(tmp_path, weights):
     folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, 4))
     (folder / "consolidated.03.pth").unlink()
     with pytest.raises(
-        InputError, match=r"has 132 rows in all shards.*make 176; a shard is missing"
+        InputError, match=r"has 132 outputs in all shards.*make 176; a shard is missing"
     ):
         read_meta(folder)
 
 
-def test_strange_shard_name_is_refused(tmp_path, weights):
+def test_unexpected_shard_name_is_refused(tmp_path, weights):
     folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, 1))
     (folder / "consolidated.final.pth").write_bytes(b"")
     with pytest.raises(InputError, match=r"unexpected consolidated\.final\.pth"):
@@ -232,7 +232,7 @@ def test_source_folder_is_checked(tmp_path, capsys, layout, looked_for):
         assert f"{tmp_path / name} {expected}" in capsys.readouterr().err
 
 
-def test_assumed_context_and_missing_tokenizer_are_told(tmp_path, weights, capsys):
+def test_assumed_context_and_missing_tokenizer_are_reported(tmp_path, weights, capsys):
     folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, 1))
     assert main(["meta", str(folder), str(tmp_path / "a")]) == 0
     said = capsys.readouterr()

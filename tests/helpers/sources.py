@@ -156,7 +156,7 @@ DAMAGE = pytest.mark.parametrize(
 )
 
 
-def assert_damage_is_named(file: pathlib.Path, read, content: bytes | None, message: str):
+def assert_corruption_is_named(file: pathlib.Path, read, content: bytes | None, message: str):
     """Damage one file of a good source (None: cut its end off) and read the source again."""
     file.write_bytes(file.read_bytes()[:-1000] if content is None else content)
     with pytest.raises(InputError, match=f"{file.name} .*{message}") as caught:

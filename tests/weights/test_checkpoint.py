@@ -28,7 +28,7 @@ def saved(params, tmp_path_factory):
 
 @pytest.fixture
 def copy(saved, tmp_path):
-    """A copy to damage."""
+    """A copy to corrupt."""
     return pathlib.Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
@@ -149,7 +149,7 @@ def test_another_version(copy):
         ('{"format_version": 2, "sha256": [1]}', "manifest.json was changed after it was written"),
     ],
 )
-def test_damaged_manifest(copy, text, expected):
+def test_corrupted_manifest(copy, text, expected):
     (copy / "manifest.json").write_text(text)
     assert expected in refused(copy)
 
@@ -185,10 +185,10 @@ def test_every_missing_or_shortened_file_is_named(saved, tmp_path):
     files = [f for f in files if f.name != "manifest.json"]
     assert len(files) > 5
     for i, name in enumerate(files):
-        for damage in ("missing", "short"):
-            folder = pathlib.Path(shutil.copytree(saved, tmp_path / f"{damage}{i}"))
+        for kind in ("missing", "short"):
+            folder = pathlib.Path(shutil.copytree(saved, tmp_path / f"{kind}{i}"))
             file = folder / name
-            if damage == "missing":
+            if kind == "missing":
                 file.unlink()
             else:
                 file.write_bytes(file.read_bytes()[:-1])
