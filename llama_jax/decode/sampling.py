@@ -153,7 +153,7 @@ def apply_filters(logits: Float[Array, "B V"], params: SamplingParams) -> Float[
     before it already hold more than `top_p`: the one that crosses stays.
     """
     in_use = (params.top_k > 0) | (params.top_p < 1)
-    # Ordering the vocabulary is the most expensive part of sampling. The default request needs none.
+    # Ordering the vocabulary is the most expensive part of sampling; the default needs none.
     return lax.cond(jnp.any(in_use), _filter, lambda logits, _: logits, logits, params)
 
 
