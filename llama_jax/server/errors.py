@@ -1,15 +1,17 @@
-"""Errors: what a client is told, in Cloudflare's envelope. The one table of codes and texts.
+"""Errors: Cloudflare's envelope, and the one table of statuses, codes and texts.
 
-Those of Workers AI begin with `AiError: ` and end with the request's id; those of Cloudflare's
-front door, which come before any model is looked at, are the bare text and have a null result.
+An error of Workers AI begins with `AiError: ` and ends with the request's id. An error of
+Cloudflare's front door, which comes before any model is chosen, is the bare text; its result is
+null.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llama_jax.engine.engine import ContextError, QueueFullError
 from llama_jax.errors import InputError
 from llama_jax.server.compact_json import CompactJSONResponse
+from llama_jax.server.types import Error, ErrorNote
 
 
 class Kind(NamedTuple):
@@ -20,7 +22,7 @@ class Kind(NamedTuple):
     text: str
     front_door: bool = False
     chain: tuple[int, str] | None = None
-    """The error behind it: code and text."""
+    """The cause: code and text."""
     retry_after_s: int | None = None
 
 
@@ -62,13 +64,13 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 class ApiError(Exception):
-    """What a client is to be told.
+    """An error with its response.
 
     Args:
         kind: the row of the table.
-        *details: what its text leaves open.
-        param: the request's parameter at fault.
-        headers: beyond the usual ones.
+        *details: the values for the text's placeholders.
+        param: the parameter of the request that is wrong.
+        headers: additional headers of the response.
     """
 
     def __init__(
@@ -85,11 +87,11 @@ class ApiError(Exception):
             self.headers["retry-after"] = str(kind.retry_after_s)
         super().__init__(self.text)
 
-    def body(self, request_id: str) -> dict[str, Any]:
-        """Return the envelope, and beside it the object that OpenAI's clients look for."""
+    def body(self, request_id: str) -> Error:
+        """Return the envelope, and beside it the object that OpenAI's clients read."""
         kind = self.kind
         text = self.text if kind.front_door else f"AiError: {self.text} ({request_id})"
-        error: dict[str, Any] = {"message": text, "code": kind.code}
+        error: ErrorNote = {"message": text, "code": kind.code}
         if kind.chain:
             code, reason = kind.chain
             error["error_chain"] = [{"code": code, "message": reason}]
@@ -113,7 +115,7 @@ class ApiError(Exception):
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """Say what a client is to be told of any exception; of a bug, nothing."""
+    """Return the error that a client gets for an exception; a bug's details stay in the log."""
     match error:
         case ApiError():
             return error
@@ -124,6 +126,6 @@ def to_api_error(error: Exception) -> ApiError:
         case QueueFullError():
             return ApiError(FULL)
         case TimeoutError():
-            # Else the official clients, which repeat a 408, would ask for as much twice more.
+            # Without this header the official clients would repeat the request twice.
             return ApiError(TIMEOUT, headers={"x-should-retry": "false"})
     return ApiError(INTERNAL)

@@ -18,6 +18,7 @@ from llama_jax.server.errors import NO_MODEL, ApiError
 from llama_jax.server.request_log import request_log_of
 from llama_jax.server.service import Answers, Service
 from llama_jax.server.sse import DONE, Events, event, start_stream
+from llama_jax.server.types import Metadata, ModelEntry, Note, ResultInfo, RunResult
 
 MAX_PAGE = 2**31
 MAX_PER_PAGE = 100
@@ -28,25 +29,26 @@ _TASK = "Text Generation"
 
 async def run(request: Request) -> Response:
     """POST .../ai/run/{model}: generate."""
-    service, call = service_of(request), request_log_of(request.scope)
+    service, log = service_of(request), request_log_of(request.scope)
     check_model(service, request.path_params["model"])
     body = await request.body()
-    asked, generation = await asyncio.to_thread(_parse, body)
-    notes = [_ignored(name) for name in asked.ignored]
-    answers = await service.answer(call, [generation])
-    if asked.stream:
-        return await start_stream(call, _events(answers, notes), [generation])
+    parsed, generation = await asyncio.to_thread(_parse, body)
+    notes = [_ignored(name) for name in parsed.ignored]
+    answers = await service.answer(log, [generation])
+    if parsed.stream:
+        return await start_stream(log, _events(answers, notes), [generation])
     [result] = await answers.results()
-    return envelope({"response": result.response, "tool_calls": [], **_metadata(result)}, notes)
+    whole: RunResult = {"response": result.response, "tool_calls": [], **_metadata(result)}
+    return envelope(whole, notes)
 
 
 async def search_models(request: Request) -> Response:
-    """GET .../ai/models/search: the one model, if the query does not rule it out."""
+    """GET .../ai/models/search: the one model, if it matches the query."""
     query = _SearchQuery(request.query_params)
     model = _describe(service_of(request))
     found = [model] if query.matches(model) else []
     shown = found[(query.page - 1) * query.per_page :][: query.per_page]
-    info = {
+    info: ResultInfo = {
         "count": len(shown),
         "page": query.page,
         "per_page": query.per_page,
@@ -68,34 +70,34 @@ async def read_schema(request: Request) -> Response:
 
 
 def service_of(request: Request) -> Service:
-    """Return the service that answers a request."""
+    """Return the service of the application."""
     return request.app.state.service
 
 
 def check_model(service: Service, name: str) -> None:
-    """Refuse any model but the one that is served."""
+    """Refuse a model that is not served."""
     if name != service.settings.model:
         raise ApiError(NO_MODEL, name, param="model")
 
 
-def envelope(result: Any, messages: list[dict[str, Any]], **more: Any) -> CompactJSONResponse:
-    """Return a success as Cloudflare's API wraps it."""
+def envelope(result: Any, messages: list[Note], **more: Any) -> CompactJSONResponse:
+    """Return a success in the envelope of Cloudflare's API."""
     return CompactJSONResponse(
         {"result": result, "success": True, "errors": [], "messages": messages, **more}
     )
 
 
 def _parse(body: bytes) -> tuple[contract.CardRequest, GenerationRequest]:
-    asked = contract.check(contract.parse_body(body))
-    return asked, asked.request()
+    parsed = contract.check(contract.parse_body(body))
+    return parsed, parsed.request()
 
 
-def _ignored(name: str) -> dict[str, Any]:
+def _ignored(name: str) -> Note:
     text = f"{name} is not in this model's input schema: it was ignored"
     return {"code": _IGNORED_CODE, "message": text}
 
 
-async def _events(answers: Answers, notes: list[dict[str, Any]]) -> Events:
+async def _events(answers: Answers, notes: list[Note]) -> Events:
     async with contextlib.aclosing(answers.stream()) as parts:
         async for _, part in parts:
             if isinstance(part, Result):
@@ -106,8 +108,8 @@ async def _events(answers: Answers, notes: list[dict[str, Any]]) -> Events:
     yield DONE
 
 
-def _metadata(result: Result) -> dict[str, Any]:
-    """Return what there is to say beside the text."""
+def _metadata(result: Result) -> Metadata:
+    """Return the fields beside the text."""
     return {
         "usage": {
             "prompt_tokens": result.usage.prompt_tokens,
@@ -120,7 +122,7 @@ def _metadata(result: Result) -> dict[str, Any]:
     }
 
 
-def _describe(service: Service) -> dict[str, Any]:
+def _describe(service: Service) -> ModelEntry:
     """Return the model's entry in the list of models."""
     return {
         "id": "llama_jax",
@@ -138,7 +140,7 @@ def _describe(service: Service) -> dict[str, Any]:
 
 
 class _SearchQuery:
-    """The query of a search, checked."""
+    """The checked query of a search."""
 
     def __init__(self, params: QueryParams):
         self._params = params
@@ -149,8 +151,8 @@ class _SearchQuery:
                 f"hide_experimental is {params['hide_experimental']!r:.40}, expected true or false"
             )
 
-    def matches(self, model: dict[str, Any]) -> bool:
-        """Whether the model is one of those asked for; nothing here is experimental."""
+    def matches(self, model: ModelEntry) -> bool:
+        """Whether the model matches; it is not experimental."""
         params = self._params
         text = f"{model['name']} {model['description']}".lower()
         author = model["name"].split("/")[-2:][0]
@@ -164,5 +166,5 @@ class _SearchQuery:
     def _number(self, name: str, default: int, largest: int) -> int:
         text = self._params.get(name, str(default))
         if not (text.isascii() and text.isdecimal() and 1 <= int(text[:20]) <= largest):
-            raise InputError(f"{name} is {text!r:.40}, expected a whole number, 1 to {largest}")
+            raise InputError(f"{name} is {text!r:.40}, expected an integer from 1 to {largest}")
         return int(text)

@@ -541,5 +541,5 @@ def test_a_model_without_a_tokenizer_takes_ids(llm):
 
 def test_seeds_beyond_the_cards_stay_within_64_bits():
     body = b'{"model": "m", "prompt": "x", "n": 3, "seed": 18446744073709551614}'
-    asked = openai_requests.parse_completion(body, "m", 3)
-    assert [request.parameters.seed for request in asked.requests] == [2**64 - 2, 2**64 - 1, 1]
+    parsed = openai_requests.parse_completion(body, "m", 3)
+    assert [request.parameters.seed for request in parsed.requests] == [2**64 - 2, 2**64 - 1, 1]

@@ -1,9 +1,9 @@
-"""Logprobs: how OpenAI's two formats spell tokens and their probabilities."""
+"""Logprobs: tokens and their log-probabilities in OpenAI's two formats."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from llama_jax.engine.result import TokenLogprob
+from llama_jax.server.openai.types import ChatLogprobs, CompletionLogprobs, TopLogprob
 from llama_jax.text.tokenizer import Tokenizer
 
 
@@ -17,7 +17,7 @@ def token_text(token: int, tokenizer: Tokenizer | None) -> str:
     return tokenizer.piece(token).replace("▁", " ")
 
 
-def chat_logprobs(logprobs: Iterable[TokenLogprob], tokenizer: Tokenizer | None) -> dict[str, Any]:
+def chat_logprobs(logprobs: Iterable[TokenLogprob], tokenizer: Tokenizer | None) -> ChatLogprobs:
     """Return `choices[].logprobs` of a chat completion."""
     return {
         "content": [
@@ -36,36 +36,36 @@ def completion_logprobs(
     logprobs: Sequence[TokenLogprob | None],
     offsets: Sequence[int],
     tokenizer: Tokenizer | None,
-) -> dict[str, Any]:
+) -> CompletionLogprobs:
     """Return `choices[].logprobs` of a completion.
 
     Args:
         tokens: ids.
-        logprobs: theirs; None for a text's first.
-        offsets: where in the choice's text each begins, in characters.
-        tokenizer: None: there is none.
+        logprobs: one for each token; None for the first of a text.
+        offsets: the position in the choice's text where each token begins, in characters.
+        tokenizer: None: the model has none.
     """
     return {
         "tokens": [token_text(token, tokenizer) for token in tokens],
         "token_logprobs": [entry and entry.logprob for entry in logprobs],
-        "top_logprobs": [entry and _likeliest(entry, tokenizer) for entry in logprobs],
+        "top_logprobs": [entry and _most_likely(entry, tokenizer) for entry in logprobs],
         "text_offset": list(offsets),
     }
 
 
-def _likeliest(entry: TokenLogprob, tokenizer: Tokenizer | None) -> dict[str, float]:
-    """Return the likeliest tokens, and the token itself be it one of them or not."""
+def _most_likely(entry: TokenLogprob, tokenizer: Tokenizer | None) -> dict[str, float]:
+    """Return the most likely tokens, and always the token itself."""
     return {
         token_text(token, tokenizer): value
         for token, value in [*entry.top, (entry.token, entry.logprob)]
     }
 
 
-def _token(token: int, logprob: float, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _token(token: int, logprob: float, tokenizer: Tokenizer | None) -> TopLogprob:
     text = token_text(token, tokenizer)
-    spelt: list[int] | None = list(text.encode())
+    encoded: list[int] | None = list(text.encode())
     if tokenizer is None or tokenizer.is_control(token):
-        spelt = None
+        encoded = None
     elif (byte := tokenizer.byte(token)) is not None:
-        spelt = [byte]
-    return {"token": text, "logprob": logprob, "bytes": spelt}
+        encoded = [byte]
+    return {"token": text, "logprob": logprob, "bytes": encoded}

@@ -1,7 +1,7 @@
-"""OpenAI's responses: results and pieces to choices, whole and in chunks.
+"""OpenAI's responses: results and pieces as choices, whole and in chunks.
 
-A whole choice is made of one piece that holds everything, by the code that makes a stream's: so
-the chunks of a stream add up to it.
+A whole choice is the chunk of one piece that holds everything. So the chunks of a stream add up to
+the whole choice.
 """
 
 import itertools
@@ -12,6 +12,12 @@ from typing import Any
 from llama_jax.engine.result import Piece, Result
 from llama_jax.server.openai.logprobs import chat_logprobs, completion_logprobs
 from llama_jax.server.openai.requests import ParsedRequest
+from llama_jax.server.openai.types import (
+    ChatChoice,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionUsage,
+)
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -20,16 +26,16 @@ class ChatChoices:
 
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, asked: ParsedRequest, tokenizer: Tokenizer | None):
-        self._asked, self._tokenizer = asked, tokenizer
+    def __init__(self, parsed: ParsedRequest, tokenizer: Tokenizer | None):
+        self._parsed, self._tokenizer = parsed, tokenizer
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """Return what comes before the first piece: nothing."""
+        """Return the chunk before the first piece: none."""
         return None
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
-        """Return what a piece adds, if it adds anything."""
-        wanted = self._asked.requests[index].parameters.logprobs is not None
+        """Return the chunk of a piece; None if it adds nothing."""
+        wanted = self._parsed.requests[index].parameters.logprobs is not None
         if not (piece.text or wanted):
             return None
         choice: dict[str, Any] = {"index": index, "delta": {"content": piece.text}}
@@ -38,7 +44,7 @@ class ChatChoices:
         return choice
 
     def ending(self, index: int, result: Result) -> dict[str, Any]:
-        """Return a stream's last word of a choice."""
+        """Return the last chunk of a choice."""
         return {
             "index": index,
             "delta": {},
@@ -46,13 +52,12 @@ class ChatChoices:
             "seed": result.seed,
         }
 
-    def whole(self, index: int, result: Result) -> dict[str, Any]:
+    def whole(self, index: int, result: Result) -> ChatChoice:
         """Return a whole choice."""
         choice = self.chunk(index, _all(result)) or {}
-        message = {"role": "assistant", "content": result_text(result), "refusal": None}
         return {
             "index": index,
-            "message": message,
+            "message": {"role": "assistant", "content": result_text(result), "refusal": None},
             "logprobs": choice.get("logprobs"),
             "finish_reason": result.finish_reason,
             "stop_reason": None,
@@ -64,72 +69,78 @@ class CompletionChoices:
     """The choices of a completion.
 
     Args:
-        asked: what is asked for.
-        tokenizer: None: there is none.
-        prompts: the ids of each request's prompt.
+        parsed: the request.
+        tokenizer: None: the model has none.
+        prompts: the token ids of each request's prompt.
     """
 
     whole_object = chunk_object = "text_completion"
 
     def __init__(
-        self, asked: ParsedRequest, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]]
+        self, parsed: ParsedRequest, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]]
     ):
-        self._asked, self._tokenizer = asked, tokenizer
-        self._texts = [_CompletionText(prompt, tokenizer, asked.echo) for prompt in prompts]
+        self._parsed, self._tokenizer = parsed, tokenizer
+        self._texts = [_CompletionText(prompt, tokenizer, parsed.echo) for prompt in prompts]
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """Return the prompt, if it is to be echoed."""
-        return self._choice(index, self._prompt(index)) if self._asked.echo else None
+        """Return a chunk with the prompt if it is echoed."""
+        return self._choice(index, self._prompt(index)) if self._parsed.echo else None
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
-        """Return what a piece adds, if it adds anything."""
+        """Return the chunk of a piece; None if it adds nothing."""
         texts = self._texts[index]
         text = texts.leading_separator(piece.tokens) + piece.text
-        if self._asked.requests[index].parameters.logprobs is None:
+        if self._parsed.requests[index].parameters.logprobs is None:
             return self._choice(index, text) if text else None
         offsets = texts.offsets(piece.tokens)
         logprobs = completion_logprobs(piece.tokens, piece.logprobs, offsets, self._tokenizer)
         return self._choice(index, text, logprobs)
 
     def ending(self, index: int, result: Result) -> dict[str, Any]:
-        """Return a stream's last word of a choice."""
-        return self._choice(index, "") | _reason(result)
+        """Return the last chunk of a choice."""
+        last = self._choice(index, "")
+        return last | {"finish_reason": result.finish_reason, "seed": result.seed}
 
-    def whole(self, index: int, result: Result) -> dict[str, Any]:
+    def whole(self, index: int, result: Result) -> CompletionChoice:
         """Return a whole choice."""
         choice = self.chunk(index, _all(result)) or self._choice(index, "")
-        if self._asked.echo:
-            choice["text"] = self._prompt(index) + choice["text"]
-        if self._asked.echo and choice["logprobs"]:
+        text, logprobs = choice["text"], choice["logprobs"]
+        if self._parsed.echo:
+            text = self._prompt(index) + text
+        if self._parsed.echo and logprobs:
             assert result.prompt_logprobs is not None
-            before = completion_logprobs(
-                result.prompt_tokens,
-                result.prompt_logprobs,
-                self._texts[index].prompt_offsets(),
-                self._tokenizer,
-            )
-            after = choice["logprobs"]
-            choice["logprobs"] = {name: before[name] + after[name] for name in before}
-        return choice | _reason(result)
+            offsets = self._texts[index].prompt_offsets() + logprobs["text_offset"]
+            tokens = result.prompt_tokens + result.tokens
+            entries = result.prompt_logprobs + (result.logprobs or [])
+            logprobs = completion_logprobs(tokens, entries, offsets, self._tokenizer)
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": result.finish_reason,
+            "seed": result.seed,
+        }
 
     def _prompt(self, index: int) -> str:
-        raw = self._asked.requests[index].raw_prompt
+        raw = self._parsed.requests[index].raw_prompt
         return self._texts[index].prompt if raw is None else raw
 
-    def _choice(self, index: int, text: str, logprobs: dict | None = None) -> dict[str, Any]:
+    def _choice(
+        self, index: int, text: str, logprobs: CompletionLogprobs | None = None
+    ) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
 
 
 class _CompletionText:
-    """The text of one completion, which goes on where its prompt ends.
+    """The text of one completion, which continues its prompt.
 
-    A generation's own text begins without the space that its first word's token may have, as Meta's
-    and every answer in a dialog does. After a prompt that would glue two words together.
+    The text of a generation begins without the space of its first token, as every answer in Meta's
+    dialog format does. After a prompt this would join two words, so the space is restored.
 
     Args:
-        prompt: its ids.
-        tokenizer: None: ids are the text, with commas.
-        echo: whether the prompt is part of the text, so that offsets count it.
+        prompt: token ids.
+        tokenizer: None: the text is the ids, separated by commas.
+        echo: whether the text begins with the prompt, so that offsets count it.
     """
 
     def __init__(self, prompt: Sequence[int], tokenizer: Tokenizer | None, echo: bool):
@@ -139,20 +150,20 @@ class _CompletionText:
         if tokenizer and self._decoder:
             self.prompt = tokenizer.decode(list(prompt))
             shown = [token for token in prompt if not tokenizer.is_control(token)]
-            for token in shown[-1:]:  # behind it, a word's own space is kept
+            for token in shown[-1:]:  # after a first token, a word keeps its space
                 self._decoder.push(token)
                 self._decoder.finish()
         self._position = len(self.prompt) if echo else 0
-        self._separator_is_due = bool(self.prompt) if tokenizer else echo
+        self._separator_pending = bool(self.prompt) if tokenizer else echo
 
     def prompt_offsets(self) -> list[int]:
-        """Return where in the prompt's text its tokens begin."""
+        """Return the position in the prompt's text where each of its tokens begins."""
         decoder = StreamDecoder(self._tokenizer) if self._tokenizer else None
         lengths = [len(decoder.push(token) if decoder else f"{token},") for token in self._tokens]
         return list(itertools.accumulate(lengths[:-1], initial=0))
 
     def offsets(self, tokens: Sequence[int]) -> list[int]:
-        """Return where in the whole text the next tokens begin."""
+        """Return the position in the whole text where each of the next tokens begins."""
         offsets = []
         for token in tokens:
             offsets.append(self._position)
@@ -160,20 +171,20 @@ class _CompletionText:
         return offsets
 
     def leading_separator(self, tokens: Sequence[int]) -> str:
-        """Return, once, what stands between the prompt and the first token that shows."""
+        """Return, once, the separator between the prompt and the first token with a text."""
         tokenizer = self._tokenizer
         shown = [token for token in tokens if not (tokenizer and tokenizer.is_control(token))]
-        if not self._separator_is_due or not shown:
+        if not self._separator_pending or not shown:
             return ""
-        self._separator_is_due = False
+        self._separator_pending = False
         if tokenizer is None:
             return ","
         return " " if tokenizer.piece(shown[0]).startswith("▁") else ""
 
 
-def usage(asked: ParsedRequest, results: Sequence[Result]) -> dict[str, Any]:
+def usage(parsed: ParsedRequest, results: Sequence[Result]) -> CompletionUsage:
     """Count tokens: each prompt's once, each choice's."""
-    first = results[:: asked.n]
+    first = results[:: parsed.n]
     prompt = sum(len(result.prompt_tokens) for result in first)
     completion = sum(len(result.tokens) for result in results)
     cached = sum(result.usage.cached_tokens for result in first)
@@ -186,19 +197,15 @@ def usage(asked: ParsedRequest, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def head(kind: str, model: str) -> dict[str, Any]:
-    """Return what every response and chunk begins with."""
+    """Return the first fields of a response or chunk."""
     now = time.time()
     return {"id": f"id-{int(now * 1000)}", "object": kind, "created": int(now), "model": model}
 
 
 def result_text(result: Result) -> str:
-    """Return a result's text; without a tokenizer, its ids."""
+    """Return a result's text; without a tokenizer, its token ids."""
     return ",".join(map(str, result.tokens)) if result.response is None else result.response
 
 
 def _all(result: Result) -> Piece:
     return Piece(result_text(result), result.tokens, result.logprobs or [])
-
-
-def _reason(result: Result) -> dict[str, Any]:
-    return {"finish_reason": result.finish_reason, "seed": result.seed}

@@ -25,23 +25,23 @@ _STARTED = int(time.time())
 async def chat_completions(request: Request) -> Response:
     """POST .../chat/completions: answer a dialog."""
     service = service_of(request)
-    asked = await _parse(parse_chat, request)
-    answers = await service.answer(request_log_of(request.scope), asked.requests)
-    return await _respond(request, asked, answers, ChatChoices(asked, service.llm.tokenizer))
+    parsed = await _parse(parse_chat, request)
+    answers = await service.answer(request_log_of(request.scope), parsed.requests)
+    return await _respond(request, parsed, answers, ChatChoices(parsed, service.llm.tokenizer))
 
 
 async def completions(request: Request) -> Response:
     """POST .../completions: go on with text or token ids as they are."""
     service = service_of(request)
-    asked = await _parse(parse_completion, request)
-    answers = await service.answer(request_log_of(request.scope), asked.requests)
-    make = functools.partial(CompletionChoices, asked, service.llm.tokenizer, answers.prompts)
+    parsed = await _parse(parse_completion, request)
+    answers = await service.answer(request_log_of(request.scope), parsed.requests)
+    make = functools.partial(CompletionChoices, parsed, service.llm.tokenizer, answers.prompts)
     try:
         choices = await asyncio.to_thread(make)  # as it decodes the prompts
     except BaseException:
         answers.cancel()
         raise
-    return await _respond(request, asked, answers, choices)
+    return await _respond(request, parsed, answers, choices)
 
 
 async def list_models(request: Request) -> Response:
@@ -71,34 +71,34 @@ async def _parse(
 
 async def _respond(
     request: Request,
-    asked: ParsedRequest,
+    parsed: ParsedRequest,
     answers: Answers,
     choices: ChatChoices | CompletionChoices,
 ) -> Response:
     """Answer with a stream or with the whole."""
     model = service_of(request).settings.model
-    if asked.stream:
-        events = _events(asked, answers, choices, head(choices.chunk_object, model))
-        return await start_stream(request_log_of(request.scope), events, asked.requests)
+    if parsed.stream:
+        events = _events(parsed, answers, choices, head(choices.chunk_object, model))
+        return await start_stream(request_log_of(request.scope), events, parsed.requests)
     results = await answers.results()
     # In a thread: where each token of a long prompt begins takes a while to tell.
     return await asyncio.to_thread(
-        _whole, asked, results, choices, head(choices.whole_object, model)
+        _whole, parsed, results, choices, head(choices.whole_object, model)
     )
 
 
 def _whole(
-    asked: ParsedRequest,
+    parsed: ParsedRequest,
     results: list[Result],
     choices: ChatChoices | CompletionChoices,
     first_fields: dict[str, Any],
 ) -> Response:
     whole = [choices.whole(i, result) for i, result in enumerate(results)]
-    return CompactJSONResponse({**first_fields, "choices": whole, **_metadata(asked, results)})
+    return CompactJSONResponse({**first_fields, "choices": whole, **_metadata(parsed, results)})
 
 
 async def _events(
-    asked: ParsedRequest,
+    parsed: ParsedRequest,
     answers: Answers,
     choices: ChatChoices | CompletionChoices,
     first_fields: dict[str, Any],
@@ -117,16 +117,16 @@ async def _events(
                 continue
             results[index] = part
             chunk = first_fields | {"choices": [choices.ending(index, part)]}
-            if len(results) == len(asked.requests):
-                chunk |= _metadata(asked, [results[i] for i in sorted(results)])
+            if len(results) == len(parsed.requests):
+                chunk |= _metadata(parsed, [results[i] for i in sorted(results)])
             yield event(chunk)
-    if asked.include_usage:
-        counted = usage(asked, [results[i] for i in sorted(results)])
+    if parsed.include_usage:
+        counted = usage(parsed, [results[i] for i in sorted(results)])
         yield event(first_fields | {"choices": [], "usage": counted})
     yield DONE
 
 
-def _metadata(asked: ParsedRequest, results: list[Result]) -> dict[str, Any]:
+def _metadata(parsed: ParsedRequest, results: list[Result]) -> dict[str, Any]:
     """Return what is said once, about all choices."""
-    ending = {"usage": usage(asked, results), "system_fingerprint": results[0].fingerprint}
-    return ending | {"warnings": asked.warnings} if asked.warnings else ending
+    ending = {"usage": usage(parsed, results), "system_fingerprint": results[0].fingerprint}
+    return ending | {"warnings": parsed.warnings} if parsed.warnings else ending

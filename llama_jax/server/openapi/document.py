@@ -1,24 +1,25 @@
-"""OpenAPI: the description of all routes, for people, generators of clients and fuzzers."""
+"""OpenAPI: the description of all routes, for people, client generators and fuzzers."""
 
 from typing import Any
 
 from llama_jax.server.auth import OPEN_PATHS
-from llama_jax.server.openapi.schemas import BOOLEAN, STRING, a_number, schemas
+from llama_jax.server.openapi.schemas import schemas
 from llama_jax.server.workers_ai import MAX_PAGE, MAX_PER_PAGE
 from llama_jax.version import __version__
 
+_STRING = {"type": "string"}
 _ERRORS = {
-    400: "The request is wrong, or has no token that can be read.",
+    400: "The request is invalid, or its token is missing or malformed.",
     401: "The token is wrong.",
-    403: "The server is addressed by the name of another host.",
-    404: "There is no such route.",
-    408: "The request took too long.",
-    413: "The body is too large, or prompt and max_tokens do not fit the context.",
-    500: "A fault of the server.",
+    403: "The request names another host or comes from a page that is not allowed.",
+    404: "No such route.",
+    408: "The request exceeded the time limit.",
+    413: "The body is too large, or prompt and max_tokens exceed the context.",
+    500: "Internal error.",
 }
 _BUSY = {
-    429: "As many requests wait as may.",
-    503: "The model is being loaded, or the server is shutting down.",
+    429: "The queue is full.",
+    503: "The model is warming up, or the server is shutting down.",
 }
 
 
@@ -26,30 +27,30 @@ def document(model: str) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of a server of one model."""
     native = "/client/v4/accounts/{account}/ai"
     paths = {
-        "/": _get("The playground page.", {"text/html": STRING}),
-        "/healthz": _get("Whether the process lives.", {"text/plain": STRING}),
-        "/readyz": _get("Whether requests are taken.", {"text/plain": STRING}),
-        "/openapi.json": _get("This document.", {"application/json": {"type": "object"}}),
-        "/metrics": _get("Metrics for Prometheus.", {"text/plain": STRING}),
-        f"{native}/run/{{model}}": _post("Generate.", "Run", _path("model", {"const": model})),
+        "/": _get("Get the playground page.", {"text/html": _STRING}),
+        "/healthz": _get("Check that the process is alive.", {"text/plain": _STRING}),
+        "/readyz": _get("Check that the server accepts requests.", {"text/plain": _STRING}),
+        "/openapi.json": _get("Get this document.", {"application/json": {"type": "object"}}),
+        "/metrics": _get("Get the metrics in Prometheus' text format.", {"text/plain": _STRING}),
+        f"{native}/run/{{model}}": _post("Run the model.", "Run", _path("model", {"const": model})),
         f"{native}/models/search": _get("Search for models.", _json("SearchResponse"), *_SEARCH),
         f"{native}/models/schema": _get(
-            "The model card's two schemas.",
+            "Get the model card's two schemas.",
             _json("SchemaResponse"),
             _query("model", {"const": model}, required=True),
         ),
     }
     paths["/readyz"]["get"]["responses"]["503"] = {
-        "description": "Not yet, or not any more.",
-        "content": {"text/plain": {"schema": STRING}},
+        "description": "The model is warming up, or the server is shutting down.",
+        "content": {"text/plain": {"schema": _STRING}},
     }
     for base in ("/v1", f"{native}/v1"):
-        named = _path("model", {"const": model})
+        name = _path("model", {"const": model})
         paths |= {
-            f"{base}/chat/completions": _post("Answer a dialog.", "Chat"),
-            f"{base}/completions": _post("Go on with a text.", "Completion"),
+            f"{base}/chat/completions": _post("Create a chat completion.", "Chat"),
+            f"{base}/completions": _post("Create a completion.", "Completion"),
             f"{base}/models": _get("List the model.", _json("ModelList")),
-            f"{base}/models/{{model}}": _get("Describe the model.", _json("Model"), named),
+            f"{base}/models/{{model}}": _get("Get the model.", _json("Model"), name),
         }
     for path, item in paths.items():
         for operation in item.values():
@@ -75,7 +76,7 @@ def document(model: str) -> dict[str, Any]:
 
 def _get(summary: str, content: dict[str, Any], *parameters: dict[str, Any]) -> dict[str, Any]:
     content = {kind: {"schema": schema} for kind, schema in content.items()}
-    responses = {"200": {"description": "Done.", "content": content}, **_refusals(_ERRORS)}
+    responses = {"200": {"description": "Success.", "content": content}, **_refusals(_ERRORS)}
     return {"get": {"summary": summary, "parameters": [*parameters], "responses": responses}}
 
 
@@ -83,7 +84,7 @@ def _post(summary: str, name: str, *parameters: dict[str, Any]) -> dict[str, Any
     request = {"application/json": {"schema": _ref(f"{name}Request")}}
     answer = {
         "application/json": {"schema": _ref(f"{name}Response")},
-        "text/event-stream": {"schema": {"description": "Events of JSON; the last is [DONE]."}},
+        "text/event-stream": {"schema": {"description": "JSON events; the last event is [DONE]."}},
     }
     return {
         "post": {
@@ -91,7 +92,7 @@ def _post(summary: str, name: str, *parameters: dict[str, Any]) -> dict[str, Any
             "parameters": [*parameters],
             "requestBody": {"required": True, "content": request},
             "responses": {
-                "200": {"description": "The answer, whole or as it comes.", "content": answer},
+                "200": {"description": "The response, whole or streamed.", "content": answer},
                 **_refusals(_ERRORS | _BUSY),
             },
         }
@@ -122,8 +123,8 @@ def _query(name: str, schema: dict[str, Any], *, required: bool = False) -> dict
 
 
 _SEARCH = (
-    *(_query(name, STRING) for name in ("search", "task", "author", "source")),
-    _query("hide_experimental", BOOLEAN),
-    _query("page", a_number(1, MAX_PAGE)),
-    _query("per_page", a_number(1, MAX_PER_PAGE)),
+    *(_query(name, _STRING) for name in ("search", "task", "author", "source")),
+    _query("hide_experimental", {"type": "boolean"}),
+    _query("page", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}),
+    _query("per_page", {"type": "integer", "minimum": 1, "maximum": MAX_PER_PAGE}),
 )

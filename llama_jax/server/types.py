@@ -1,0 +1,141 @@
+"""The types of Workers AI's responses and of errors. They give the JSON Schemas of the OpenAPI
+document.
+"""
+
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field, WithJsonSchema
+from typing_extensions import TypedDict
+
+from llama_jax.engine.result import FinishReason
+
+Count = Annotated[int, Field(ge=0)]
+Empty = Annotated[list[Any], Field(max_length=0)]
+Finished = Annotated[FinishReason, WithJsonSchema({"enum": ["stop", "length"]})]
+"""A cancelled generation has no response."""
+
+
+class Usage(TypedDict):
+    """Tokens counted."""
+
+    prompt_tokens: Count
+    completion_tokens: Count
+    total_tokens: Count
+
+
+class Note(TypedDict):
+    """A code and a text, as Cloudflare's API returns them."""
+
+    code: int
+    message: str
+
+
+class Metadata(TypedDict):
+    """What is known of a generation beside its text."""
+
+    usage: Usage
+    finish_reason: Finished
+    seed: Count
+    fingerprint: str
+
+
+class RunResult(Metadata):
+    """A generation."""
+
+    response: str | None
+    tool_calls: Empty
+
+
+class TaskEntry(TypedDict):
+    """A kind of model."""
+
+    id: str
+    name: str
+    description: str
+
+
+class ModelProperty(TypedDict):
+    """A property of a model."""
+
+    property_id: str
+    value: str
+
+
+class ModelEntry(TypedDict):
+    """A model in the results of a search."""
+
+    id: str
+    source: int
+    name: str
+    description: str
+    task: TaskEntry
+    created_at: str
+    tags: list[str]
+    properties: list[ModelProperty]
+
+
+class ResultInfo(TypedDict):
+    """The page of a search."""
+
+    count: Count
+    page: Count
+    per_page: Count
+    total_count: Count
+    total_pages: Count
+
+
+class CardSchemas(TypedDict):
+    """The model card's two schemas."""
+
+    input: dict[str, Any]
+    output: dict[str, Any]
+
+
+class _Envelope(TypedDict):
+    success: Literal[True]
+    errors: Empty
+    messages: list[Note]
+
+
+class RunResponse(_Envelope):
+    """A generation in Cloudflare's envelope."""
+
+    result: RunResult
+
+
+class SearchResponse(_Envelope):
+    """Models in Cloudflare's envelope."""
+
+    result: list[ModelEntry]
+    result_info: ResultInfo
+
+
+class SchemaResponse(_Envelope):
+    """The model card's schemas in Cloudflare's envelope."""
+
+    result: CardSchemas
+
+
+class ErrorNote(Note):
+    """What went wrong."""
+
+    error_chain: NotRequired[list[Note]]
+
+
+class OpenAIError(TypedDict):
+    """The same in OpenAI's form, for its clients."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Error(TypedDict):
+    """An error: Cloudflare's envelope, and beside it OpenAI's object."""
+
+    errors: Annotated[list[ErrorNote], Field(min_length=1, max_length=1)]
+    success: Literal[False]
+    result: Annotated[dict[str, Any], Field(max_length=0)] | None
+    messages: Empty
+    error: OpenAIError
