@@ -85,7 +85,7 @@ async def read_metrics(http: httpx.AsyncClient) -> dict[str, float]:
     response = await http.get("/metrics")
     for family in text_string_to_metric_families(response.raise_for_status().text):
         for sample in family.samples:
-            values[sample.name.removeprefix("llama_jax:")] += sample.value
+            values[sample.name.removeprefix("llama_jax_")] += sample.value
             if sample.name.endswith("http_requests_total"):
                 values[f"{sample.labels['status'][0]}xx"] += sample.value
     return values
@@ -149,7 +149,7 @@ class Soak:
             f"slots {got['num_requests_running']:g}, queue {got['num_requests_waiting']:g}, "
             f"requests {got['http_requests_total']:g} "
             f"(2xx {got['2xx']:g}, 4xx {got['4xx']:g}, 5xx {got['5xx']:g}, "
-            f"hung up {got['client_disconnects_total']:g}), "
+            f"disconnected {got['client_disconnects_total']:g}), "
             f"tokens {got['generation_tokens_total']:g}, problems {len(self.problems)}",
             flush=True,
         )

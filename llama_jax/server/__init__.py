@@ -1,4 +1,4 @@
-"""The HTTP server: the model card's routes as Workers AI serves them, and OpenAI's.
+"""The HTTP server: the routes of Workers AI and of OpenAI.
 
-It is an extra (`pip install llama_jax[serve]`): nothing else of the package imports it.
+It needs the extra `serve` (`pip install llama_jax[serve]`). Nothing else in the package imports it.
 """

@@ -1,4 +1,4 @@
-"""Access log: one line of JSON for each request. What was asked and answered is not in it."""
+"""Access log: one line of JSON per request, without prompts, responses and tokens."""
 
 import datetime
 import json
@@ -10,27 +10,27 @@ from llama_jax.server.request_log import RequestLog
 LOGGER = logging.getLogger("llama_jax.access")
 
 
-def write(call: RequestLog) -> None:
-    """Log a call that is over."""
+def write(log: RequestLog) -> None:
+    """Log a request that has ended."""
     if LOGGER.isEnabledFor(logging.INFO):
-        LOGGER.info("%s", json.dumps(_line(call)))
+        LOGGER.info("%s", json.dumps(_line(log)))
 
 
-def _line(call: RequestLog) -> dict[str, Any]:
+def _line(log: RequestLog) -> dict[str, Any]:
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
-        "request_id": call.id,
-        "method": call.method,
-        "path": call.path,
-        "route": call.route,
-        "status": call.status,
-        "error_code": call.error and call.error.kind.code,
-        "prompt_tokens": call.prompt_tokens,
-        "completion_tokens": call.completion_tokens,
-        "finish_reason": ",".join(sorted({r.finish_reason for r in call.results})) or None,
-        "ttft_s": _rounded(call.first_text_s),
-        "duration_s": _rounded(call.duration_s),
-        "client_disconnected": call.disconnected,
+        "request_id": log.id,
+        "method": log.method,
+        "path": log.path,
+        "route": log.route,
+        "status": log.status,
+        "error_code": log.error and log.error.kind.code,
+        "prompt_tokens": log.prompt_tokens,
+        "completion_tokens": log.completion_tokens,
+        "finish_reason": ",".join(sorted({r.finish_reason for r in log.results})) or None,
+        "ttft_s": _rounded(log.first_text_s),
+        "duration_s": _rounded(log.duration_s),
+        "client_disconnected": log.disconnected,
     }
 
 

@@ -1,4 +1,4 @@
-"""App: all routes around one model."""
+"""App: the ASGI application with all routes for one model."""
 
 import asyncio
 import contextlib
@@ -29,17 +29,17 @@ _ACCOUNT = "/client/v4/accounts/{account}"
 
 
 def create_app(llm: Llama, settings: Settings | None = None) -> Starlette:
-    """Return an ASGI application; its lifespan runs the engine, so no one else may step it.
+    """Return an ASGI application. Its lifespan runs the engine, so nothing else may run it.
 
     Args:
-        llm: what answers.
+        llm: the model to serve.
         settings: None: all defaults.
     """
     return app_of(Service(llm, settings or Settings()))
 
 
 def app_of(service: Service) -> Starlette:
-    """Return the application around a service."""
+    """Return the application for a service."""
     settings, metrics = service.settings, Metrics(service.llm)
 
     @contextlib.asynccontextmanager
@@ -51,13 +51,13 @@ def app_of(service: Service) -> Starlette:
             service.stop()
             await asyncio.to_thread(service.join)  # in a thread: connections still end meanwhile
 
-    def end(call: RequestLog) -> None:
-        metrics.observe(call)
-        access_log.write(call)
+    def end(log: RequestLog) -> None:
+        metrics.observe(log)
+        access_log.write(log)
 
     middleware = [Middleware(RequestMiddleware, settings, end)]
     if settings.allowed_origins:
-        # Outside of the gate: its refusals too are to be read by these pages.
+        # Outside RequestMiddleware, so that these pages can read its errors too.
         cors = Middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
@@ -85,7 +85,7 @@ def _routes() -> list[Route]:
         Route("/readyz", readyz),
         Route("/metrics", metrics),
         Route("/openapi.json", openapi_json),
-        # A path comes decoded: `{model:path}` takes slashes however they were sent.
+        # Paths arrive decoded, so `{model:path}` matches slashes sent as / or as %2F.
         Route(f"{native}/run/{{model:path}}", workers_ai.run, methods=["POST"]),
         Route(f"{native}/models/search", workers_ai.search_models),
         Route(f"{native}/models/schema", workers_ai.read_schema),
@@ -101,17 +101,17 @@ def _routes() -> list[Route]:
 
 
 async def playground(request: Request) -> Response:
-    """GET /: a page to try the model in."""
+    """GET /: the playground page."""
     return page.reply(workers_ai.service_of(request).settings.model)
 
 
 async def healthz(request: Request) -> Response:
-    """GET /healthz: the process lives."""
+    """GET /healthz: the process is alive."""
     return PlainTextResponse("ok\n")
 
 
 async def readyz(request: Request) -> Response:
-    """GET /readyz: whether requests are taken."""
+    """GET /readyz: whether the server accepts requests."""
     unready = workers_ai.service_of(request).unready
     if unready is None:
         return PlainTextResponse("ready\n")
@@ -119,12 +119,12 @@ async def readyz(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """GET /metrics: for Prometheus."""
+    """GET /metrics: the metrics in Prometheus' text format."""
     return Response(request.app.state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def openapi_json(request: Request) -> Response:
-    """GET /openapi.json: what this server takes and gives."""
+    """GET /openapi.json: the OpenAPI document."""
     return CompactJSONResponse(_document(workers_ai.service_of(request).settings.model))
 
 

@@ -1,5 +1,4 @@
-"""Auth: whether a request may be answered: its token, in one of the ways Cloudflare's clients send
-it, and the name that it calls this machine by."""
+"""Auth: the token, sent as Cloudflare's clients send it, and the host and origin of a request."""
 
 import hmac
 import ipaddress
@@ -18,14 +17,14 @@ from llama_jax.server.errors import (
 )
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/openapi.json"})
-"""What anybody may read: they tell nothing that is not in this repository."""
+"""Paths without authentication; they hold only what this repository holds."""
 
 
 def check_token(headers: Headers, token: str | None) -> None:
-    """Let a request pass that carries the token, or if there is none.
+    """Check the token of a request, if the server has one.
 
     Raises:
-        ApiError: no token was sent, or none that can be read, or another one.
+        ApiError: the token is missing, malformed or wrong.
     """
     if token is None:
         return
@@ -38,21 +37,21 @@ def check_token(headers: Headers, token: str | None) -> None:
         sent = headers["x-auth-key"]
     else:
         raise ApiError(NO_TOKEN)
-    # In constant time, so that a wrong one does not tell how much of it is right. Headers come
-    # decoded as Latin-1; whoever set a token in another script sent it as UTF-8.
+    # In constant time, so that the time does not show how much of a wrong token is right. Headers
+    # arrive decoded as Latin-1; clients send a token in another script as UTF-8.
     if not hmac.compare_digest(sent.strip().encode("latin-1"), token.strip().encode("utf-8")):
         raise ApiError(WRONG_TOKEN)
 
 
 def check_page(headers: Headers, allowed_origins: Collection[str]) -> None:
-    """Let a request pass that no page sent, or one of this server's own or of an allowed origin.
+    """Check that a request comes from no page, this server's own page or an allowed origin.
 
-    A browser says where it took a page from (Origin), and by what name it calls this machine
-    (Host); no page can change either. A name that is not this machine's own may have been made to
-    point here (DNS rebinding).
+    A browser sends the page's origin (Origin) and the name of this machine that it used (Host). A
+    page can change neither. A name that is not this machine's own may have been pointed here (DNS
+    rebinding).
 
     Raises:
-        ApiError: it gives another host's name, or comes from another page.
+        ApiError: the request names another host or comes from another page.
     """
     host, origin = headers.get("host", "localhost"), headers.get("origin")
     if not _is_local(host):
@@ -64,7 +63,7 @@ def check_page(headers: Headers, allowed_origins: Collection[str]) -> None:
 
 
 def _is_local(host: str) -> bool:
-    """Whether a Host header, with or without a port, can be no other machine's name."""
+    """Whether a Host header, with or without a port, can only name this machine."""
     try:
         name = urllib.parse.urlsplit(f"//{host}").hostname or ""
         if name == "localhost" or name.endswith(".localhost"):

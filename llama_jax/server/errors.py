@@ -34,14 +34,14 @@ BAD_HEADER = Kind(
 WRONG_TOKEN = Kind(401, 10000, "Authentication error", True)
 WRONG_ORIGIN = Kind(
     *(403, 9109),
-    "Unauthorized to access requested resource: pages of {!r:.80} may not; name that origin in "
-    "--allowed_origins, or give the server an API token",
+    "Unauthorized to access requested resource: pages of {!r:.80} are not allowed; add that "
+    "origin to --allowed_origins, or give the server an API token",
     front_door=True,
 )
 WRONG_HOST = Kind(
     *(403, 9109),
-    "Unauthorized to access requested resource: {!r:.80} is no name of this machine; give the "
-    "server an API token, or start it with --insecure",
+    "Unauthorized to access requested resource: {!r:.80} is not a name of this machine; give "
+    "the server an API token, or start it with --insecure",
     front_door=True,
 )
 NO_ROUTE = Kind(404, 7000, "No route for that URI", True)

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, named as vLLM names its own where they mean the same."""
+"""Metrics for Prometheus; they have vLLM's names where their meaning is the same."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 from llama_jax.llama import Llama
 from llama_jax.server.request_log import RequestLog
 
-_PREFIX = "llama_jax:"
+_PREFIX = "llama_jax_"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
@@ -17,69 +17,69 @@ _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class Metrics:
-    """What one server counts, in a registry of its own.
+    """The metrics of one server, in their own registry.
 
     Args:
-        llm: whose engine is looked at whenever metrics are read.
+        llm: the model whose engine is read at every scrape.
     """
 
     def __init__(self, llm: Llama):
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(llm))
         self._requests = self._counter(
-            "http_requests", "Requests answered.", "route", "method", "status"
+            "http_requests", "HTTP requests.", "route", "method", "status"
         )
-        self._errors = self._counter("errors", "Errors told to clients, by their code.", "code")
+        self._errors = self._counter("errors", "Errors returned to clients.", "code")
         self._disconnects = self._counter(
-            "client_disconnects", "Clients that hung up before their answer's end.", "route"
+            "client_disconnects", "Clients that disconnected before the response ended.", "route"
         )
         self._successes = self._counter(
-            "request_success", "Answers that came to their end.", "route", "finished_reason"
+            "request_success", "Generations completed.", "route", "finished_reason"
         )
         self._first = self._histogram(
-            "time_to_first_token_seconds", "From a request's arrival to its first tokens.", _SECONDS
+            "time_to_first_token_seconds", "Time to first token (TTFT).", _SECONDS
         )
         self._per_token = self._histogram(
             "time_per_output_token_seconds",
-            "From the first tokens to the last, by token.",
+            "Mean inter-token latency of a request.",
             _SHORT_SECONDS,
         )
         self._whole = self._histogram(
-            "e2e_request_latency_seconds", "From a request's arrival to its end.", _SECONDS
+            "e2e_request_latency_seconds", "Time from a request to its response's end.", _SECONDS
         )
         self._queued = self._histogram(
-            "request_queue_time_seconds", "Waiting for a slot.", _SECONDS
+            "request_queue_time_seconds", "Time a generation waited for a slot.", _SECONDS
         )
         self._prompt = self._histogram(
-            "request_prompt_tokens", "Tokens of an answer's prompt.", _TOKENS
+            "request_prompt_tokens", "Prompt tokens per generation.", _TOKENS
         )
         self._generated = self._histogram(
-            "request_generation_tokens", "Tokens of an answer.", _TOKENS
+            "request_generation_tokens", "Tokens generated per generation.", _TOKENS
         )
 
     def render(self) -> bytes:
-        """Return everything in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def observe(self, call: RequestLog) -> None:
-        """Count a call that is over."""
-        status = "none" if call.status is None else str(call.status)
-        method = call.method if call.method in _METHODS else "other"  # a client may send any word
-        self._requests.labels(call.route, method, status).inc()
-        if call.error is not None:
-            self._errors.labels(str(call.error.kind.code)).inc()
-        if call.disconnected:
-            self._disconnects.labels(call.route).inc()
-        for result in call.results:
-            self._successes.labels(call.route, result.finish_reason).inc()
+    def observe(self, log: RequestLog) -> None:
+        """Count a request that has ended."""
+        status = "none" if log.status is None else str(log.status)
+        method = log.method if log.method in _METHODS else "other"  # clients may send any word
+        self._requests.labels(log.route, method, status).inc()
+        if log.error is not None:
+            self._errors.labels(str(log.error.kind.code)).inc()
+        if log.disconnected:
+            self._disconnects.labels(log.route).inc()
+        for result in log.results:
+            self._successes.labels(log.route, result.finish_reason).inc()
             self._queued.observe(result.timings.queue_s)
             self._prompt.observe(len(result.prompt_tokens))
             self._generated.observe(len(result.tokens))
-        if call.first_text_s is not None:
-            self._first.observe(call.first_text_s)
-        if call.results and call.error is None:
-            self._whole.observe(call.duration_s)
-        if (seconds := call.s_per_token) is not None:
+        if log.first_text_s is not None:
+            self._first.observe(log.first_text_s)
+        if log.results and log.error is None:
+            self._whole.observe(log.duration_s)
+        if (seconds := log.s_per_token) is not None:
             self._per_token.observe(seconds)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -90,36 +90,34 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """What the engine knows of itself."""
+    """The engine's own counts, read at every scrape."""
 
     def __init__(self, llm: Llama):
         self._llm = llm
 
     def collect(self) -> Iterator[Metric]:
-        """Read it."""
+        """Read the counts."""
         engine, executor = self._llm.engine, self._llm.executor
         gauges = {
-            "num_requests_running": ("Slots in use.", engine.running),
-            "num_requests_waiting": ("Requests in the queue.", engine.queued),
-            "num_slots": ("Answers drawn at once, at most.", executor.batch),
-            "compiled_programs": ("Programs compiled so far.", len(executor.compiled.names)),
+            "num_requests_running": ("Generations in flight.", engine.running),
+            "num_requests_waiting": ("Generations waiting for a slot.", engine.queued),
+            "num_slots": ("Slots: the most generations in flight.", executor.batch),
+            "compiled_programs": ("Programs compiled.", len(executor.compiled.names)),
         }
         counters = {
-            "prompt_tokens": ("Of all prompts that got a slot.", engine.counts.prompt_tokens),
+            "prompt_tokens": ("Prompt tokens of started generations.", engine.counts.prompt_tokens),
             "prefix_reused_tokens": (
-                "Of those, found in the cache and not read again.",
+                "Prompt tokens served from the prefix cache.",
                 engine.counts.cached_tokens,
             ),
-            "generation_tokens": ("Drawn.", engine.counts.tokens),
-            "compile_seconds": ("Spent on compiling.", executor.compiled.seconds),
+            "generation_tokens": ("Tokens generated.", engine.counts.tokens),
+            "compile_seconds": ("Seconds spent on compilation.", executor.compiled.seconds),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(_PREFIX + name, text, value)
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(_PREFIX + name, text, value)
-        ended = CounterMetricFamily(
-            _PREFIX + "generations", "Generations by their end.", labels=["end"]
-        )
+        ended = CounterMetricFamily(_PREFIX + "generations", "Generations ended.", labels=["end"])
         for end, count in dict(engine.counts.ended).items():
             ended.add_metric([end], count)
         yield ended

@@ -1,8 +1,8 @@
-"""RequestMiddleware: what every request passes, whatever it asks for.
+"""RequestMiddleware: authentication, body limit, time limits, errors and log of every request.
 
-In this order: a call is made for it, who sends it is checked, its body is read, and it is answered
-for as long as its client is there. Whatever goes wrong is told the client in one form, and the call
-is logged and counted at the end.
+It opens a log for the request, checks the client's token and page, reads the body and runs the
+route as long as the client is connected. Every error becomes a response of the same form. At the
+end the request is logged and counted.
 """
 
 import asyncio
@@ -18,14 +18,14 @@ from llama_jax.server.request_log import RequestLog
 from llama_jax.server.settings import Settings
 
 _READING_S = 60
-"""How much longer than the time limit a client may take to read its answer."""
+"""Time beyond the time limit that a client has to read its response."""
 
-_THROWN_AWAY = 4
-"""How often its limit a body may hold if it is to be read to its end before it is refused."""
+_DISCARDED = 4
+"""A body up to this multiple of the limit is read to its end before it is refused."""
 
 
 class ClientDisconnectedError(Exception):
-    """The client went away."""
+    """The client closed the connection."""
 
 
 class RequestMiddleware:
@@ -33,43 +33,43 @@ class RequestMiddleware:
 
     Args:
         app: the routes.
-        settings: the server's.
-        on_end: called with each call when it is over.
+        settings: the server's settings.
+        on_end: called with the log of each request when it has ended.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, on_end: Callable[[RequestLog], None]):
         self._app, self._settings, self._on_end = app, settings, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Serve one request."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        call = RequestLog(scope["method"], scope["path"])
-        scope["llama_jax.call"] = call
+        log = RequestLog(scope["method"], scope["path"])
+        scope["llama_jax.log"] = log
 
-        async def send_noting(message: Message) -> None:
+        async def send_logged(message: Message) -> None:
             if message["type"] == "http.response.start":
-                call.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = call.id
+                log.status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = log.id
             await send(message)
 
         try:
-            await self._answer(scope, receive, send_noting)
+            await self._respond(scope, receive, send_logged)
         except ClientDisconnectedError:
-            call.disconnected = True
+            log.disconnected = True
         except Exception as error:
-            refusal = call.fail(error)
-            if call.status is None:
-                await refusal.reply(call.id)(scope, receive, send_noting)
+            refusal = log.fail(error)
+            if log.status is None:
+                await refusal.reply(log.id)(scope, receive, send_logged)
             elif not isinstance(error, TimeoutError):
-                raise  # in the midst of an answer: all there is to do is to break it off
+                raise  # the response has begun: it can only be cut off
         finally:
             endpoint = scope.get("endpoint")
-            call.route = getattr(endpoint, "__name__", call.route)
-            self._on_end(call)
+            log.route = getattr(endpoint, "__name__", log.route)
+            self._on_end(log)
         return None
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         if scope["path"] not in OPEN_PATHS:
             if self._settings.local_only:
@@ -77,7 +77,7 @@ class RequestMiddleware:
             check_token(headers, self._settings.api_token)
         async with asyncio.timeout(self._settings.timeout_s):
             body = await _read_body(headers, receive, self._settings.max_body_bytes)
-        # The answer has its own deadline; this is for a client that does not read it.
+        # The generation has its own deadline. This one is for a client that does not read.
         async with asyncio.timeout(self._settings.timeout_s + _READING_S):
             await _while_connected(self._app(scope, _replay(body, receive), send), receive)
 
@@ -85,12 +85,12 @@ class RequestMiddleware:
 async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
     """Read a body up to the limit.
 
-    Of one too large the rest is read too, unless it is very large, and thrown away: a client that
-    still writes when the connection ends may never read why.
+    The rest of a larger body is read and discarded, unless it is very large. A client that is still
+    writing when the connection closes may never read the error.
     """
     refusal = ApiError(errors.TOO_LARGE, headers={"connection": "close"})
-    said = headers.get("content-length", "")
-    if said.isdecimal() and int(said) > (limit if "expect" in headers else _THROWN_AWAY * limit):
+    length = headers.get("content-length", "")
+    if length.isdecimal() and int(length) > (limit if "expect" in headers else _DISCARDED * limit):
         raise refusal
     body, size, more = bytearray(), 0, True
     while more:
@@ -102,7 +102,7 @@ async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
         more = message.get("more_body", False)
         if size <= limit:
             body += part
-        elif size > _THROWN_AWAY * limit:
+        elif size > _DISCARDED * limit:
             raise refusal
         else:
             body.clear()
@@ -112,37 +112,37 @@ async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives a body which was read already."""
+    """Return a `receive` that returns the body already read."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def replaying() -> Message:
+    async def receive_again() -> Message:
         return messages.pop() if messages else await receive()
 
-    return replaying
+    return receive_again
 
 
-async def _while_connected(answering: Awaitable[None], receive: Receive) -> None:
-    """Await an answer, and cancel it as soon as its client hangs up.
+async def _while_connected(response: Awaitable[None], receive: Receive) -> None:
+    """Await a response, and cancel it as soon as the client disconnects.
 
     Raises:
-        ClientDisconnectedError: it did.
-        Exception: what the answer raised.
+        ClientDisconnectedError: the client disconnected.
+        Exception: what the response raised.
     """
-    answer = asyncio.ensure_future(answering)
-    hang_up = asyncio.ensure_future(_hang_up(receive))
+    task = asyncio.ensure_future(response)
+    disconnect = asyncio.ensure_future(_disconnected(receive))
     try:
-        await asyncio.wait((answer, hang_up), return_when=asyncio.FIRST_COMPLETED)
-        over = answer.done()
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
+        finished = task.done()
     finally:
-        answer.cancel()
-        hang_up.cancel()
-        await asyncio.gather(answer, hang_up, return_exceptions=True)
-    if not over:
+        task.cancel()
+        disconnect.cancel()
+        await asyncio.gather(task, disconnect, return_exceptions=True)
+    if not finished:
         raise ClientDisconnectedError
-    await answer
+    await task
 
 
-async def _hang_up(receive: Receive) -> None:
-    """Return when the client has gone away."""
+async def _disconnected(receive: Receive) -> None:
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

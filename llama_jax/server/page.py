@@ -1,4 +1,4 @@
-"""The playground page, with a policy that lets nothing run in it but its own script and style."""
+"""The playground page; its policy allows only its own script and style."""
 
 import base64
 import functools
@@ -36,9 +36,9 @@ def _read() -> str:
 
 
 def content_security_policy(html: str) -> str:
-    """Return the policy for a page: its inline scripts and styles by their hashes, fetch at home.
+    """Return the policy of a page: its inline scripts and styles by hash, fetch from this server.
 
-    Text that a model writes could be markup: even if the page let it through, it would not run.
+    A model may write markup. Even if the page inserted it, it would not run.
     """
     return "; ".join(
         [
@@ -55,7 +55,7 @@ def content_security_policy(html: str) -> str:
 
 
 def _sources(html: str, tag: str) -> str:
-    """Return the hashes of the contents of all elements of one kind."""
+    """Return the hashes of the contents of all elements with a tag."""
     contents = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", html, re.DOTALL | re.IGNORECASE)
     digests = [hashlib.sha256(content.encode()).digest() for content in contents]
     return " ".join(f"'sha256-{base64.b64encode(d).decode()}'" for d in digests) or "'none'"

@@ -1,4 +1,4 @@
-"""RequestLog: one HTTP request, and what becomes known of it while it is answered."""
+"""RequestLog: what the access log and the metrics record of an HTTP request."""
 
 import dataclasses
 import logging
@@ -15,39 +15,39 @@ _LOGGER = logging.getLogger("llama_jax.server")
 
 @dataclasses.dataclass
 class RequestLog:
-    """What the access log and the metrics want to know of a request."""
+    """The record of one HTTP request, filled in while it is served."""
 
     method: str
     path: str
     id: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
     began: float = dataclasses.field(default_factory=time.perf_counter)
     route: str = "none"
-    """The name of what answers it."""
+    """Name of the route's handler."""
     status: int | None = None
-    """None: nothing was sent."""
+    """Status of the response; None: nothing was sent."""
     error: ApiError | None = None
-    """What the client was told, be it in the midst of a stream."""
+    """The error returned to the client, as a response or within a stream."""
     prompt_tokens: int = 0
-    """Of all prompts that were submitted."""
+    """Tokens of all prompts submitted."""
     completion_tokens: int = 0
-    """That came so far, of all answers."""
+    """Tokens of all generations so far."""
     results: list[Result] = dataclasses.field(default_factory=list)
-    """Of the answers that came to their end."""
+    """Results of the generations that completed."""
     disconnected: bool = False
-    """The client went away before it had everything."""
+    """Whether the client disconnected before the response ended."""
     first_text_s: float | None = None
-    """Seconds from its arrival to the first tokens."""
+    """Time to first token (TTFT), from the request's arrival."""
     last_text_s: float | None = None
-    """To the last ones so far."""
+    """Time to the latest token, from the request's arrival."""
 
     @property
     def duration_s(self) -> float:
-        """Seconds from its arrival to now."""
+        """Seconds since the request's arrival."""
         return time.perf_counter() - self.began
 
     @property
     def s_per_token(self) -> float | None:
-        """Seconds by token after the first of an answer, None unless there is just one answer."""
+        """Mean inter-token latency; None unless there is exactly one generation."""
         if len(self.results) != 1 or len(self.results[0].tokens) < 2:
             return None
         if self.first_text_s is None or self.last_text_s is None:
@@ -55,14 +55,14 @@ class RequestLog:
         return (self.last_text_s - self.first_text_s) / (len(self.results[0].tokens) - 1)
 
     def record_tokens(self, count: int) -> None:
-        """Note that there are new tokens."""
+        """Record new tokens."""
         self.completion_tokens += count
         self.last_text_s = self.duration_s
         if self.first_text_s is None:
             self.first_text_s = self.last_text_s
 
     def fail(self, error: Exception) -> ApiError:
-        """Note what went wrong; return what the client is to be told. A bug is logged."""
+        """Record an exception and return the error for the client; a bug is logged."""
         self.error = to_api_error(error)
         if self.error.kind is INTERNAL:
             _LOGGER.error("request %s failed", self.id, exc_info=error)
@@ -70,5 +70,5 @@ class RequestLog:
 
 
 def request_log_of(scope: Scope) -> RequestLog:
-    """Return the call that the gate made for a request."""
-    return scope["llama_jax.call"]
+    """Return the log that `RequestMiddleware` opened for a request."""
+    return scope["llama_jax.log"]

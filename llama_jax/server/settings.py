@@ -1,4 +1,4 @@
-"""Settings: how the server behaves; what the model does is `Llama`'s own."""
+"""Settings of the server; those of the model are `Llama`'s."""
 
 import dataclasses
 import re
@@ -9,36 +9,36 @@ from llama_jax.errors import InputError, one_line
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a server is told at its start."""
+    """The settings of one server."""
 
     model: str = card.MODEL
-    """The name it answers to."""
+    """Name of the model served."""
     api_token: str | None = None
-    """What clients have to send; None: anything goes."""
+    """Token that clients must send; None: no authentication."""
     local_only: bool = False
-    """Answer only to names of this machine, and to no pages but its own and allowed ones. Without a
-    token, any web page could else use the server of whoever looks at it."""
+    """Accept only requests to a name of this machine, from the server's own page or an allowed
+    origin. Otherwise, without a token, any web page could use the server of its visitor."""
     max_body_bytes: int = 8 * 2**20
     timeout_s: float = 600.0
-    """For a whole request, its time in the queue included."""
+    """Time limit of a whole request, its time in the queue included."""
     drain_s: float = 30.0
-    """What running requests are given to end when the server is told to stop."""
+    """Time that requests in flight have to end when the server shuts down."""
     allowed_origins: tuple[str, ...] = ()
-    """Origins, as `https://example.com`, whose pages may call this server; `*` is any."""
+    """Origins such as `https://example.com` whose pages may use this server; `*`: any origin."""
     warm_up: bool = True
-    """Compile all programs before the first request; else each at its first use."""
+    """Compile all programs before the first request; otherwise each at its first use."""
 
     def __post_init__(self) -> None:
-        """Refuse what would silently open the server or keep it from answering."""
+        """Refuse settings that would open the server silently or make it useless."""
         problems = [
-            f"allowed_origins has {origin!r:.80}, expected * or as https://example.com"
+            f"allowed_origins has {origin!r:.80}, expected * or an origin such as https://example.com"
             for origin in self.allowed_origins
             if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+", origin)
         ]
         if not self.model:
-            problems.append("model is empty, expected the name to serve")
+            problems.append("model is empty, expected the name of the model to serve")
         if self.api_token is not None and not self.api_token.strip():
-            problems.append("api_token is empty, expected a secret; leave it out for none")
+            problems.append("api_token is empty, expected a secret; leave it out for no token")
         for name in ("max_body_bytes", "timeout_s", "drain_s"):
             value = getattr(self, name)
             if not value >= 0 or (name != "drain_s" and value == 0):

@@ -1,4 +1,4 @@
-"""Server-sent events: an answer sent as it comes."""
+"""Server-sent events: streamed responses."""
 
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
@@ -22,33 +22,33 @@ def event(value: Any) -> bytes:
 
 
 async def start_stream(
-    call: RequestLog, events: Events, requests: Sequence[GenerationRequest]
+    log: RequestLog, events: Events, requests: Sequence[GenerationRequest]
 ) -> "EventStream":
-    """Wait for the first event: what goes wrong before it is an ordinary error."""
+    """Wait for the first event, so that an error before it is an ordinary error response."""
     seeds = [request.parameters.seed for request in requests]
-    return EventStream(_tell_errors(call, await anext(events), events), seeds)
+    return EventStream(_with_errors(log, await anext(events), events), seeds)
 
 
-async def _tell_errors(call: RequestLog, first: bytes, events: Events) -> Events:
-    """Pass events on; an error in their midst is the last one, and there is no [DONE]."""
+async def _with_errors(log: RequestLog, first: bytes, events: Events) -> Events:
+    """Pass events on; an error becomes the last event, and no [DONE] follows."""
     async with contextlib.aclosing(events):
         yield first
         try:
             async for data in events:
                 yield data
         except Exception as error:
-            yield event(call.fail(error).body(call.id))
+            yield event(log.fail(error).body(log.id))
 
 
 class EventStream(Response):
-    """Events, each sent as soon as it is there.
+    """A stream that sends each event as soon as it exists.
 
-    Nothing here watches for a client that hangs up: the gate does, and cancels this.
+    `RequestMiddleware` cancels it when the client disconnects.
 
     Args:
-        events: in the bytes that are to be sent.
-        seeds: of the answers; a client that hangs up too early for an answer's last event, which
-            tells it, has it from the headers.
+        events: encoded events.
+        seeds: the seed of each choice, for the header `x-seed`. The seed is also in the choice's
+            last event, which a client that stops the stream does not read.
     """
 
     media_type = "text/event-stream"
@@ -56,11 +56,11 @@ class EventStream(Response):
     def __init__(self, events: Events, seeds: Sequence[int]):
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(headers=headers | {"x-seed": ",".join(map(str, seeds))})
-        del self.headers["content-length"]  # nobody knows yet
+        del self.headers["content-length"]  # unknown until the end
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them."""
+        """Send the events."""
         async with contextlib.aclosing(self._events):
             start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             await send(start)

@@ -114,7 +114,7 @@ class ServerProcess:
             text = response.read().decode()
         return {
             name: float(value)
-            for name, value in re.findall(r"^llama_jax:(\S+) (\S+)$", text, re.MULTILINE)
+            for name, value in re.findall(r"^llama_jax_(\S+) (\S+)$", text, re.MULTILINE)
         }
 
     def in_use(self) -> float:

@@ -237,7 +237,7 @@ def test_a_fault_in_one_request_leaves_the_others_alone(monkeypatch, caplog):
     real = openai_responses.CompletionChoices.chunk
 
     def chunk(self, index, piece):
-        if self._asked.requests[0].seed == 13:
+        if self._parsed.requests[0].parameters.seed == 13:
             raise RuntimeError("a secret")
         return real(self, index, piece)
 

@@ -112,7 +112,7 @@ def test_chat_stream_as_recorded(client, llm):
     several = client.post(CHAT, json=chat(temperature=0, stream=True, n=2))
     assert several.headers["x-seed"] == "5,6"
     without = events_of(client.post(CHAT, json=chat(temperature=0, stream=True)).text)
-    assert all(chunk["choices"] for chunk in without[:-1])  # that of the usage has none
+    assert all(chunk["choices"] for chunk in without[:-1])  # only the usage chunk has none
 
 
 def joined(events, key):
@@ -154,7 +154,7 @@ def test_chat_streamed_is_whole(client, fields):
     assert [usage["completion_tokens"] for usage in usages] == [whole["usage"]["completion_tokens"]]
 
 
-def test_each_choice_can_be_had_again_alone(client):
+def test_each_choice_can_be_repeated_alone(client):
     body = chat(temperature=5, max_tokens=12, seed=9_999_999_998)
     choices = client.post(CHAT, json={**body, "n": 4}).json()["choices"]
     assert [c["seed"] for c in choices] == [9_999_999_998, 9_999_999_999, 1, 2]
@@ -195,7 +195,7 @@ def test_stop_strings_end_the_text(client):
 
 
 def test_a_stop_string_over_several_tokens_never_shows(client):
-    """What may be its beginning is held back, in a stream too."""
+    """Text that may begin a stop string is held back, in a stream too."""
     body = chat(temperature=0, stop="l of France is P")
     [choice] = client.post(CHAT, json=body).json()["choices"]
     assert choice["message"]["content"] == "The capita"
@@ -216,7 +216,7 @@ def test_max_completion_tokens_is_an_alias(client):
     )
 
 
-def test_null_is_as_absent(client):
+def test_null_counts_as_absent(client):
     names = ("max_tokens", "temperature", "top_p", "stop", "n", "logprobs", "top_logprobs", "user")
     names += ("stream", "stream_options", "tools", "response_format", "logit_bias", "functions")
     for url, body in ((CHAT, chat(temperature=0)), (COMPLETIONS, completion(temperature=0))):
@@ -237,7 +237,7 @@ def test_harmless_unknown_parameters_are_named(client):
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 @pytest.mark.parametrize(("url", "make"), [(CHAT, chat), (COMPLETIONS, completion)])
-def test_what_would_change_the_answer_is_refused_by_name(client, url, make, name):
+def test_unsupported_parameters_are_refused_by_name(client, url, make, name):
     response = client.post(url, json=make(**{name: ["something"]}))
     assert refusal(response) == (f"{name} is not supported, leave it out", name)
     for harmless in UNSUPPORTED[name]:
@@ -333,8 +333,8 @@ def test_too_many_tokens_are_5021(client, url, make):
     assert response.json()["errors"][0]["code"] == 5021
 
 
-def test_a_request_is_taken_whole_or_not_at_all(client, llm, monkeypatch):
-    """If its last choice has no room, the others are given up, not left to run for nobody."""
+def test_a_request_is_accepted_whole_or_not_at_all(client, llm, monkeypatch):
+    """If the last choice has no room in the queue, the other choices are cancelled."""
     monkeypatch.setattr(llm.engine, "max_queue", 4)
     too_many = client.post(CHAT, json=chat(n=8, max_tokens=1))
     assert too_many.status_code == 200  # 4 slots and 4 that wait
@@ -403,8 +403,8 @@ def test_prompts_of_every_kind(client, llm):
     assert [choice["seed"] for choice in choices] == [5, 6] * 3
 
 
-def test_a_completion_goes_on_where_its_prompt_ends(client, llm):
-    """A word's own space is part of it, as all that read completions expect."""
+def test_a_completion_continues_its_prompt(client, llm):
+    """The first word keeps its space, as clients of completions expect."""
     seen = set()
     for seed in range(12):
         body = completion(seed=seed, temperature=3, logprobs=0, max_tokens=5)
@@ -446,7 +446,7 @@ def expected_logprobs(llm, tokens):
     return np.asarray(jax.nn.log_softmax(llm.logits(tokens).astype(np.float32), axis=-1))
 
 
-def test_chat_logprobs_are_the_models(client, llm):
+def test_chat_logprobs_are_those_of_the_model(client, llm):
     body = chat(logprobs=True, top_logprobs=3, max_tokens=6, temperature=2)
     entries = client.post(CHAT, json=body).json()["choices"][0]["logprobs"]["content"]
     result = llm.generate(prompt=QUESTION, seed=5, max_tokens=6, temperature=2)
@@ -463,7 +463,7 @@ def test_chat_logprobs_are_the_models(client, llm):
     assert text.removeprefix(" ") == result.response
 
 
-def test_bytes_and_control_tokens_are_spelt(llm):
+def test_bytes_and_control_tokens_have_texts(llm):
     texts = [token_text(token, llm.tokenizer) for token in (1, 2, 3 + 0xE6)]
     assert texts == ["<s>", "</s>", r"bytes:\xe6"]
     assert token_text(7, None) == "token_id:7"
@@ -517,7 +517,7 @@ def test_text_offsets_point_into_the_text(client):
                     assert text[start:end] == expected
 
 
-def test_a_model_without_a_tokenizer_takes_ids(llm):
+def test_a_model_without_a_tokenizer_accepts_ids(llm):
     bare = Llama(dataclasses.replace(load_checkpoint(DEMO_CHECKPOINT), tokenizer=None), slots=4)
     with serving(bare) as client:
         body = completion(prompt=[1, 500], temperature=0, max_tokens=3, ignore_eos=True)
@@ -539,7 +539,7 @@ def test_a_model_without_a_tokenizer_takes_ids(llm):
         assert "no tokenizer" in refusal(client.post(CHAT, json=chat()))[0]
 
 
-def test_seeds_beyond_the_cards_stay_within_64_bits():
+def test_seeds_above_the_cards_limit_stay_within_64_bits():
     body = b'{"model": "m", "prompt": "x", "n": 3, "seed": 18446744073709551614}'
     parsed = openai_requests.parse_completion(body, "m", 3)
     assert [request.parameters.seed for request in parsed.requests] == [2**64 - 2, 2**64 - 1, 1]

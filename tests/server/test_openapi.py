@@ -1,4 +1,4 @@
-"""The server is fuzzed, from its own description and without: never a fault, never out of form."""
+"""Fuzz tests: every response is as the OpenAPI document describes it, and never a 500."""
 
 import functools
 import json
@@ -59,7 +59,7 @@ def llm():
 def client(llm):
     with serving(llm, max_body_bytes=1 << 20) as client:
         for path, bodies in VALID.items():
-            for body in bodies:  # compiled now, so that deadlines are of the server alone
+            for body in bodies:  # compiled now, so that deadlines do not include compilation
                 for stream in (False, True):
                     fields = {"stream": stream} | ({"logprobs": None} if stream else {})
                     assert client.post(path, json=body | fields).status_code == 200
@@ -67,7 +67,7 @@ def client(llm):
 
 
 def check(client, path, content):
-    """Send any bytes; what comes back is as described, in time, and no fault of the server."""
+    """Send any bytes; check that the response is as described, in time, and not a 500."""
     began = time.monotonic()
     response = client.post(path, content=content)
     assert time.monotonic() - began < DEADLINE_S
@@ -88,17 +88,17 @@ def check(client, path, content):
 
 @functools.cache
 def validator(path, status):
-    """Return what judges a route's answers of a status."""
+    """Return the validator of a route's responses with a status."""
     described = DOCUMENT["paths"][PATHS[path]]["post"]["responses"][str(status)]
     schema = described["content"]["application/json"]["schema"]
     return Draft202012Validator(schema | {"components": DOCUMENT["components"]})
 
 
 def fuzzed(examples):
-    """Draw paths and something else."""
+    """Return a decorator that draws paths and data."""
     settings = hypothesis.settings(
         max_examples=examples,
-        deadline=None,  # `check` has its own: for the answer alone
+        deadline=None,  # `check` has its own, for the response alone
         derandomize=True,
         database=None,
         suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
@@ -143,7 +143,7 @@ def test_any_json(client, path, data):
 
 @fuzzed(150)
 def test_valid_requests_with_faults(client, path, data):
-    """One to three values of a valid request replaced, added or taken away, at any depth."""
+    """One to three values of a valid request are replaced, added or removed, at any depth."""
     body = json.loads(json.dumps(data.draw(st.sampled_from(VALID[path]))))
     for _ in range(data.draw(st.integers(1, 3))):
         place = body
@@ -172,7 +172,7 @@ def test_every_parameter_of_every_type(client, path):
 
 
 @fuzzed(60)
-def test_valid_requests_with_damaged_bytes(client, path, data):
+def test_valid_requests_with_corrupt_bytes(client, path, data):
     content = bytearray(json.dumps(data.draw(st.sampled_from(VALID[path]))).encode())
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(content)))
@@ -207,10 +207,11 @@ def test_deep_and_huge(client, path):
 
 @pytest.mark.clients
 def test_schemathesis(tmp_path):
-    """A little of what CONTRIBUTING.md tells to run for longer.
+    """A short version of the run that CONTRIBUTING.md describes.
 
-    One check is left out: that whatever meets the description is accepted. The model card's schema
-    lets through what the model cannot answer: no messages, an assistant's word last, control tags.
+    It leaves out the check that every request that meets the description is accepted. The model
+    card's schema accepts requests that the model cannot answer: no messages, an assistant message
+    last, control tags.
     """
     with served() as server:
         command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"]

@@ -373,8 +373,8 @@ def test_without_a_token_only_local_and_allowed_origins_are_answered(llm, origin
             assert response.status_code == 200
         else:
             text = (
-                f"Unauthorized to access requested resource: pages of {origin!r} may not; name "
-                "that origin in --allowed_origins, or give the server an API token"
+                f"Unauthorized to access requested resource: pages of {origin!r} are not "
+                "allowed; add that origin to --allowed_origins, or give the server an API token"
             )
             check_error(response, 403, 9109, text, front_door=True)
     with serving(llm, local_only=True, allowed_origins=("*",)) as client:
@@ -408,8 +408,8 @@ def test_without_a_token_only_local_host_names_are_answered(llm, host, local):
             assert response.status_code == 200
         else:
             text = (
-                f"Unauthorized to access requested resource: {host!r} is no name of this machine; "
-                "give the server an API token, or start it with --insecure"
+                f"Unauthorized to access requested resource: {host!r} is not a name of this "
+                "machine; give the server an API token, or start it with --insecure"
             )
             check_error(response, 403, 9109, text, front_door=True)
         assert client.get("/healthz", headers={"Host": host}).status_code == 200
@@ -665,33 +665,33 @@ def test_metrics_count(client, llm):
     def grown(*name):
         return after[name] - before.get(name, 0)
 
-    assert grown("llama_jax:http_requests_total", "200", "POST", "run") == 2
-    assert grown("llama_jax:http_requests_total", "400", "POST", "run") == 1
-    assert grown("llama_jax:http_requests_total", "404", "GET", "none") == 1
-    assert grown("llama_jax:errors_total", "5006") == 1
-    assert grown("llama_jax:errors_total", "7000") == 1
-    assert grown("llama_jax:request_success_total", "run", "stop") == 2
-    assert grown("llama_jax:prompt_tokens_total") == 28
-    assert grown("llama_jax:generation_tokens_total") == 16  # with EOS
-    assert grown("llama_jax:request_generation_tokens_sum") == 14
+    assert grown("llama_jax_http_requests_total", "200", "POST", "run") == 2
+    assert grown("llama_jax_http_requests_total", "400", "POST", "run") == 1
+    assert grown("llama_jax_http_requests_total", "404", "GET", "none") == 1
+    assert grown("llama_jax_errors_total", "5006") == 1
+    assert grown("llama_jax_errors_total", "7000") == 1
+    assert grown("llama_jax_request_success_total", "run", "stop") == 2
+    assert grown("llama_jax_prompt_tokens_total") == 28
+    assert grown("llama_jax_generation_tokens_total") == 16  # with EOS
+    assert grown("llama_jax_request_generation_tokens_sum") == 14
     for histogram in (
         "time_to_first_token_seconds",
         "time_per_output_token_seconds",
         "e2e_request_latency_seconds",
         "request_queue_time_seconds",
     ):
-        assert grown(f"llama_jax:{histogram}_count") == 2
-        assert 0 < grown(f"llama_jax:{histogram}_sum") < 20
-    assert after["llama_jax:num_requests_running",] == 0
-    assert after["llama_jax:num_requests_waiting",] == 0
-    assert after["llama_jax:num_slots",] == 4
-    assert after["llama_jax:compiled_programs",] == len(llm.executor.compiled.names)
+        assert grown(f"llama_jax_{histogram}_count") == 2
+        assert 0 < grown(f"llama_jax_{histogram}_sum") < 20
+    assert after["llama_jax_num_requests_running",] == 0
+    assert after["llama_jax_num_requests_waiting",] == 0
+    assert after["llama_jax_num_slots",] == 4
+    assert after["llama_jax_compiled_programs",] == len(llm.executor.compiled.names)
 
 
 def test_metrics_show_the_queue(client, llm):
     with paused(llm):
         generation = llm.engine.submit(make_request(prompt="x", max_tokens=1))
-        assert metrics_of(client)["llama_jax:num_requests_waiting",] == 1
+        assert metrics_of(client)["llama_jax_num_requests_waiting",] == 1
     wait_until(lambda: generation.done)
 
 
@@ -701,7 +701,7 @@ def test_metrics_count_reused_tokens(client):
     for _ in range(2):
         client.post(RUN, json={"messages": [system, ASKING], "max_tokens": 1})
     after = metrics_of(client)
-    name = ("llama_jax:prefix_reused_tokens_total",)
+    name = ("llama_jax_prefix_reused_tokens_total",)
     assert after[name] - before[name] >= 16
 
 

@@ -14,6 +14,7 @@ from llama_jax.engine.result import Result
 from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.openai.requests import ParsedRequest, parse_chat, parse_completion
 from llama_jax.server.openai.responses import ChatChoices, CompletionChoices, head, usage
+from llama_jax.server.openai.types import Model
 from llama_jax.server.request_log import request_log_of
 from llama_jax.server.service import Answers
 from llama_jax.server.sse import DONE, Events, event, start_stream
@@ -23,7 +24,7 @@ _STARTED = int(time.time())
 
 
 async def chat_completions(request: Request) -> Response:
-    """POST .../chat/completions: answer a dialog."""
+    """POST .../chat/completions: create a chat completion."""
     service = service_of(request)
     parsed = await _parse(parse_chat, request)
     answers = await service.answer(request_log_of(request.scope), parsed.requests)
@@ -31,13 +32,13 @@ async def chat_completions(request: Request) -> Response:
 
 
 async def completions(request: Request) -> Response:
-    """POST .../completions: go on with text or token ids as they are."""
+    """POST .../completions: continue text or token ids, without the chat format."""
     service = service_of(request)
     parsed = await _parse(parse_completion, request)
     answers = await service.answer(request_log_of(request.scope), parsed.requests)
     make = functools.partial(CompletionChoices, parsed, service.llm.tokenizer, answers.prompts)
     try:
-        choices = await asyncio.to_thread(make)  # as it decodes the prompts
+        choices = await asyncio.to_thread(make)  # it decodes the prompts
     except BaseException:
         answers.cancel()
         raise
@@ -45,25 +46,25 @@ async def completions(request: Request) -> Response:
 
 
 async def list_models(request: Request) -> Response:
-    """GET .../models: the one model."""
+    """GET .../models: the model served."""
     model = _describe(service_of(request).settings.model)
     return CompactJSONResponse({"object": "list", "data": [model]})
 
 
 async def get_model(request: Request) -> Response:
-    """GET .../models/{model}: the one model."""
+    """GET .../models/{model}: the model served."""
     check_model(service_of(request), request.path_params["model"])
     return CompactJSONResponse(_describe(request.path_params["model"]))
 
 
-def _describe(name: str) -> dict[str, Any]:
+def _describe(name: str) -> Model:
     return {"id": name, "object": "model", "created": _STARTED, "owned_by": "llama_jax"}
 
 
 async def _parse(
     parse: Callable[[bytes, str, int], ParsedRequest], request: Request
 ) -> ParsedRequest:
-    """Parse a body; in a thread, as it may have megabytes."""
+    """Parse a body in a thread, as it may have megabytes."""
     service = service_of(request)
     body = await request.body()
     return await asyncio.to_thread(parse, body, service.settings.model, service.most_answers)
@@ -75,13 +76,13 @@ async def _respond(
     answers: Answers,
     choices: ChatChoices | CompletionChoices,
 ) -> Response:
-    """Answer with a stream or with the whole."""
+    """Return the streamed or the whole response."""
     model = service_of(request).settings.model
     if parsed.stream:
         events = _events(parsed, answers, choices, head(choices.chunk_object, model))
         return await start_stream(request_log_of(request.scope), events, parsed.requests)
     results = await answers.results()
-    # In a thread: where each token of a long prompt begins takes a while to tell.
+    # In a thread: the text offsets of a long prompt take a while.
     return await asyncio.to_thread(
         _whole, parsed, results, choices, head(choices.whole_object, model)
     )
@@ -127,6 +128,6 @@ async def _events(
 
 
 def _metadata(parsed: ParsedRequest, results: list[Result]) -> dict[str, Any]:
-    """Return what is said once, about all choices."""
+    """Return the fields that hold for all choices."""
     ending = {"usage": usage(parsed, results), "system_fingerprint": results[0].fingerprint}
     return ending | {"warnings": parsed.warnings} if parsed.warnings else ending
