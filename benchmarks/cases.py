@@ -1,17 +1,10 @@
 """What is measured: cases, the engines that run them, and which of them fit this machine."""
 
 import dataclasses
-import importlib.util
 from collections.abc import Sequence
 
-from benchmarks.model_cost import (
-    ITEM_BYTES,
-    Cost,
-    decode_cost,
-    kv_bytes,
-    prefill_cost,
-    weight_bytes,
-)
+from benchmarks import command
+from benchmarks.model_cost import Cost, decode_cost, kv_bytes, prefill_cost, weight_bytes
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError
 
@@ -22,7 +15,6 @@ PEERS = {
     "hf": ("torch", "transformers"),
     "hf-compile": ("torch", "transformers"),
     "llamacpp": ("llama_cpp", "gguf"),
-    "flax": (),
 }
 """Each peer and the modules that this interpreter must have for it."""
 
@@ -34,19 +26,19 @@ class Case:
     op: str
     """prefill: from a prompt to its first token; decode: further tokens, one by one."""
     tokens: int
-    """Of the prompt; or in each row's cache when decoding begins."""
+    """Of the prompt; or in each slot's cache when decoding begins."""
     batch: int = 1
     new_tokens: int = 1
-    """StepOutputs per row."""
+    """Tokens to decode in each slot."""
 
     @property
-    def slots(self) -> int:
-        """Cache slots that a row needs."""
+    def positions(self) -> int:
+        """Cache positions that each slot needs."""
         return self.tokens + self.new_tokens
 
     @property
     def counted(self) -> int:
-        """Tokens that its rate counts: the prompt's, or all that are drawn."""
+        """Tokens counted by its rate: the prompt's, or all new ones."""
         return self.tokens if self.op == "prefill" else self.batch * self.new_tokens
 
     def request(self) -> dict[str, int]:
@@ -56,7 +48,7 @@ class Case:
         return {"context": self.tokens, "batch": self.batch, "new_tokens": self.new_tokens}
 
     def cost(self, config: ModelConfig, dtype: str) -> Cost:
-        """Return the least work that the case is."""
+        """Return the least work of the case."""
         if self.op == "prefill":
             return prefill_cost(config, dtype, tokens=self.tokens)
         return decode_cost(
@@ -64,9 +56,8 @@ class Case:
         )
 
     def __str__(self) -> str:
-        if self.op == "prefill":
-            return f"prefill {self.tokens}"
-        return f"decode batch {self.batch} context {self.tokens}"
+        batch = f" batch {self.batch} context" if self.op == "decode" else ""
+        return f"{self.op}{batch} {self.tokens}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,108 +70,62 @@ class Engine:
 
     def bytes_of(self, config: ModelConfig, case: Case | None = None) -> int:
         """Return the bytes that its weights take, and the cache of a case."""
-        cache = case.batch * case.slots * kv_bytes(config, self.dtype) if case else 0
+        cache = case.batch * case.positions * kv_bytes(config, self.dtype) if case else 0
         return weight_bytes(config, self.dtype) + cache
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.dtype}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Skipped:
-    """A case that an engine did not run, and why."""
-
-    engine: Engine
-    case: Case
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Which engine runs which cases."""
-
-    cases: dict[Engine, tuple[Case, ...]]
-    """Of every engine, in the order of running."""
-    skipped: tuple[Skipped, ...]
-    together: bool
-    """All engines fit into memory at once, so that they can take turns."""
-
-    def contexts(self, engine: Engine) -> dict[int, int]:
-        """Return the cache slots a row needs, by batch; a batch of 1 is always there."""
-        slots = {1: 1}
-        for case in self.cases[engine]:
-            slots[case.batch] = max(slots.get(case.batch, 0), case.slots)
-        return slots
-
-
 def parse_peer(text: str, dtype: str) -> Engine:
-    """Return the engine that one entry of --against names: `hf`, or `hf:bfloat16`.
-
-    Args:
-        text: the entry.
-        dtype: for an entry that names none.
-
-    Raises:
-        InputError: no such peer or dtype, or a package that it needs is not installed.
-    """
+    """Return the engine of one entry of --against: `hf`, or `hf:bfloat16` to choose its dtype."""
     kind, _, forced = text.partition(":")
     if kind not in PEERS:
         raise InputError(f"--against names {kind!r}, expected {', '.join(PEERS)}")
-    missing = [name for name in PEERS[kind] if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"--against={kind} needs {' and '.join(missing)}, not installed; "
-            "pip install -e '.[bench]'"
-        )
-    return Engine(kind, parse_dtype(forced or dtype, "--against"))
-
-
-def parse_dtype(text: str, flag: str) -> str:
-    """Return a dtype that a flag names.
-
-    Raises:
-        InputError: it is none of those that can be measured.
-    """
-    if text not in ITEM_BYTES:
-        raise InputError(f"{flag} has the dtype {text!r}, expected {', '.join(ITEM_BYTES)}")
-    return text
+    command.check_modules(f"--against={kind}", PEERS[kind])
+    return Engine(kind, command.check_dtype(forced or dtype, "--against"))
 
 
 def make_plan(
     config: ModelConfig, engines: Sequence[Engine], cases: Sequence[Case], memory: int | None
-) -> Plan:
-    """Share out the cases, leaving out those that do not fit.
+) -> tuple[dict[Engine, list[Case]], list[dict[str, str]]]:
+    """Return each engine's cases, and those left out with the reason.
 
     Args:
         config: the shape.
-        engines: what to measure.
-        cases: what to measure it on.
-        memory: bytes there are for weights and caches; None if that is not known.
+        engines: what to measure; all are in memory at once, to take turns.
+        cases: of each engine.
+        memory: bytes available for weights and caches; None: unknown.
+
+    Raises:
+        InputError: nothing can be measured.
     """
-    planned = {engine: [] for engine in engines}
     skipped = []
+    others = {e: sum(o.bytes_of(config) + HEADROOM for o in engines if o != e) for e in engines}
+    plan: dict[Engine, list[Case]] = {engine: [] for engine in engines}
     for engine in engines:
         for case in cases:
-            reason = _misfit(config, engine, case, memory)
-            if reason:
-                skipped.append(Skipped(engine, case, reason))
+            need = engine.bytes_of(config, case) + HEADROOM + others[engine]
+            reason = None
+            if case.positions > config.max_seq_len:
+                reason = f"needs {case.positions:,} positions, of {config.max_seq_len:,}"
+            elif engine.kind == "llamacpp" and case.batch > 1:
+                reason = "measured at batch 1 only"
+            elif memory is not None and need > memory:
+                reason = f"needs {need / 1e9:.1f} GB beside the others, {memory / 1e9:.1f} are free"
+            if reason is None:
+                plan[engine].append(case)
             else:
-                planned[engine].append(case)
-    planned = {engine: tuple(own) for engine, own in planned.items() if own}
-    needs = [
-        HEADROOM + max(engine.bytes_of(config, case) for case in own)
-        for engine, own in planned.items()
-    ]
-    return Plan(planned, tuple(skipped), together=memory is None or sum(needs) <= memory)
+                skipped.append({"case": str(case), "engine": str(engine), "reason": reason})
+    plan = {engine: own for engine, own in plan.items() if own}
+    if not plan:
+        raise InputError(f"no case can be run: {skipped[0]['case']} {skipped[0]['reason']}")
+    return plan, skipped
 
 
-def _misfit(config: ModelConfig, engine: Engine, case: Case, memory: int | None) -> str | None:
-    """Return why an engine cannot run a case, if so."""
-    if case.slots > config.max_seq_len:
-        return f"needs {case.slots:,} positions, the shape has {config.max_seq_len:,}"
-    if engine.kind == "llamacpp" and case.batch > 1:
-        return "measured at batch 1 only"
-    need = engine.bytes_of(config, case) + HEADROOM
-    if memory is not None and need > memory:
-        return f"needs {need / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are free"
-    return None
+def contexts(cases: Sequence[Case]) -> dict[int, int]:
+    """Return the cache positions per slot, by batch; a batch of 1 is always there."""
+    positions = {1: 1}
+    for case in cases:
+        positions[case.batch] = max(positions.get(case.batch, 0), case.positions)
+    return positions

@@ -39,13 +39,7 @@ class Limits:
 
 
 def best_seconds(call: Callable[[], Any], *, calls: int, budget: float = 0.5) -> float:
-    """Return the shortest time of a warm call, over at least 3 repeats.
-
-    Args:
-        call: what to time; returns arrays.
-        calls: how many are queued before waiting: an accelerator's dispatch takes a share of one.
-        budget: seconds after which no repeat begins.
-    """
+    """Return the shortest time of a warm call, over at least 3 repeats."""
     jax.block_until_ready(call())
     best, began = float("inf"), time.perf_counter()
     repeats = 0

@@ -7,7 +7,7 @@ import platform
 import re
 from typing import Any
 
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "llama-cpp-python")
+PACKAGES = ("jax", "jaxlib", "numpy", "torch", "transformers", "llama-cpp-python", "httpx")
 
 
 def describe() -> dict[str, Any]:

@@ -1,54 +1,28 @@
-"""Load the engines, run the cases in turns, and keep every figure."""
+"""Load the engines, run the cases in turns, and make the figures of a record."""
 
 import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import tqdm
 
 from benchmarks import machine, worker
-from benchmarks.cases import Case, Engine, Plan, Skipped
-from benchmarks.engines.protocol import UnsupportedError
+from benchmarks.cases import Case, Engine, contexts
 from benchmarks.limits import Limits
+from benchmarks.model_cost import kv_bytes, matmul_limit, params_read, total_params
 from benchmarks.worker import EngineError, Worker
 from llama_jax.config import ModelConfig
 
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to measure, besides what."""
-
-    config: ModelConfig
-    checkpoint: str | None
-    """Folder of weights for ours; None: random ones. Peers' weights are always random."""
-    rounds: int
-    warm_start: bool
-    """Load ours once more at the end, to compile from the cache of the first time."""
-    flax_python: str | None
-    on_gpu: bool
-    log: pathlib.Path
-    """File for what the engines print."""
-
-
-@dataclasses.dataclass
-class Measured:
-    """Every figure, as it was measured; seconds and bytes."""
-
-    rounds: dict[tuple[Case, Engine], list[float]] = dataclasses.field(default_factory=dict)
-    """Seconds of a case, one per round."""
-    engines: dict[Engine, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    """What an engine said of itself: load_s, version, memory ..."""
-    streaming: dict[Engine, list[dict[str, float]]] = dataclasses.field(default_factory=dict)
-    """Seconds of a request streamed, whole and bare, one dict per round."""
-    skipped: list[Skipped] = dataclasses.field(default_factory=list)
-    failures: list[str] = dataclasses.field(default_factory=list)
+Record = dict[str, Any]
+Plan = dict[Engine, list[Case]]
 
 
 def measure_limits() -> Limits:
@@ -66,169 +40,177 @@ def measure_limits() -> Limits:
     return Limits(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(plan: Plan, settings: Settings) -> Measured:
-    """Run the plan: all engines in turns if they fit into memory together, else one by one."""
-    measured = Measured(skipped=list(plan.skipped))
-    groups = [list(plan.cases)] if plan.together else [[engine] for engine in plan.cases]
-    ours = [engine for engine in plan.cases if engine.kind == "ours"]
-    total = len(plan.cases) + (len(ours) if settings.warm_start else 0)
-    total += settings.rounds * (sum(map(len, plan.cases.values())) + len(ours))
-    with (
-        tempfile.TemporaryDirectory(prefix="benchmarks_cache_") as cache,
-        settings.log.open("wb") as log,
-        tqdm.tqdm(total=total, unit="run", file=sys.stderr, dynamic_ncols=True) as bar,
-    ):
-        run = _Run(plan, settings, measured, bar, log, pathlib.Path(cache))
-        try:
-            for group in groups:
-                run.group(group)
-            for engine in ours if settings.warm_start else []:
-                run.warm_start(engine)
-        except KeyboardInterrupt:
-            if not measured.rounds:
-                raise
-            measured.failures.append("stopped before the end: the rest was not measured")
-    return measured
-
-
 @dataclasses.dataclass
-class _Run:
-    """One execution of a plan: what its steps share."""
+class Run:
+    """One measurement: what its steps share, and every figure as it was measured."""
 
     plan: Plan
-    settings: Settings
-    measured: Measured
-    bar: tqdm.tqdm
-    log: Any
-    cache: pathlib.Path
+    config: ModelConfig
+    checkpoint: str | None
+    """Folder of weights for ours; None: random ones. Peers' weights are always random."""
+    rounds: int
+    warm_start: bool
+    """Load ours once more at the end, to compile from the cache of the first time."""
+    on_gpu: bool
+    log: pathlib.Path
+    """File for what the engines print."""
+    seconds: dict[tuple[Case, Engine], list[float]] = dataclasses.field(default_factory=dict)
+    """Of a case, one per round."""
+    engines: dict[Engine, Record] = dataclasses.field(default_factory=dict)
+    """What an engine reported of itself: load_s, version, memory ..."""
+    streaming: dict[Engine, list[dict[str, float]]] = dataclasses.field(default_factory=dict)
+    """Seconds of a request streamed, whole and bare, one dict per round."""
+    failures: list[str] = dataclasses.field(default_factory=list)
 
-    def group(self, engines: Sequence[Engine]) -> None:
-        """Load some engines and run their cases, turn by turn."""
-        with contextlib.ExitStack() as stack:
-            workers = {}
-            for engine in engines:
-                loaded = stack.enter_context(self._loaded(engine))
-                if loaded:
-                    workers[engine] = loaded
-                else:
-                    reason = "did not load"
-                    own = self.plan.cases[engine]
-                    self.measured.skipped += [Skipped(engine, case, reason) for case in own]
-            # In order of work, each case once, whichever engine runs it.
-            cases = dict.fromkeys(case for engine in workers for case in self.plan.cases[engine])
-            for case in cases:
-                self._case(case, [e for e in workers if case in self.plan.cases[e]], workers)
-            self._streaming([e for e in workers if e.kind == "ours"], workers)
-            for engine, loaded in workers.items():
-                about = self.measured.engines[engine]
-                with self._noting(engine, "memory"):
-                    about |= loaded.call("memory")
-                    if engine.kind == "ours":
-                        about["programs"] = loaded.call("programs")
+    def measure(self) -> None:
+        """Load all engines; then they take turns at each case."""
+        ours = [engine for engine in self.plan if engine.kind == "ours"]
+        cases = dict.fromkeys(case for own in self.plan.values() for case in own)
+        total = self.rounds * (sum(map(len, self.plan.values())) + len(ours))
+        with (
+            tempfile.TemporaryDirectory(prefix="benchmarks_cache_") as cache,
+            self.log.open("wb") as log,
+            tqdm.tqdm(total=total, unit="run", file=sys.stderr, dynamic_ncols=True) as bar,
+        ):
+            with contextlib.ExitStack() as stack:
+                workers = {}
+                for engine in self.plan:
+                    bar.set_description(f"{engine} load")
+                    process = stack.enter_context(contextlib.closing(_start(engine, log, cache)))
+                    if self._try(engine, self._load, process):
+                        workers[engine] = process
+                for case in cases:
+                    able = [own for engine, own in workers.items() if case in self.plan[engine]]
+                    self._in_turns(able, bar, self._time, case)
+                able = [own for engine, own in workers.items() if engine.kind == "ours"]
+                self._in_turns(able, bar, self._stream)
+                for engine, process in workers.items():
+                    self._try(engine, self._finish, process)
+            for engine in ours if self.warm_start else []:
+                bar.set_description(f"{engine} warm start")
+                with contextlib.closing(_start(engine, log, cache)) as process:
+                    self._try(engine, self._load, process, "compile_warm_s")
 
-    def warm_start(self, engine: Engine) -> None:
-        """Time the compilation of a new process that finds the first one's in the cache."""
-        with self._loaded(engine, "compile_warm_s"):
-            pass
-
-    @contextlib.contextmanager
-    def _loaded(self, engine: Engine, compiling: str = "compile_cold_s") -> Iterator[Worker | None]:
-        """Start an engine and load its model; None if it fails, which is then noted."""
-        self._show(engine, "load")
-        python = self.settings.flax_python if engine.kind == "flax" else None
-        environment = {}
-        if engine.kind == "ours":
-            environment = {
-                "JAX_COMPILATION_CACHE_DIR": str(self.cache / str(engine).replace(":", "_")),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            }
-        with contextlib.closing(
-            Worker(engine, self.log, python=python, environment=environment)
-        ) as loaded:
-            done = False
-            with self._noting(engine, "load"):
-                about = loaded.call(
-                    "load",
-                    config=dataclasses.asdict(self.settings.config),
-                    dtype=engine.dtype,
-                    contexts=self.plan.contexts(engine),
-                    threads=machine.cores(),
-                    on_gpu=self.settings.on_gpu,
-                    compiled=engine.kind == "hf-compile",
-                    checkpoint=self.settings.checkpoint,
-                )
-                about = self.measured.engines.setdefault(engine, about)
-                if engine.kind == "ours":
-                    about[compiling] = loaded.call("start", **_first_request(self.plan, engine))
-                done = True
-            self.bar.update()
-            yield loaded if done else None
-
-    def _case(self, case: Case, engines: list[Engine], workers: dict[Engine, Worker]) -> None:
-        """Time a case in every engine, round by round, there and back."""
-
-        def once(engine: Engine) -> None:
-            seconds = workers[engine].call(case.op, **case.request())
-            self.measured.rounds.setdefault((case, engine), []).append(seconds)
-
-        failed = self._rounds(engines, str(case), once)
-        for engine, reason in failed.items():
-            self.measured.rounds.pop((case, engine), None)
-            self.measured.skipped.append(Skipped(engine, case, reason))
-
-    def _streaming(self, engines: list[Engine], workers: dict[Engine, Worker]) -> None:
-        """Time a request streamed and whole."""
-
-        def once(engine: Engine) -> None:
-            new_tokens = max(case.new_tokens for case in self.plan.cases[engine])
-            room = self.settings.config.max_seq_len - new_tokens
-            tokens = min(_first_request(self.plan, engine)["tokens"], room)
-            seconds = workers[engine].call("streaming", tokens=tokens, new_tokens=new_tokens)
-            self.measured.streaming.setdefault(engine, []).append(seconds)
-
-        self._rounds(engines, "streaming", once)
-
-    def _rounds(
-        self, engines: list[Engine], what: str, once: Callable[[Engine], None]
-    ) -> dict[Engine, str]:
-        """Do something in every engine, in turns; return those that failed, and why."""
-        failed: dict[Engine, str] = {}
-        for turn in range(self.settings.rounds):
-            for engine in engines if turn % 2 == 0 else engines[::-1]:
-                self._show(engine, what)
-                if engine not in failed:
-                    with self._noting(engine, what) as problems:
-                        once(engine)
-                    failed |= dict.fromkeys([engine] if problems else [], "".join(problems))
-                self.bar.update()
-        return failed
-
-    @contextlib.contextmanager
-    def _noting(self, engine: Engine, what: str) -> Iterator[list[str]]:
-        """Note an engine's failure, and go on: it must not end the others' measurement."""
-        problems: list[str] = []
+    def _try(self, engine: Engine, step: Callable[..., None], *arguments: Any) -> bool:
+        """Take a step; note a failure, which must not end the others' measurement."""
         try:
-            yield problems
-        except UnsupportedError as error:
-            problems.append(str(error))
+            step(*arguments)
         except EngineError as error:
-            problems.append(str(error))
-            self.measured.failures.append(f"{engine}, {what}: {error}")
+            self.failures.append(f"{engine}: {error}")
+            return False
+        return True
 
-    def _show(self, engine: Engine, what: str) -> None:
-        self.bar.set_description(f"{engine} {what}")
+    def _in_turns(
+        self, workers: list[Worker], bar: tqdm.tqdm, step: Callable[..., None], *arguments: Any
+    ) -> None:
+        """Take a step in every engine, round by round; the order is reversed every round."""
+        able = list(workers)
+        for turn in range(self.rounds):
+            for process in workers if turn % 2 == 0 else workers[::-1]:
+                bar.set_description(" ".join(map(str, (process.engine, *arguments))))
+                if process in able and not self._try(process.engine, step, process, *arguments):
+                    able.remove(process)
+                bar.update()
+
+    def _load(self, process: Worker, compiling: str = "compile_cold_s") -> None:
+        engine = process.engine
+        about = process.call(
+            "load",
+            config=dataclasses.asdict(self.config),
+            dtype=engine.dtype,
+            contexts=contexts(self.plan[engine]),
+            threads=machine.cores(),
+            on_gpu=self.on_gpu,
+            compiled=engine.kind == "hf-compile",
+            checkpoint=self.checkpoint,
+        )
+        about = self.engines.setdefault(engine, about)
+        if engine.kind == "ours":  # what stands for a user's first request
+            least = {
+                c.op: c for c in sorted(self.plan[engine], key=lambda c: -c.counted * c.tokens)
+            }
+            requests = [case.request() for case in least.values()]
+            about[compiling] = process.call("start", requests=requests)
+
+    def _time(self, process: Worker, case: Case) -> None:
+        seconds = process.call(case.op, **case.request())
+        self.seconds.setdefault((case, process.engine), []).append(seconds)
+
+    def _stream(self, process: Worker) -> None:
+        new_tokens = max(case.new_tokens for case in self.plan[process.engine])
+        tokens = min(128, self.config.max_seq_len - new_tokens)
+        seconds = process.call("streaming", tokens=tokens, new_tokens=new_tokens)
+        self.streaming.setdefault(process.engine, []).append(seconds)
+
+    def _finish(self, process: Worker) -> None:
+        self.engines[process.engine] |= process.call("memory")
+
+    def record(self, limits: Limits) -> Record:
+        """Return the figures of a record, all made of the medians of the rounds."""
+        config = self.config
+        shape = {
+            "parameters": total_params(config),
+            "parameters_read_per_token": params_read(config),
+        }
+        engines = {}
+        for engine, about in self.engines.items():
+            caches = [
+                case.batch * case.positions * kv_bytes(config, engine.dtype)
+                for case in self.plan[engine]
+            ]
+            sizes = {"weights_bytes": engine.bytes_of(config), "cache_bytes": max(caches)}
+            engines[str(engine)] = about | sizes
+        streaming = {}
+        for engine, rounds in self.streaming.items():
+            ratios = {
+                f"stream_over_{name}": statistics.median(s[way] / s["stream"] for s in rounds)
+                for name, way in (("whole", "generate"), ("programs", "programs"))
+            }
+            streaming[str(engine)] = {"rounds_s": rounds} | ratios
+        return {
+            "limits": dataclasses.asdict(limits),
+            "shape": shape,
+            "engines": engines,
+            "cases": [self._row(case, engine, limits) for case, engine in self.seconds],
+            "streaming": streaming,
+            "failures": self.failures,
+        }
+
+    def _row(self, case: Case, engine: Engine, limits: Limits) -> Record:
+        """Return one case in one engine."""
+        rounds = self.seconds[case, engine]
+        seconds = statistics.median(rounds)
+        cost = case.cost(self.config, engine.dtype)
+        limit = cost.limit_seconds(limits.bandwidth, matmul_limit(limits.matmul, engine.dtype))
+        ratios = {
+            str(other): statistics.median(b / a for a, b in zip(times, rounds, strict=False))
+            for (at, other), times in self.seconds.items()
+            if at == case and other.kind == "ours" != engine.kind
+        }
+        return {
+            **dataclasses.asdict(case),
+            "engine": str(engine),
+            "dtype": engine.dtype,
+            "rounds_s": rounds,
+            "seconds": seconds,
+            "counted_tokens": case.counted,
+            "tokens_per_s": case.counted / seconds,
+            "limit_s": limit,
+            "limit_tokens_per_s": case.counted / limit,
+            "fraction_of_limit": limit / seconds,
+            "flops": cost.flops,
+            "bytes": cost.bytes,
+            "flop_per_byte": cost.intensity,
+            "flop_per_s": cost.flops / seconds,
+            "ours_over_this": ratios,
+        }
 
 
-def _first_request(plan: Plan, engine: Engine) -> dict[str, int]:
-    """Return the smallest work of the plan: what stands for a user's first request."""
-    own = plan.cases[engine]
-    decodes = [case for case in own if case.op == "decode"] or [Case("decode", 1)]
-    prompts = [case.tokens for case in own if case.op == "prefill"]
-    smallest = min(decodes, key=lambda case: (case.batch, case.tokens))
-    room = plan.contexts(engine)[1] - 1
-    return {
-        "tokens": min([*prompts, max(1, min(room, smallest.tokens))]),
-        "context": smallest.tokens,
-        "batch": smallest.batch,
+def _start(engine: Engine, log: BinaryIO, cache: str) -> Worker:
+    """Start an engine; ours keeps what it compiles for its warm start."""
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": os.path.join(cache, str(engine).replace(":", "_")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+    return Worker(engine, log, environment)

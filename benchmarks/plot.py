@@ -1,186 +1,159 @@
 # pyright: reportMissingImports=false
 # (matplotlib comes with the bench extra, which type checks do not need)
-"""The roofline: every case and engine under the two limits of the machine."""
+"""The plots: a roofline; throughput and TTFT by load; the waits of streams beside a long prompt.
+
+python -m benchmarks.plot RECORD.json ... draws the plots of records anew, as RECORD.png.
+"""
 
 import itertools
-import math
+import json
 import pathlib
+import sys
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
-from matplotlib.transforms import offset_copy
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.model_cost import matmul_limit
 from benchmarks.report import device_name
 
-Results = dict[str, Any]
+Record = dict[str, Any]
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-"""Of Okabe and Ito: they can be told apart with any colour vision."""
+"""Of Okabe and Ito: distinguishable with any colour vision."""
 MARKERS = "oDs^vPX"
-INK, QUIET, LINE = "#222222", "#6b6b6b", "#b5b5b5"
 
 
-def draw_roofline(results: Results, path: pathlib.Path) -> None:
-    """Write the plot as a PNG.
-
-    Args:
-        results: of `make_results`.
-        path: the file.
-    """
-    figure = Figure(figsize=(10, 6.4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    groups = _groups(results["cases"])
-    _draw_axes(axes, results)
-    _draw_marks(axes, groups)
-    _label_groups(axes, groups, results["limits"])
-    _write_title(axes, results)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=10, labelcolor=INK)
-    figure.draw_without_rendering()  # lays it out: only now has the slope of the roof an angle
-    _label_slope(axes, results["limits"]["bandwidth"])
-    figure.savefig(path)
-
-
-def _write_title(axes: Axes, results: Results) -> None:
-    model, shape = results["model"], results["shape"]
-    title = f"{model}, {shape['parameters'] / 1e9:.3g} billion parameters"
-    axes.set_title(title, loc="left", pad=24, fontsize=14, fontweight="bold", color=INK)
-    axes.annotate(
-        f"{device_name(results)}. Medians of {results['settings']['rounds']} rounds; a line joins "
-        "the contexts of one batch",
-        (0, 1),
-        xytext=(0, 9),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        fontsize=9.5,
-        color=QUIET,
-    )
+def draw(record: Record) -> Figure:
+    """Return the plot of a record of any of the commands."""
+    panels = [_roofline] if "cases" in record else []
+    panels += [_throughput, _first_token] if record.get("points") else []
+    # Records of an earlier version hold the waits of streams as `gaps`, beside the loads.
+    panels += [_waits] if record.get("prefill_interference") or record.get("gaps") else []
+    width = 10 if len(panels) == 1 else 5 * len(panels)
+    figure = Figure(figsize=(width, 5.5), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for panel, ax in zip(panels, axes, strict=True):
+        panel(ax, record)
+        ax.grid(which="major", color="#ececec", lw=0.7)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{record['model']}: {device_name(record)}", x=0.01, ha="left")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
 
 
-def _groups(rows: list[Results]) -> dict[str, list[Results]]:
-    """Gather the rows that one label names: a prompt, or a batch at all contexts."""
-    groups: dict[str, list[Results]] = {}
-    for row in rows:
-        prefill = row["op"] == "prefill"
-        name = f"prefill\n{row['tokens']:,}" if prefill else f"decode\nbatch {row['batch']}"
-        groups.setdefault(name, []).append(row)
-    return groups
+def _looks(names: list[Any]) -> dict[Any, dict[str, Any]]:
+    """Return a colour and a marker for each name."""
+    looks = zip(dict.fromkeys(names), itertools.cycle(COLOURS), itertools.cycle(MARKERS))
+    return {n: {"color": c, "marker": m, "markeredgecolor": "white"} for n, c, m in looks}
 
 
-def _draw_axes(axes: Axes, results: Results) -> None:
-    """Set the scales; draw the roof of each dtype that ran, and its labels."""
-    limits, rows = results["limits"], results["cases"]
-    bandwidth = limits["bandwidth"]
+def _roofline(axes: Axes, record: Record) -> None:
+    """Draw every case and engine under the limits; a line joins the contexts of one batch."""
+    limits, rows = record["limits"], record["cases"]
+    x = [row["flop_per_byte"] for row in rows]
     rates: dict[float, list[str]] = {}
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         rates.setdefault(matmul_limit(limits["matmul"], dtype), []).append(dtype)
-    x = [row["flop_per_byte"] for row in rows]
-    ridge = max(rates) / bandwidth
-    left, right = min(*x, ridge) / 5, max(*x, ridge) * 20  # room for the labels of the roof
-    bottom = min([left * bandwidth, *(row["flop_per_s"] for row in rows)]) / 2
-    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, max(rates) * 5))
+    left, right = min(x) / 3, max(*x, max(rates) / limits["bandwidth"]) * 3
     for rate in rates:
-        roof = [left * bandwidth, rate, rate]
-        axes.plot([left, rate / bandwidth, right], roof, color=INK, lw=1.4, zorder=1)
-    axes.annotate(
-        "\n".join(f"{', '.join(rates[r])}: {_flops(r)}FLOP/s" for r in sorted(rates, reverse=True)),
-        (right, max(rates)),
-        xytext=(0, 5),
-        textcoords="offset points",
-        ha="right",
-        fontsize=9,
-        color=INK,
-    )
-    axes.set_xlabel("arithmetic intensity: FLOP per byte of weights and cache", color=INK)
-    axes.set_ylabel("speed, FLOP/s", color=INK)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _flops(value)))
-    axes.grid(which="major", color="#ececec", lw=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, which="both", length=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(LINE)
+        roof = [left * limits["bandwidth"], rate, rate]
+        ridge = rate / limits["bandwidth"]
+        axes.plot([left, ridge, right], roof, color="#222222", lw=1.2, zorder=1)
+    for engine, look in _looks([row["engine"] for row in rows]).items():
+        own = [row for row in rows if row["engine"] == engine]
+        for key, group in itertools.groupby(own, key=lambda row: (row["op"], row["batch"])):
+            points = [(row["flop_per_byte"], row["flop_per_s"]) for row in group]
+            label = engine.replace(":", " ") if key == (own[0]["op"], own[0]["batch"]) else None
+            axes.plot(*zip(*points, strict=True), lw=1, label=label, **look)
+    names: dict[str, Record] = {}
+    for row in rows:  # one label for each prompt and each batch, beside the fastest engine
+        name = f"{row['op']} {row['tokens' if row['op'] == 'prefill' else 'batch']:,}"
+        if name not in names or row["flop_per_s"] > names[name]["flop_per_s"]:
+            names[name] = row
+    for name, row in names.items():
+        place = (row["flop_per_byte"], row["flop_per_s"])
+        axes.annotate(name, place, xytext=(8, 0), textcoords="offset points", va="center")
+    roofs = [f"{', '.join(dtypes)} {rate / 1e9:,.0f} GFLOP/s" for rate, dtypes in rates.items()]
+    title = "; ".join([f"limits: memory {limits['bandwidth'] / 1e9:,.1f} GB/s", *roofs])
+    axes.set_title(f"{title}\nprefill N: a prompt of N tokens; decode N: a batch of N", loc="left")
+    axes.set(xscale="log", yscale="log", ylabel="FLOP/s")
+    axes.set_xlabel("FLOP per byte of weights and cache")
 
 
-def _draw_marks(axes: Axes, groups: dict[str, list[Results]]) -> None:
-    """Draw each engine's marks, next to each other where they would hide one another."""
-    engines = list(dict.fromkeys(row["engine"] for rows in groups.values() for row in rows))
-    looks = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS))
-    for place, (engine, (colour, marker)) in enumerate(zip(engines, looks, strict=False)):
-        aside = offset_copy(
-            axes.transData,
-            axes.get_figure(root=True),
-            x=3.5 * (place - (len(engines) - 1) / 2),
-            units="points",
-        )
-        label = engine.replace(":", " ")
-        for rows in groups.values():
-            own = [row for row in rows if row["engine"] == engine]
-            axes.plot(
-                [row["flop_per_byte"] for row in own],
-                [row["flop_per_s"] for row in own],
-                color=colour,
-                marker=marker,
-                markersize=8,
-                markeredgecolor="white",
-                lw=1,
-                transform=aside,
-                label=label,
-            )
-            label = None  # one entry in the legend
+def _curves(record: Record) -> tuple[str, dict[tuple, list[Record]]]:
+    """Return what the closed loops are drawn along, and the rows of each curve in order."""
+    rows = [row for row in record["points"] if row["kind"] == "closed"]
+    by_slots = len({row["amount"] for row in rows}) == 1
+    along = "slots" if by_slots else "amount"
+    curves: dict[tuple, list[Record]] = {}
+    for row in sorted(rows, key=lambda row: row[along]):
+        curves.setdefault((row["engine"], None if by_slots else row["slots"]), []).append(row)
+    return along, curves
 
 
-def _label_groups(axes: Axes, groups: dict[str, list[Results]], limits: Results) -> None:
-    """Name each group above the roof, with a line down to its marks; neighbours in two rows."""
-    low, high = axes.get_xlim()
-    # At the shortest context: there batches lie furthest apart.
-    places = sorted(
-        (max(row["flop_per_byte"] for row in rows), name) for name, rows in groups.items()
-    )
-    raised, before = False, -math.inf
-    for x, name in places:
-        across = math.log(x / low) / math.log(high / low)
-        raised = across - before < 0.075 and not raised
-        before = across
-        roof = max(
-            min(limits["bandwidth"] * x, matmul_limit(limits["matmul"], row["dtype"]))
-            for row in groups[name]
-        )
-        speeds = [row["flop_per_s"] for row in groups[name] if row["flop_per_byte"] == x]
-        top, bottom = max(roof, *speeds), min(speeds)
-        axes.plot([x, x], [bottom, top], color=LINE, lw=0.7, zorder=0)
-        axes.annotate(
-            name,
-            (x, top),
-            xytext=(0, 52 if raised else 18),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-            color=INK,
-            arrowprops={"arrowstyle": "-", "color": LINE, "lw": 0.7, "shrinkA": 1, "shrinkB": 0},
-        )
+def _by_load(axes: Axes, record: Record, title: str) -> None:
+    along, curves = _curves(record)
+    ticks = sorted({row[along] for curve in curves.values() for row in curve})
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xlabel("clients" if along == "amount" else "slots")
 
 
-def _label_slope(axes: Axes, bandwidth: float) -> None:
-    """Write the bandwidth along the slope, at its foot."""
-    left, _ = axes.get_xlim()
-    foot, above = axes.transData.transform([(x, x * bandwidth) for x in (left, 2 * left)])
-    axes.annotate(
-        f"{bandwidth / 1e9:,.0f} GB/s",
-        (left, left * bandwidth),
-        xytext=(5, 8),
-        textcoords="offset points",
-        rotation=math.degrees(math.atan2(above[1] - foot[1], above[0] - foot[0])),
-        rotation_mode="anchor",
-        fontsize=9,
-        color=INK,
-    )
+def _throughput(axes: Axes, record: Record) -> None:
+    """Draw tokens/s; dashed: the same requests as one batch, without a server."""
+    along, curves = _curves(record)
+    for (engine, slots), look in _looks(list(curves)).items():
+        rows = curves[engine, slots]
+        label = engine.replace(":", " ") + (f", {slots} slots" if slots else "")
+        rates = [row["median"]["tokens_per_s"] for row in rows]
+        axes.plot([row[along] for row in rows], rates, label=label, **look)
+        batches = [b for b in record["batches"] if b["engine"] == engine]
+        rate = {batch["slots"]: batch["median"]["tokens_per_s"] for batch in batches}
+        alone = [(row[along], rate[row["slots"]]) for row in rows if row["slots"] in rate]
+        if alone:
+            axes.plot(*zip(*alone, strict=True), color=look["color"], ls="--", lw=1)
+    axes.set_ylim(bottom=0)
+    _by_load(axes, record, "output, tokens/s (dashed: as one batch, without a server)")
 
 
-def _flops(value: float) -> str:
-    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.3g} {prefix}"
-    return f"{value:.3g} "
+def _first_token(axes: Axes, record: Record) -> None:
+    """Draw the median, and a band up to the 99th percentile."""
+    along, curves = _curves(record)
+    for name, look in _looks(list(curves)).items():
+        x = [row[along] for row in curves[name]]
+        ttft = [row["median"]["first_token_s"] for row in curves[name]]
+        p50, p99 = ([spread[p] or float("nan") for spread in ttft] for p in ("p50", "p99"))
+        axes.plot(x, p50, **look)
+        axes.fill_between(x, p50, p99, color=look["color"], alpha=0.15, lw=0)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    _by_load(axes, record, "TTFT, s (band: to p99)")
+
+
+def _waits(axes: Axes, record: Record) -> None:
+    """Draw each wait of the first round's streams; grey: a long prompt is prefilled."""
+    row = (record.get("prefill_interference") or record["gaps"])[0]
+    figures, median = row["rounds"][0], row["median"]
+    waits = figures.get("waits", figures.get("gaps"))
+    for begin, end in figures["admissions"]:
+        axes.axvspan(begin, end, color="#b5b5b5", alpha=0.35, lw=0)
+    axes.plot([b for b, _ in waits], [1e3 * s for _, s in waits], ".", ms=4, color=COLOURS[0])
+    axes.axhline(1e3 * figures["idle_s"]["p50"], color="#6b6b6b", lw=0.8, ls=":")
+    title = f"waits of {median['streams']} streams for their next burst, ms\ndotted: idle median; "
+    title += f"grey: a prompt of {median['long_prompt']:,} tokens is prefilled"
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("s")
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        path = pathlib.Path(argument)
+        draw(json.loads(path.read_text("utf-8"))).savefig(path.with_suffix(".png"))

@@ -1,51 +1,108 @@
-"""How an Executor's programs are run when they are timed, with nothing around them."""
+"""All that touches an Executor's programs: how they are run when they are timed, bare."""
+
+import functools
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.config import ModelConfig
 from llama_jax.decode import sampling
 from llama_jax.decode.executor import Executor
-from llama_jax.decode.state import Admission, DecodeState, make_admission
+from llama_jax.decode.plan import Plan
+from llama_jax.decode.state import Admission, DecodeState, init_state, make_admission
+from llama_jax.decode.steps import decode
+from llama_jax.llama import Llama
+from llama_jax.nn.transformer import Transformer, param_shapes
 
 
-def greedy(run: Executor, prompt: list[int], new_tokens: int) -> Admission:
-    """Return what a row is given to draw `new_tokens` of the likeliest tokens."""
+def _greedy(run: Executor, prompt: list[int], new_tokens: int) -> Admission:
+    """Return what a slot is given to draw `new_tokens` of the likeliest tokens."""
     params = sampling.make_params(temperature=0.0)
     return make_admission(params, prompt, run.config.vocab_size, limit=new_tokens)
 
 
-def read_prompt(run: Executor, state: DecodeState, prompt: list[int]) -> DecodeState:
-    """Prefill a prompt into row 0 and bring its first token to the host; consumes `state`."""
-    state = run.admit(state, 0, greedy(run, prompt, 1))
+def time_prefill(
+    run: Executor, state: DecodeState | None, prompt: list[int]
+) -> tuple[DecodeState, float]:
+    """Prefill a prompt into slot 0; return the state and the seconds to its first token."""
+    state = run.init_state() if state is None else state
+    jax.block_until_ready(state)
+    began = time.perf_counter()
+    state = run.admit(state, 0, _greedy(run, prompt, 1))
     state, first = run.prefill(state, 0, prompt)
     np.asarray(first.tokens)
-    return state
+    return state, time.perf_counter() - began
 
 
-def set_rows(run: Executor, state: DecodeState, context: int, new_tokens: int) -> DecodeState:
-    """Let every row hold `context` tokens and draw `new_tokens`; consumes `state`.
+def time_decode(
+    run: Executor, state: DecodeState | None, context: int, new_tokens: int
+) -> tuple[DecodeState, float]:
+    """Decode as the engine does; return the state and the seconds.
 
-    Without a prompt: speed does not depend on the cache's values.
+    Every slot holds `context` tokens before, without a prompt: speed does not depend on the
+    cache's values. All tokens are read by the host, while the plan's dispatches are in flight.
     """
-    for row in range(run.batch):
-        state = run.admit(state, row, greedy(run, [0], new_tokens))
-    state = state._replace(
-        positions=jnp.full((run.batch,), context, jnp.int32), done=jnp.zeros((run.batch,), bool)
-    )
-    return jax.block_until_ready(state)
-
-
-def draw_tokens(
-    run: Executor, state: DecodeState, context: int, new_tokens: int, dispatches: int
-) -> DecodeState:
-    """Decode as the engine does: while one chunk is read, others may run; consumes `state`."""
-    pending = []
+    state = run.init_state() if state is None else state
+    for slot in range(run.batch):
+        state = run.admit(state, slot, _greedy(run, [0], new_tokens))
+    positions = jnp.full((run.batch,), context, jnp.int32)
+    state = state._replace(positions=positions, done=jnp.zeros((run.batch,), bool))
+    jax.block_until_ready(state)
+    began = time.perf_counter()
+    in_flight = []
     for position in range(context, context + new_tokens, run.plan.decode_steps):
-        state, drawn, _ = run.decode(state, range(run.batch), position)
-        pending.append(drawn.tokens)
-        if len(pending) == dispatches:
-            np.asarray(pending.pop(0))
-    for tokens in pending:
+        state, outputs, _ = run.decode(state, range(run.batch), position)
+        in_flight.append(outputs.tokens)
+        if len(in_flight) == run.plan.max_in_flight:
+            np.asarray(in_flight.pop(0))
+    for tokens in in_flight:
         np.asarray(tokens)
-    return state
+    return state, time.perf_counter() - began
+
+
+def answer(run: Executor, prompt: list[int], new_tokens: int) -> None:
+    """Answer a greedy request in slot 0, all dispatched before any token is read."""
+    state = run.admit(run.init_state(), 0, _greedy(run, prompt, new_tokens))
+    state, first = run.prefill(state, 0, prompt)
+    dispatched = [first.tokens]
+    for position in range(len(prompt), len(prompt) + new_tokens - 1, run.plan.decode_steps):
+        state, more, _ = run.decode(state, [0], position)
+        dispatched.append(more.tokens)
+    for tokens in dispatched:
+        np.asarray(tokens)
+
+
+def run_batch(llama: Llama, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:
+    """Answer all prompts, as many at once as there are slots; return seconds, tokens and cores."""
+    for _ in llama.engine.warm_up():
+        pass
+
+    def run(some: list[list[int]], length: int) -> int:
+        wanted = {"max_tokens": length, "temperature": 0, "ignore_eos": True}
+        requests = ({"prompt_tokens": tokens, **wanted} for tokens in some)
+        return sum(len(result.tokens) for result in llama.generate_all(requests))
+
+    # Touch the memory of every slot, by prompts that begin otherwise than those timed.
+    run([tokens[::-1] for tokens in prompts[: llama.executor.batch]], 2)
+    began, cpu_began = time.perf_counter(), time.process_time()
+    tokens = run(prompts, new_tokens)
+    seconds = time.perf_counter() - began
+    cores = (time.process_time() - cpu_began) / seconds
+    return {"seconds": seconds, "tokens": tokens, "cores": cores, "tokens_per_s": tokens / seconds}
+
+
+def compile_decode(
+    config: ModelConfig, plan: Plan, capacity: int, attend_len: int
+) -> jax.stages.Compiled:
+    """Compile the decode program at batch 1, without weights."""
+    state = jax.eval_shape(lambda: init_state(config, 1, capacity, plan.cache))
+    step = functools.partial(
+        decode,
+        Transformer(config, jnp.dtype(plan.weights), plan.kernels),
+        num_steps=plan.decode_steps,
+        attend_len=attend_len,
+    )
+    params = param_shapes(config, plan.weights)
+    return jax.jit(step, donate_argnums=1).lower(params, state).compile()

@@ -1,192 +1,141 @@
-"""The table on stdout: every case and engine against the machine's limit and each other."""
+"""The tables on stdout."""
 
 import textwrap
+from collections.abc import Callable, Iterable
 from typing import Any
 
-Results = dict[str, Any]
+Record = dict[str, Any]
 
 
-def make_report(results: Results) -> str:
-    """Return the whole report as text, lines of at most 100 columns where names are short."""
-    parts = [_head(results)]
-    prefill = [row for row in results["cases"] if row["op"] == "prefill"]
-    decode = [row for row in results["cases"] if row["op"] == "decode"]
-    ours = list(dict.fromkeys(r["engine"] for r in results["cases"] if r["engine"][:5] == "ours:"))
-    has_peers = any(row["ours_over_this"] for row in results["cases"])
-    ratios = ours if has_peers else []
-    if prefill:
-        parts.append("Time to first token, batch 1\n" + _prefill_table(prefill, ratios))
-    if decode:
-        parts.append(
-            f"Decode, {decode[0]['new_tokens']} tokens a row, greedy\n"
-            + _decode_table(decode, ratios)
-        )
-    if ratios:
-        parts.append(
-            "Columns of ours: how many times as fast as that row's engine; the median of the "
-            "ratios\nof single rounds."
-        )
-    parts += [_engine_table(results), _streaming(results), _problems(results)]
-    return "\n\n".join(part for part in parts if part)
+def table(columns: dict[str, Callable[[Any], Any]], rows: Iterable[Any]) -> str:
+    """Align text, a column for each function of a row: names to the left, numbers to the right."""
+    cells = [[str(cell(row)) for cell in columns.values()] for row in rows]
+    lines = []
+    for head, *column in zip(columns, *cells, strict=True):
+        width = max(map(len, [head, *column]))
+        named = any(cell[:1].isalpha() for cell in column)
+        lines.append([f"{c:<{width}}" if named else f"{c:>{width}}" for c in (head, *column)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*lines, strict=True))
 
 
-def _head(results: Results) -> str:
-    limits, shape = results["limits"], results["shape"]
-    rates = ", ".join(f"{dtype} {_si(rate)}FLOP/s" for dtype, rate in limits["matmul"].items())
-    turns = "in turns" if results["interleaved"] else "one engine after the other (memory)"
-    return "\n".join(
-        [
-            f"{results['model']}: {shape['parameters'] / 1e9:.3g}e9 parameters, "
-            f"{shape['num_layers']} layers, dim {shape['dim']}",
-            device_name(results),
-            f"limits: memory {limits['bandwidth'] / 1e9:.1f} GB/s; {rates}",
-            f"medians of {results['settings']['rounds']} rounds, {turns}",
-        ]
-    )
+def number(value: float | None, scale: float = 1.0) -> str:
+    """Return three digits or more of a number; nothing for None."""
+    if value is None:
+        return ""
+    return f"{value * scale:,.0f}" if abs(value * scale) >= 100 else f"{value * scale:.3g}"
 
 
-def device_name(results: Results) -> str:
+def times(ratio: float | None) -> str:
+    """Return how many times as fast ours is; nothing for None."""
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def device_name(record: Record) -> str:
     """Return what was measured on: the processor and its cores, or the accelerator."""
-    machine, limits = results["machine"], results["limits"]
+    machine, limits = record["machine"], record.get("limits", {"backend": "cpu"})
     on_cpu = limits["backend"] == "cpu"
     return f"{machine['cpu']}, {machine['cores']} cores" if on_cpu else limits["device"]
 
 
-def _si(value: float) -> str:
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= factor:
-            return f"{value / factor:.3g} {prefix}"
-    return f"{value:.3g} "
-
-
-def _rate(value: float) -> str:
-    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
-
-
-def _spread(row: Results) -> str:
-    """Return how far the rounds lie apart, as a share of the median."""
-    rounds = row["rounds_s"]
-    return f"{(max(rounds) - min(rounds)) / row['seconds']:.0%}"
-
-
-def _ratios(row: Results, ours: list[str]) -> list[str]:
-    return [f"{row['ours_over_this'][o]:.2f}x" if o in row["ours_over_this"] else "" for o in ours]
-
-
-def _prefill_table(rows: list[Results], ours: list[str]) -> str:
-    head = ["prompt", "engine", "ms", "tok/s", "limit ms", "of limit", "spread", *ours]
-    lines = [
-        [
-            f"{row['tokens']:,}",
-            row["engine"],
-            f"{row['seconds'] * 1e3:,.1f}",
-            _rate(row["tokens_per_s"]),
-            f"{row['limit_s'] * 1e3:,.1f}",
-            f"{row['fraction_of_limit']:.0%}",
-            _spread(row),
-            *_ratios(row, ours),
-        ]
-        for row in rows
-    ]
-    return table(head, lines, left=(1,), group=1)
-
-
-def _decode_table(rows: list[Results], ours: list[str]) -> str:
-    head = ["batch", "context", "engine", "tok/s", "limit", "of limit", "spread", *ours]
-    lines = [
-        [
-            str(row["batch"]),
-            f"{row['tokens']:,}",
-            row["engine"],
-            _rate(row["tokens_per_s"]),
-            _rate(row["limit_tokens_per_s"]),
-            f"{row['fraction_of_limit']:.0%}",
-            _spread(row),
-            *_ratios(row, ours),
-        ]
-        for row in rows
-    ]
-    return table(head, lines, left=(2,), group=2)
-
-
-def _engine_table(results: Results) -> str:
-    head = ["engine", "load s", "compile s", "again s", "programs", "weights + cache", "peak GB"]
-    lines = []
-    for name, about in results["engines"].items():
-        peak = about.get("device_bytes", about.get("process_bytes"))
-        lines.append(
-            [
-                name,
-                f"{about['load_s']:.1f}",
-                _optional(about.get("compile_cold_s"), "{:.1f}"),
-                _optional(about.get("compile_warm_s"), "{:.1f}"),
-                _optional(about.get("programs") and len(about["programs"]), "{}"),
-                f"{about['weights_bytes'] / 1e9:.2f} + {about['cache_bytes'] / 1e9:.2f}",
-                _optional(peak and peak / 1e9, "{:.2f}"),
-            ]
-        )
-    versions = [f"{name}: {about['version']}" for name, about in results["engines"].items()]
-    return "\n".join(
-        [
-            "Engines",
-            table(head, lines, left=(0,), group=0),
-            "compile: for a first request, in a fresh process; again: in a second one, which finds",
-            "the first one's programs in JAX's cache",
-            *versions,
-        ]
-    )
-
-
-def _optional(value: Any, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
-def _streaming(results: Results) -> str:
-    return "\n".join(
-        f"{name}: tokens/s streamed are {ratios['stream_over_whole']:.3f} of those returned whole, "
-        f"{ratios['stream_over_programs']:.3f} of the bare programs'"
-        for name, ratios in results["streaming"].items()
-    )
-
-
-def _problems(results: Results) -> str:
-    """Name what was not measured: cases with one reason together."""
+def problems(record: Record) -> str:
+    """Return what was not measured, and why; cases with the same reason together."""
     cases: dict[tuple[str, str], list[str]] = {}
-    for skip in results["skipped"]:
+    for skip in record.get("skipped", []):
         cases.setdefault((skip["engine"], skip["reason"]), []).append(skip["case"])
-    lines = [
-        f"not measured: {engine}, {'; '.join(names)}: {reason}"
-        for (engine, reason), names in cases.items()
-    ]
-    lines += [f"failed: {text}" for text in results["failures"]]
+    lines = [f"not measured: {e}, {'; '.join(names)}: {why}" for (e, why), names in cases.items()]
+    lines += [f"failed: {text}" for text in record["failures"]]
     return "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in lines)
 
 
-def table(
-    head: list[str], lines: list[list[str]], *, left: tuple[int, ...] = (), group: int = 0
-) -> str:
-    """Align columns of text.
+def make_report(record: Record) -> str:
+    """Return the report of `python -m benchmarks`."""
+    limits, settings = record["limits"], record["settings"]
+    rates = ", ".join(f"{d} {rate / 1e9:,.0f} GFLOP/s" for d, rate in limits["matmul"].items())
+    parts = [
+        f"{record['model']}: {record['shape']['parameters'] / 1e9:.3g}e9 parameters; "
+        f"{device_name(record)}\n"
+        f"limits: memory {limits['bandwidth'] / 1e9:.1f} GB/s; {rates}\n"
+        f"medians of {settings['rounds']} rounds, in turns; {settings['new_tokens']} new tokens",
+        _cases(record["cases"]),
+        _engines(record["engines"]),
+        "\n".join(
+            f"{name}: tokens/s streamed are {row['stream_over_whole']:.3f} of those returned "
+            f"whole, {row['stream_over_programs']:.3f} of the bare programs'"
+            for name, row in record["streaming"].items()
+        ),
+        problems(record),
+    ]
+    return "\n\n".join(part for part in parts if part)
 
-    Args:
-        head: their names.
-        lines: of as many cells.
-        left: columns aligned to the left; the others are to the right.
-        group: leading columns left empty where they repeat the line above; with any, a blank line
-            stands between groups.
+
+def _cases(rows: list[Record]) -> str:
+    """Return a row for each case and engine; the last columns are how many times as fast ours is.
+
+    `spread`: how far the rounds lie apart, as a share of the median.
     """
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    text = []
-    above: list[str] = []
-    for line in [head, *lines]:
-        repeats = bool(group) and line[:group] == above
-        if group and text and not repeats:
-            text.append("")
-        cells = ["" if repeats and i < group else cell for i, cell in enumerate(line)]
-        text.append(
-            "  ".join(
-                cell.ljust(width) if i in left else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-            ).rstrip()
-        )
-        above = line[:group]
-    return "\n".join(text)
+    columns = {
+        "case": lambda row: row["op"],
+        "batch": lambda row: row["batch"],
+        "tokens": lambda row: f"{row['tokens']:,}",
+        "engine": lambda row: row["engine"],
+        "ms": lambda row: number(row["seconds"], 1e3),
+        "tok/s": lambda row: number(row["tokens_per_s"]),
+        "limit": lambda row: number(row["limit_tokens_per_s"]),
+        "of limit": lambda row: f"{row['fraction_of_limit']:.0%}",
+        "spread": lambda row: (
+            f"{(max(row['rounds_s']) - min(row['rounds_s'])) / row['seconds']:.0%}"
+        ),
+    }
+    for name in dict.fromkeys(name for row in rows for name in row["ours_over_this"]):
+        columns[name] = lambda row, name=name: times(row["ours_over_this"].get(name))
+    return table(columns, rows)
+
+
+def _engines(engines: dict[str, Record]) -> str:
+    columns = {
+        "engine": lambda row: row[0],
+        "load s": lambda row: number(row[1]["load_s"]),
+        "compile s": lambda row: number(row[1].get("compile_cold_s")),
+        "again s": lambda row: number(row[1].get("compile_warm_s")),
+        "programs": lambda row: row[1].get("programs", ""),
+        "weights GB": lambda row: number(row[1]["weights_bytes"], 1e-9),
+        "cache GB": lambda row: number(row[1]["cache_bytes"], 1e-9),
+        "peak GB": lambda row: number(
+            row[1].get("device_bytes", row[1].get("process_bytes")), 1e-9
+        ),
+        "version": lambda row: row[1]["version"],
+    }
+    return table(columns, engines.items())
+
+
+def make_serving_report(record: Record) -> str:
+    """Return the report of `python -m benchmarks.serve`."""
+    settings = record["settings"]
+    head = [
+        f"{record['model']}: {record['shape']['parameters'] / 1e9:.3g}e9 parameters; "
+        f"{device_name(record)}",
+        f"prompts of {settings['prompt_len']} tokens, {settings['new_tokens']} new ones, greedy; "
+        f"medians of {settings['rounds']} rounds",
+    ]
+    for engine, about in record["engines"].items():
+        alone = "" if about["batches"] else "; one request at a time"
+        head.append(f"{engine}: prompts as {about['prompts']}{alone}")
+    columns = {
+        "engine": lambda row: row["engine"],
+        "load": lambda row: row["load"],
+        "n": lambda row: f"{row['median']['requests']:g}",
+        "failed": lambda row: f"{row['median']['errors']:g}",
+        "tok/s": lambda row: number(row["median"]["tokens_per_s"]),
+    }
+    names = {"TTFT ms": "first_token_s", "token ms": "per_token_s", "burst ms": "per_burst_s"}
+    for text, name in names.items():
+        for p in ("p50", "p99"):
+            columns[f"{text} {p}"] = lambda row, n=name, p=p: number(row["median"][n][p], 1e3)
+    columns["ours"] = lambda row: times(row["ours_over_this"])
+    parts = ["\n".join(head), table(columns, record["points"])]
+    parts += [
+        f"{row['engine']}: {number(row['median']['tokens_per_s'])} tok/s as one batch, without a "
+        f"server; the server reaches {number(row['server_over_batch'])} of it"
+        for row in record["batches"]
+    ]
+    return "\n\n".join(part for part in [*parts, problems(record)] if part)

@@ -1,246 +1,203 @@
 """Measure the server: what clients see under load, against the engine alone and other servers.
 
   python -m benchmarks.serve --shape=300m
-  python -m benchmarks.serve --shape=300m --slots=1,2,4,8 --clients=64 --gap=2000
-  python -m benchmarks.serve --shape=1b --rate=50%,80% --against=llamacpp,hf
+  python -m benchmarks.serve --shape=1b --rate=0.5,1 --against=llamacpp,hf
 
 The tables go to stdout, progress to stderr; figures and a plot go to files. Exit status: 0 done,
 1 something failed while it was measured, 2 a mistake in the input. See benchmarks/README.md.
 """
 
-import datetime
-import importlib.util
-import json
+import collections
+import contextlib
+import dataclasses
 import pathlib
 import re
 import shutil
+import statistics
 import sys
 import tempfile
+from typing import Any, BinaryIO
 
 from absl import flags
+from tqdm import tqdm
 
-from benchmarks import machine
-from benchmarks.cases import parse_dtype
-from benchmarks.command import command_line, execute, note, output_folder, slug
-from benchmarks.load import vocabulary
-from benchmarks.load.measure import Load, measure
-from benchmarks.load.points import make_points
-from benchmarks.load.programs import PROGRAMS, Launch
-from benchmarks.load.record import make_record
-from benchmarks.load.report import make_report
-from benchmarks.shapes import SHAPES, load_shape
+from benchmarks import command, machine
+from benchmarks.cases import Engine
+from benchmarks.load import Point, drive, make_points, make_prompts
+from benchmarks.model_cost import total_params
+from benchmarks.report import make_serving_report
+from benchmarks.servers import PEERS, Launch, running
+from benchmarks.worker import EngineError, Worker
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError
 
-FLAGS = flags.FlagValues()
-PEERS = [name for name in PROGRAMS if name != "ours"]
-
-flags.DEFINE_string(
-    "shape", "300m", f"Model shape: {', '.join(SHAPES)}; random weights.", flag_values=FLAGS
-)
-flags.DEFINE_string(
-    "checkpoint",
-    None,
-    "Folder that `python -m convert` wrote; replaces --shape.",
-    flag_values=FLAGS,
-)
+FLAGS = command.make_flags("300m")
+command.add_checkpoint_flag(FLAGS)
+for _name, _default, _text in (
+    ("slots", 8, "Of each server: answers decoded at once."),
+    ("prompt_len", 64, "Tokens of a prompt."),
+    ("new_tokens", 64, "Tokens to draw for each."),
+    ("requests", 128, "Of each load, at most; 16 for each client."),
+    ("rounds", 3, "Times that everything is measured."),
+    ("timeout_s", 300, "Seconds for one answer; then it failed."),
+):
+    flags.DEFINE_integer(_name, _default, _text, flag_values=FLAGS)
+for _name, _defaults, _text in (
+    ("clients", ["1", "4", "16", "64"], "Closed loops: each client waits for its answer."),
+    ("rate", [], "Open loops: requests a second, at random times."),
+    ("against", [], f"Peers to measure in turns with it: {', '.join(PEERS)}."),
+):
+    flags.DEFINE_list(_name, _defaults, _text, flag_values=FLAGS)
 flags.DEFINE_string("dtype", "float16", "Of weights and cache.", flag_values=FLAGS)
-flags.DEFINE_list(
-    "slots",
-    ["8"],
-    "Answers drawn at once; of several, only the most get all loads, the others the most clients.",
-    flag_values=FLAGS,
-)
-flags.DEFINE_integer("prompt_len", 64, "Tokens of a prompt.", flag_values=FLAGS)
-flags.DEFINE_integer("new_tokens", 64, "Tokens to draw for each.", flag_values=FLAGS)
-flags.DEFINE_integer(
-    "context", None, "Tokens that a slot holds; default: what prompts need.", flag_values=FLAGS
-)
-flags.DEFINE_list(
-    "clients",
-    ["1", "4", "16", "64"],
-    "Closed loops: each client waits for its answer.",
-    flag_values=FLAGS,
-)
-flags.DEFINE_list(
-    "rate",
-    [],
-    "Open loops: requests a second, at random times; 80%: of what the most clients got through.",
-    flag_values=FLAGS,
-)
-flags.DEFINE_integer(
-    "requests", 128, "Of each load, at most; 16 for each client.", flag_values=FLAGS
-)
-flags.DEFINE_bool(
-    "shared", True, "Also: the most clients, whose prompts begin alike.", flag_values=FLAGS
-)
-flags.DEFINE_bool(
-    "batch", True, "Also: the same requests through the engine, no server.", flag_values=FLAGS
-)
-flags.DEFINE_integer(
-    "gap",
-    None,
-    "Also: how long streams wait while a prompt of so many tokens comes in.",
-    flag_values=FLAGS,
-)
-flags.DEFINE_list(
-    "against", [], f"Peers to measure in turns with it: {', '.join(PEERS)}.", flag_values=FLAGS
-)
-flags.DEFINE_string(
-    "llama_server",
-    "llama-server",
-    "llama.cpp's program, for --against=llama-server.",
-    flag_values=FLAGS,
-)
-flags.DEFINE_integer("rounds", 3, "Times that everything is measured.", flag_values=FLAGS)
-flags.DEFINE_float("timeout_s", 300.0, "Seconds for one answer; then it failed.", flag_values=FLAGS)
-flags.DEFINE_integer("seed", 0, "Of prompts and of arrivals.", flag_values=FLAGS)
-flags.DEFINE_string("output", "benchmarks/results", "Folder for the files.", flag_values=FLAGS)
-flags.DEFINE_string(
-    "name", None, "Of the files; default: serve, model, processor and date.", flag_values=FLAGS
-)
+flags.DEFINE_string("llama_server", "llama-server", "llama.cpp's program.", flag_values=FLAGS)
+flags.DEFINE_bool("shared", True, "Also: prompts with a shared prefix.", flag_values=FLAGS)
+flags.DEFINE_bool("batch", True, "Also: the requests without a server.", flag_values=FLAGS)
+
+Record = dict[str, Any]
+Rounds = list[Record | None]
+"""Figures by round; None where it failed."""
 
 
-def read_numbers(flag: str) -> list[int]:
-    """Return the whole numbers of a flag, each once, in order.
-
-    Raises:
-        InputError: there is none, or one is not a whole number from 1 on.
-    """
-    texts = FLAGS[flag].value or []
-    if not texts or not all(re.fullmatch(r"[1-9]\d{0,8}", text) for text in texts):
-        raise InputError(f"--{flag} is {','.join(texts)!r}, expected whole numbers from 1 on")
-    return sorted({int(text) for text in texts})
-
-
-def read_model() -> tuple[str, ModelConfig, str | None]:
-    """Return the model's name, its shape and the folder of its weights, if they are to be read."""
-    if FLAGS.checkpoint is None:
-        return FLAGS.shape, load_shape(FLAGS.shape), None
-    if FLAGS["shape"].present:
-        raise InputError("--shape is given with --checkpoint, which has its own; drop one")
-    path = pathlib.Path(FLAGS.checkpoint).expanduser().absolute()
-    if not (path / "config.json").is_file():
-        raise InputError(
-            f"--checkpoint={FLAGS.checkpoint} has no config.json; name the folder "
-            "that `python -m convert` wrote"
-        )
-    return path.name, ModelConfig.load(path / "config.json"), str(path)
-
-
-def read_load(config: ModelConfig) -> Load:
-    """Return what the servers are to do."""
-    numbers = ("prompt_len", "new_tokens", "requests", "rounds", "timeout_s")
-    values = {name: FLAGS[name].value for name in numbers}
-    wrong = [f"--{name} is {value}" for name, value in values.items() if not value or value < 1]
-    if wrong:
-        raise InputError(f"{', '.join(wrong)}, expected 1 or more")
-    needed, most = FLAGS.prompt_len + FLAGS.new_tokens, config.max_seq_len
-    if needed > most:
-        raise InputError(f"--prompt_len needs {needed:,} positions, the shape has {most:,}")
-    if FLAGS.context is not None and not needed <= FLAGS.context <= most:
-        raise InputError(f"--context is {FLAGS.context:,}, expected {needed:,} to {most:,}")
-    if FLAGS.gap is not None and not 1 <= FLAGS.gap < most:
-        raise InputError(f"--gap needs {FLAGS.gap:,} positions, the shape has {most:,}")
-    if FLAGS.gap is not None and read_numbers("slots")[-1] < 2:
-        raise InputError("--gap needs --slots of 2 at least: one streams while another reads")
-    points = make_points(read_numbers("clients"), FLAGS.rate, FLAGS.requests, shared=FLAGS.shared)
-    return Load(
-        tuple(points),
-        FLAGS.prompt_len,
-        FLAGS.new_tokens,
-        FLAGS.rounds,
-        FLAGS.timeout_s,
-        FLAGS.seed,
-        FLAGS.batch,
-        FLAGS.gap,
-    )
-
-
-def read_peers() -> list[str]:
-    """Return the peers, each of which can run here.
-
-    Raises:
-        InputError: one is unknown, or something that it needs is not installed.
-    """
+def make_launches(config: ModelConfig, checkpoint: str | None, folder: str) -> list[Launch]:
+    """Return the servers to start, ours first; their files are made up in `folder`."""
     for name in FLAGS.against:
         if name not in PEERS:
             raise InputError(f"--against names {name!r}, expected {', '.join(PEERS)}")
-        missing = [m for m in PROGRAMS[name].modules if importlib.util.find_spec(m) is None]
-        if missing:
-            raise InputError(
-                f"--against={name} needs {' and '.join(missing)}, not installed; "
-                "pip install -e '.[bench]'"
-            )
-    if "llama-server" in FLAGS.against and shutil.which(FLAGS.llama_server) is None:
-        raise InputError(f"--llama_server={FLAGS.llama_server} is no program; name llama.cpp's")
-    return list(dict.fromkeys(FLAGS.against))
-
-
-def make_launches(
-    config: ModelConfig, checkpoint: str | None, folder: pathlib.Path
-) -> list[Launch]:
-    """Return the servers to start: ours at every number of slots, peers at the most."""
-    slots = read_numbers("slots")
-    dtype = parse_dtype(FLAGS.dtype, "--dtype")
-    context = FLAGS.context or FLAGS.prompt_len + FLAGS.new_tokens
-    ours = [Launch("ours", dtype, config, checkpoint, folder, n, context) for n in slots]
+        command.check_modules(f"--against={name}", PEERS[name])
     binary = shutil.which(FLAGS.llama_server)
-    peers = [
-        Launch(name, dtype, config, None, folder, slots[-1], context, binary)
-        for name in read_peers()
+    if "llama-server" in FLAGS.against and binary is None:
+        raise InputError(f"--llama_server={FLAGS.llama_server} is no program; name llama.cpp's")
+    dtype, context = command.check_dtype(FLAGS.dtype), FLAGS.prompt_len + FLAGS.new_tokens
+    sizes = (pathlib.Path(folder), FLAGS.slots, context, binary)
+    ours = Launch("ours", dtype, config, checkpoint, *sizes)
+    peers = [Launch(name, dtype, config, None, *sizes) for name in dict.fromkeys(FLAGS.against)]
+    for launch in (ours, *peers):
+        command.note(f"writing weights for {launch}")
+        launch.write()
+    return [ours, *peers]
+
+
+def serve_once(
+    launch: Launch, prompts: dict[Point, list[list[int]]], log: BinaryIO, bar: tqdm
+) -> tuple[dict[Point, Record], list[str]]:
+    """Start a server, put each load on it; return the figures, and the requests that failed."""
+    figures, failures = {}, []
+    with running(launch, log) as server:
+        # Use every slot once, for prompts that are not asked again.
+        warm_up = make_prompts(launch.config.vocab_size, launch.slots, FLAGS.prompt_len, seed=1)
+        drive(server, Point("closed", launch.slots, launch.slots), warm_up, 2, FLAGS.timeout_s)
+        for point, own in prompts.items():
+            bar.set_description(f"{launch}, {point}")
+            answers, figures[point] = drive(
+                server, point, own, FLAGS.new_tokens, FLAGS.timeout_s, bar.update
+            )
+            errors = collections.Counter(a.error for a in answers if a.error is not None)
+            failures += [f"{launch}, {point}: {n} requests: {error}" for error, n in errors.items()]
+            server.check()
+    return figures, failures
+
+
+def run_batch(launch: Launch, prompts: list[list[int]], log: BinaryIO) -> Record:
+    """Answer the requests in a process without a server, as many at once as there are slots."""
+    with contextlib.closing(Worker(Engine("ours", launch.dtype), log)) as process:
+        config = dataclasses.asdict(launch.config)
+        about = {"dtype": launch.dtype, "checkpoint": launch.checkpoint}
+        process.call("load", config=config, contexts={1: launch.context}, **about)
+        sizes = {"new_tokens": FLAGS.new_tokens, "slots": launch.slots}
+        return {"requests": len(prompts), **process.call("batch_of", prompts=prompts, **sizes)}
+
+
+def median(values: Rounds) -> Any:
+    """Return the median of each figure of some rounds; of what is absent in all, None."""
+    there: list[Any] = [value for value in values if value is not None]
+    if there and isinstance(there[0], dict):
+        names = [name for name, value in there[0].items() if not isinstance(value, list)]
+        return {name: median([value.get(name) for value in there]) for name in names}
+    return statistics.median(there) if there else None
+
+
+def ratio(one: Rounds, other: Rounds) -> float | None:
+    """Return the median of the rounds' ratios of tokens a second, over rounds that both have."""
+    pairs = [
+        (a["tokens_per_s"], b["tokens_per_s"]) for a, b in zip(one, other, strict=True) if a and b
     ]
-    return [*ours, *peers]
+    ratios = [a / b for a, b in pairs if b]
+    return statistics.median(ratios) if ratios else None
 
 
-def write_files(launches: list[Launch], folder: pathlib.Path) -> None:
-    """Write what the servers read, each file once."""
-    vocabulary.write_sentencepiece(folder / "tokenizer.model", launches[0].config.vocab_size)
-    for launch in launches:
-        write = PROGRAMS[launch.program].write
-        if write is not None and not launch.weights.exists():
-            note(f"writing weights for {launch}")
-            write(launch.weights, launch.config, launch.dtype)
+def measure(launches: list[Launch], points: list[Point], log: pathlib.Path) -> Record:
+    """Measure every server in each round, started anew; the order is reversed every round.
+
+    Returns:
+        What a record holds of it: medians, every round, ratios and failures.
+    """
+    vocab_size, failures = launches[0].config.vocab_size, []
+    prompts = {
+        point: make_prompts(
+            vocab_size, point.requests, FLAGS.prompt_len, shared=point.kind == "shared"
+        )
+        for point in points
+    }
+    saturated = [point for point in points if point.kind == "closed"][-1]
+    served: dict[tuple[Launch, Point], Rounds] = collections.defaultdict(list)
+    batches: Rounds = []
+    with log.open("wb") as file, tqdm(unit="request", file=sys.stderr) as bar:
+        for turn in range(FLAGS.rounds):
+            for launch in launches if turn % 2 == 0 else launches[::-1]:
+                figures: dict[Point, Record] = {}
+                try:
+                    figures, failed = serve_once(launch, prompts, file, bar)
+                    failures += failed
+                    if launch.program == "ours" and FLAGS.batch:
+                        bar.set_description(f"{launch}, batch")
+                        batches.append(run_batch(launch, prompts[saturated], file))
+                except (EngineError, OSError) as error:  # must not end the others' measurement
+                    failures.append(f"{launch}: {error}")
+                for point in points:
+                    served[launch, point].append(figures.get(point))
+
+    def row(launch: Launch, rounds: Rounds) -> Record:
+        done = [figures for figures in rounds if figures]
+        slots = launch.slots if launch.batches else 1
+        return {"engine": str(launch), "slots": slots, "median": median(rounds), "rounds": done}
+
+    ours = launches[0]
+    rows = []
+    for (launch, point), rounds in served.items():
+        over = None if launch == ours else ratio(served[ours, point], rounds)
+        load = {"load": str(point), "kind": point.kind, "amount": point.amount}
+        rows += [row(launch, rounds) | load | {"ours_over_this": over}] if any(rounds) else []
+    share = {"server_over_batch": None}
+    if len(batches) == FLAGS.rounds:
+        share = {"server_over_batch": ratio(served[ours, saturated], batches)}
+    return {
+        "engines": {str(e): {"prompts": e.reads, "batches": e.batches} for e in launches},
+        "points": rows,
+        "batches": [row(ours, batches) | share] if batches else [],
+        # Paths are of this machine alone.
+        "failures": [re.sub(r"(?<!\w)/[\w./-]+", "...", text) for text in failures],
+    }
 
 
 def run() -> int:
     """Measure what the flags say; return the exit status."""
-    model, config, checkpoint = read_model()
-    load = read_load(config)
-    today = datetime.datetime.now().astimezone()
-    name = FLAGS.name or slug(f"serve {model} {machine.cpu_name()} {today:%Y-%m-%d}")
-    output = output_folder(FLAGS.output, name)
+    model, config, checkpoint = command.read_model(FLAGS)
+    names = ("slots", "prompt_len", "new_tokens", "requests", "rounds", "timeout_s")
+    command.check_positive(FLAGS, *names)
+    command.check_room(config, FLAGS.prompt_len + FLAGS.new_tokens)
+    clients = command.read_numbers(FLAGS, "clients")
+    points = make_points(clients, FLAGS.rate, FLAGS.requests, shared=FLAGS.shared)
+    path = command.output_path(FLAGS, "serve", model, machine.cpu_name())
+    log = path.with_name(f"{path.name}.log")
+    record = command.start_record("benchmarks.serve", model, checkpoint)
+    record["settings"] = {name: FLAGS[name].value for name in names}
+    record["shape"] = dataclasses.asdict(config) | {"parameters": total_params(config)}
     with tempfile.TemporaryDirectory(prefix="benchmarks_") as folder:
-        launches = make_launches(config, checkpoint, pathlib.Path(folder))
-        write_files(launches, pathlib.Path(folder))
-        measured = measure(launches, load, output / f"{name}.log")
-    about = {
-        "model": model,
-        "command": command_line("benchmarks.serve", sys.argv[1:]),
-        "date": today.isoformat(timespec="seconds"),
-        "machine": machine.describe(),
-        "weights": "checkpoint" if checkpoint else "random",
-    }
-    record = make_record(config, load, measured, about)
-    (output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(make_report(record))
-    note(f"\nwritten: {output / name}.json")
-    if importlib.util.find_spec("matplotlib") is None:
-        note("no plot: matplotlib is not installed; pip install -e '.[bench]'")
-    elif record["points"]:
-        from benchmarks.load.plot import draw_serving
-
-        draw_serving(record).savefig(output / f"{name}.png")
-        note(f"written: {output / name}.png")
-    if measured.failures:
-        note(f"what the servers printed is in {output / name}.log")
-    return 1 if measured.failures else 0
-
-
-def main(argv: list[str]) -> None:
-    """Parse the command line, run, and exit."""
-    execute(run, FLAGS, argv)
+        record |= measure(make_launches(config, checkpoint, folder), points, log)
+    print(make_serving_report(record))
+    command.write_record(record, path, plot=bool(record["points"]))
+    return 1 if record["failures"] else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    command.execute(run, FLAGS, sys.argv)

@@ -21,11 +21,7 @@ SHAPES = tuple(sorted([*_FILES, *_SIZES]))
 
 
 def load_shape(name: str) -> ModelConfig:
-    """Return the shape of that name.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return the shape of that name."""
     if name in _FILES:
         return ModelConfig.load(_FILES[name])
     if name not in _SIZES:

@@ -33,10 +33,6 @@ def filled(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Return pseudo-random numbers of the scale that keeps activations' size; ones for a norm.
 
     A hash of the index, computed as the array is written: nothing else takes memory.
-
-    Args:
-        shape: of a vector (a norm's weight), or of rows that are `shape[-1]` wide.
-        dtype: of a float.
     """
     if len(shape) == 1:
         return jnp.ones(shape, dtype)

@@ -9,16 +9,9 @@ import sys
 from typing import Any, BinaryIO
 
 from benchmarks.cases import Engine
-from benchmarks.engines.protocol import UnsupportedError
 
 ROOT = pathlib.Path(__file__).parent.parent
-MODULES = {
-    "ours": "ours",
-    "hf": "hf",
-    "hf-compile": "hf",
-    "llamacpp": "llamacpp",
-    "flax": "flax",
-}
+MODULES = {"ours": "ours", "hf": "hf", "hf-compile": "hf", "llamacpp": "llamacpp"}
 
 
 class EngineError(Exception):
@@ -26,26 +19,12 @@ class EngineError(Exception):
 
 
 class Worker:
-    """One running engine.
+    """One running engine."""
 
-    Args:
-        engine: which.
-        log: open for writing; takes all that the process prints.
-        python: the interpreter to run it with; None: this one.
-        environment: variables to set besides this process's own.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        log: BinaryIO,
-        *,
-        python: str | None = None,
-        environment: dict[str, str] | None = None,
-    ):
+    def __init__(self, engine: Engine, log: BinaryIO, environment: dict[str, str] | None = None):
         self.engine = engine
         self._process = subprocess.Popen(
-            [python or sys.executable, "-m", f"benchmarks.engines.{MODULES[engine.kind]}"],
+            [sys.executable, "-m", f"benchmarks.engines.{MODULES[engine.kind]}"],
             cwd=ROOT,
             env=os.environ | jax_settings() | (environment or {}),
             stdin=subprocess.PIPE,
@@ -57,12 +36,7 @@ class Worker:
         )
 
     def call(self, op: str, **arguments: Any) -> Any:
-        """Run an operation and return its result.
-
-        Raises:
-            EngineError: it failed, or the process is gone.
-            UnsupportedError: the engine cannot do it.
-        """
+        """Run an operation and return its result."""
         assert self._process.stdin
         assert self._process.stdout
         line = ""
@@ -70,14 +44,12 @@ class Worker:
             print(json.dumps({"op": op, **arguments}), file=self._process.stdin, flush=True)
             line = self._process.stdout.readline()
         except BrokenPipeError:
-            pass  # it died before: told below
+            pass  # it died before: reported below
         if not line:
             status = self._process.wait()
             killed = " (killed: perhaps out of memory)" if status == -9 else ""
             raise EngineError(f"ended with status {status} at {op}{killed}")
         answer = json.loads(line)
-        if "unsupported" in answer:
-            raise UnsupportedError(answer["unsupported"])
         if "error" in answer:
             raise EngineError(f"{op}: {answer['error']}")
         return answer["result"]

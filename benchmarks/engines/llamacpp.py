@@ -21,8 +21,8 @@ FILE_TYPES = {
 }
 
 
-def write_gguf(path: pathlib.Path, config: dict, dtype: str) -> None:
-    """Write a Llama of random weights, and of no vocabulary but its size.
+def write_gguf(path: pathlib.Path, config: dict, dtype: str, pieces: Sequence[str] = ()) -> None:
+    """Write a Llama of random weights, and of a vocabulary if there are `pieces`.
 
     Norms are float32, as llama.cpp's own converter makes them. All matrices are views of one
     array, so that this takes the memory of one of them.
@@ -40,7 +40,7 @@ def write_gguf(path: pathlib.Path, config: dict, dtype: str) -> None:
     writer.add_head_count_kv(config["num_kv_heads"])
     writer.add_layer_norm_rms_eps(config["norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
+    _add_vocabulary(writer, pieces)
 
     shapes = {"token_embd": (config["vocab_size"], dim)}
     if not config["tie_embeddings"]:
@@ -68,6 +68,20 @@ def write_gguf(path: pathlib.Path, config: dict, dtype: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, pieces: Sequence[str]) -> None:
+    """Add the text of each id, of which the first three are special; none: only their number."""
+    writer.add_tokenizer_model("llama" if pieces else "none")
+    if pieces:
+        kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+        writer.add_token_list(pieces)
+        writer.add_token_scores([0.0] * len(pieces))
+        writer.add_token_types([*kinds, *[gguf.TokenType.NORMAL] * (len(pieces) - 3)])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_add_bos_token(False)
+        writer.add_add_space_prefix(False)
 
 
 def _random_bits(count: int, dtype: str) -> np.ndarray:
@@ -128,8 +142,6 @@ class LlamaCpp:
 
     def decode(self, context: int, batch: int, new_tokens: int) -> float:
         """Return the seconds of `new_tokens` further tokens; a longer context is read before."""
-        if batch > 1:
-            raise protocol.UnsupportedError("measured at batch 1 only")
         self._cut(context)
         if self.filled < context:
             self._eval(protocol.prompt(context - self.filled, self.vocab_size))

@@ -5,10 +5,9 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
+from benchmarks import programs
 from benchmarks.engines import protocol
-from benchmarks.programs import draw_tokens, greedy, read_prompt, set_rows
 from benchmarks.weights import make_weights
 from llama_jax.config import ModelConfig
 from llama_jax.decode.executor import Executor
@@ -23,14 +22,7 @@ class Ours:
     def load(
         self, config: dict, dtype: str, contexts: dict[str, int], checkpoint: str | None, **_: Any
     ) -> dict[str, Any]:
-        """Make or read the weights.
-
-        Args:
-            config: fields of the ModelConfig.
-            dtype: of weights and cache.
-            contexts: tokens a row must hold, by batch.
-            checkpoint: a folder of weights; None: random ones.
-        """
+        """Make or read the weights."""
         self.config = ModelConfig.from_dict(config, source="the benchmark's request")
         self.dtype = dtype
         self.contexts = {int(batch): context for batch, context in contexts.items()}
@@ -46,38 +38,27 @@ class Ours:
             "plan": choose_plan(self.config, dtype)._asdict(),
         }
 
-    def start(self, tokens: int, context: int, batch: int) -> float:
-        """Prefill and decode once; return the seconds that compiling for it took.
+    def start(self, requests: list[dict[str, int]]) -> float:
+        """Run some requests; return the seconds that compiling for them took.
 
         What a user waits for at the first request; timed in a process that compiled nothing yet.
         """
-        self.prefill(tokens)
-        self.decode(context, batch, new_tokens=1)
+        for request in requests:
+            self.prefill(**request) if "tokens" in request else self.decode(**request)
         return sum(executor.compiled.seconds for executor in self.executors.values())
-
-    def programs(self) -> list[str]:
-        """Return the programs compiled so far."""
-        return [
-            f"batch {batch}: {name}"
-            for batch, executor in self.executors.items()
-            for name in executor.compiled.names
-        ]
 
     def prefill(self, tokens: int) -> float:
         """Return the seconds from a prompt to its first token, on the host."""
-        run = self._use(1)
+        run, state = self._take(1)
         prompt = protocol.prompt(tokens, self.config.vocab_size)
-        began = time.perf_counter()
-        self.state = read_prompt(run, self._take_state(), prompt)
-        return time.perf_counter() - began
+        self.state, seconds = programs.time_prefill(run, state, prompt)
+        return seconds
 
     def decode(self, context: int, batch: int, new_tokens: int) -> float:
-        """Return the seconds of `new_tokens` further tokens per row, all read by the host."""
-        run = self._use(batch)
-        state = set_rows(run, self._take_state(), context, new_tokens)
-        began = time.perf_counter()
-        self.state = draw_tokens(run, state, context, new_tokens, run.plan.max_in_flight)
-        return time.perf_counter() - began
+        """Return the seconds of `new_tokens` further tokens per slot, all read by the host."""
+        run, state = self._take(batch)
+        self.state, seconds = programs.time_decode(run, state, context, new_tokens)
+        return seconds
 
     def streaming(self, tokens: int, new_tokens: int) -> dict[str, float]:
         """Return the seconds of one greedy request in three ways.
@@ -87,29 +68,19 @@ class Ours:
         """
         self.batch, self.state = 0, None
         prompt = protocol.prompt(tokens, self.config.vocab_size)
-        request = {
-            "prompt_tokens": prompt,
-            "max_tokens": new_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-        }
+        request = {"prompt_tokens": prompt, "max_tokens": new_tokens}
+        request |= {"temperature": 0, "ignore_eos": True}
         cold = self.llama is None
-        llama = self.llama = self.llama or Llama(
-            self.weights, context=tokens + new_tokens, reuse=False
-        )
-
-        def stream() -> None:
-            for _ in llama.stream(**request):
-                pass
-
+        if self.llama is None:
+            self.llama = Llama(self.weights, context=tokens + new_tokens, reuse=False)
+        llama = self.llama
         ways = {
-            "stream": stream,
+            "stream": lambda: list(llama.stream(**request)),
             "generate": lambda: llama.generate(**request),
-            "programs": lambda: _programs_alone(llama.executor, prompt, new_tokens),
+            "programs": lambda: programs.answer(llama.executor, prompt, new_tokens),
         }
-        if cold:
-            for run in ways.values():
-                run()
+        for run in ways.values() if cold else ():
+            run()
         seconds = dict.fromkeys(ways, 0.0)
         for way in (*ways, *reversed(ways)):  # there and back: a drift of the machine cancels
             began = time.perf_counter()
@@ -117,18 +88,22 @@ class Ours:
             seconds[way] += (time.perf_counter() - began) / 2
         return seconds
 
+    def batch_of(self, prompts: list[list[int]], new_tokens: int, slots: int) -> dict[str, float]:
+        """Return the figures of `programs.run_batch`: many requests, without a server."""
+        llama = Llama(self.weights, slots=slots, context=self.contexts[1])
+        return programs.run_batch(llama, prompts, new_tokens)
+
     def memory(self) -> dict[str, int]:
         """Return the peak bytes of this process, and of the device if it has its own."""
         stats = jax.devices()[0].memory_stats() or {}
-        peaks = {"process_bytes": protocol.peak_rss()}
+        programs = sum(len(executor.compiled.names) for executor in self.executors.values())
+        peaks = {"process_bytes": protocol.peak_rss(), "programs": programs}
         if "peak_bytes_in_use" in stats:
             peaks["device_bytes"] = stats["peak_bytes_in_use"]
         return peaks
 
-    def _use(self, batch: int) -> Executor:
-        """Return the executor of a batch; only the last one used keeps a state."""
-        if batch != self.batch:
-            self.batch, self.state = batch, None
+    def _take(self, batch: int) -> tuple[Executor, DecodeState | None]:
+        """Return the executor of a batch and its state, which is consumed; only one is kept."""
         if batch not in self.executors:
             self.executors[batch] = Executor(
                 self.config,
@@ -137,24 +112,9 @@ class Ours:
                 batch=batch,
                 context=self.contexts[batch],
             )
-        return self.executors[batch]
-
-    def _take_state(self) -> DecodeState:
-        """Return the state to hand over to a program, which consumes it."""
-        state, self.state = self.state, None
-        return self.executors[self.batch].init_state() if state is None else state
-
-
-def _programs_alone(run: Executor, prompt: list[int], new_tokens: int) -> None:
-    """Answer a greedy request, all dispatched before any token is read."""
-    state = run.admit(run.init_state(), 0, greedy(run, prompt, new_tokens))
-    state, first = run.prefill(state, 0, prompt)
-    drawn = [first.tokens]
-    for position in range(len(prompt), len(prompt) + new_tokens - 1, run.plan.decode_steps):
-        state, more, _ = run.decode(state, [0], position)
-        drawn.append(more.tokens)
-    for tokens in drawn:
-        np.asarray(tokens)
+        state = self.state if batch == self.batch else None
+        self.batch, self.state = batch, None
+        return self.executors[batch], state
 
 
 if __name__ == "__main__":

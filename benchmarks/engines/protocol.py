@@ -2,8 +2,8 @@
 
     {"op": "decode", "context": 128, "batch": 1, "new_tokens": 32}  ->  {"result": 0.71}
 
-An answer holds `result`, `unsupported` (the engine cannot do this, and why) or `error`. Standard
-library only: an engine may run under another interpreter, with other packages.
+An answer holds `result` or `error`. Standard
+library only: what is imported here counts in every engine's memory.
 """
 
 import json
@@ -18,17 +18,8 @@ TIMED = ("prefill", "decode")
 """Operations that return seconds, and run once untimed before a case is first timed."""
 
 
-class UnsupportedError(Exception):
-    """The engine has no way to do what was asked."""
-
-
 def serve(engine: Any) -> None:
-    """Answer requests with the engine's methods until stdin ends.
-
-    Args:
-        engine: has `load(**settings)`, `prefill(tokens)`, `decode(context, batch, new_tokens)` and
-            `memory()`; see `benchmarks/README.md` for what they time and return.
-    """
+    """Answer requests with the engine's methods until stdin ends."""
     # Whatever a library prints goes to the log; only answers go to the pipe.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -44,8 +35,6 @@ def serve(engine: Any) -> None:
                 call(**request)
                 warmed.add(case)
             answer = {"result": call(**request)}
-        except UnsupportedError as error:
-            answer = {"unsupported": str(error)}
         except Exception as error:  # an engine that fails must not end the others' measurement
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}

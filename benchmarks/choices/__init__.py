@@ -1,1 +1,0 @@
-"""The open choices of `python -m benchmarks.sweep`: each function lists the ways to be timed."""
