@@ -24,12 +24,7 @@ class Cost:
         return self.flops / self.bytes
 
     def limit_seconds(self, bandwidth: float, matmul_rate: float) -> float:
-        """Return the least seconds it can take.
-
-        Args:
-            bandwidth: of memory, in bytes/s.
-            matmul_rate: of the cores, in FLOP/s.
-        """
+        """Return the least seconds it can take."""
         return max(self.bytes / bandwidth, self.flops / matmul_rate)
 
 
@@ -97,9 +92,5 @@ def matmul_limit(matmul: Mapping[str, float], dtype: str) -> float:
 
     At least float32's: numbers of 16 bits can be widened, so a CPU without products of float16 is
     held to those it has.
-
-    Args:
-        matmul: measured FLOP/s by dtype.
-        dtype: of the run.
     """
     return max(matmul[dtype], matmul["float32"])

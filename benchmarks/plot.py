@@ -84,48 +84,44 @@ def _roofline(axes: Axes, record: Record) -> None:
     axes.set_xlabel("FLOP per byte of weights and cache")
 
 
-def _curves(record: Record) -> tuple[str, dict[tuple, list[Record]]]:
-    """Return what the closed loops are drawn along, and the rows of each curve in order."""
-    rows = [row for row in record["points"] if row["kind"] == "closed"]
-    by_slots = len({row["amount"] for row in rows}) == 1
-    along = "slots" if by_slots else "amount"
-    curves: dict[tuple, list[Record]] = {}
-    for row in sorted(rows, key=lambda row: row[along]):
-        curves.setdefault((row["engine"], None if by_slots else row["slots"]), []).append(row)
-    return along, curves
+def _curves(record: Record) -> dict[tuple[str, int], list[Record]]:
+    """Return the closed loops of each engine and number of slots, by rising clients."""
+    curves: dict[tuple[str, int], list[Record]] = {}
+    for row in sorted(record["points"], key=lambda row: row["amount"]):
+        if row["kind"] == "closed":
+            curves.setdefault((row["engine"], row["slots"]), []).append(row)
+    return curves
 
 
-def _by_load(axes: Axes, record: Record, title: str) -> None:
-    along, curves = _curves(record)
-    ticks = sorted({row[along] for curve in curves.values() for row in curve})
+def _by_clients(axes: Axes, record: Record, title: str) -> None:
+    ticks = sorted({row["amount"] for row in record["points"] if row["kind"] == "closed"})
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_xlabel("clients" if along == "amount" else "slots")
+    axes.set_xlabel("clients")
 
 
 def _throughput(axes: Axes, record: Record) -> None:
     """Draw tokens/s; dashed: the same requests as one batch, without a server."""
-    along, curves = _curves(record)
+    curves = _curves(record)
     for (engine, slots), look in _looks(list(curves)).items():
         rows = curves[engine, slots]
-        label = engine.replace(":", " ") + (f", {slots} slots" if slots else "")
         rates = [row["median"]["tokens_per_s"] for row in rows]
-        axes.plot([row[along] for row in rows], rates, label=label, **look)
-        batches = [b for b in record["batches"] if b["engine"] == engine]
-        rate = {batch["slots"]: batch["median"]["tokens_per_s"] for batch in batches}
-        alone = [(row[along], rate[row["slots"]]) for row in rows if row["slots"] in rate]
-        if alone:
-            axes.plot(*zip(*alone, strict=True), color=look["color"], ls="--", lw=1)
+        label = f"{engine.replace(':', ' ')}, slots: {slots}"
+        axes.plot([row["amount"] for row in rows], rates, label=label, **look)
+        for batch in record["batches"]:
+            if (batch["engine"], batch["slots"]) == (engine, slots):
+                rate = batch["median"]["tokens_per_s"]
+                axes.axhline(rate, color=look["color"], ls="--", lw=1)
     axes.set_ylim(bottom=0)
-    _by_load(axes, record, "output, tokens/s (dashed: as one batch, without a server)")
+    _by_clients(axes, record, "output, tokens/s (dashed: as one batch, without a server)")
 
 
 def _first_token(axes: Axes, record: Record) -> None:
     """Draw the median, and a band up to the 99th percentile."""
-    along, curves = _curves(record)
+    curves = _curves(record)
     for name, look in _looks(list(curves)).items():
-        x = [row[along] for row in curves[name]]
+        x = [row["amount"] for row in curves[name]]
         ttft = [row["median"]["first_token_s"] for row in curves[name]]
         p50, p99 = ([spread[p] or float("nan") for spread in ttft] for p in ("p50", "p99"))
         axes.plot(x, p50, **look)
@@ -134,7 +130,7 @@ def _first_token(axes: Axes, record: Record) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    _by_load(axes, record, "TTFT, s (band: to p99)")
+    _by_clients(axes, record, "TTFT, s (band: to p99)")
 
 
 def _waits(axes: Axes, record: Record) -> None:
