@@ -110,9 +110,9 @@ def scan_lengths() -> None:
             new = decode_state.make_admission(params, prompt, run.config.vocab_size, limit=500)
             state, first = run.prefill(run.admit(run.init_state(), 0, new), 0, prompt)
             np.asarray(first.tokens)
-            for asked in range(0, 192, steps):
-                state, drawn, _ = run.decode(state, [0], 10 + asked)
-                np.asarray(drawn.tokens)
+            for step in range(0, 192, steps):
+                state, outputs, _ = run.decode(state, [0], 10 + step)
+                np.asarray(outputs.tokens)
 
         print(f"scans of {steps}: {192e3 / median_ms(generate):,.0f} tokens/s, prefill included")
 

@@ -1,4 +1,4 @@
-"""The soak's traffic: clients that ask, stream, hang up, err, dawdle and crowd."""
+"""The soak's traffic: clients that ask, stream, disconnect, err, stall and crowd."""
 
 import asyncio
 import collections
@@ -95,7 +95,7 @@ class Client:
                 raise WrongAnswerError(f"a stream ended in {last!r}")
 
     async def cancelled(self) -> None:
-        """Hang up in the midst of a stream."""
+        """Disconnect in the midst of a stream."""
         path, body = self._body()
         async with self._stream(path, body | {"max_tokens": 300}) as lines:
             left = self._rng.randrange(20)

@@ -8,6 +8,7 @@ import collections
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 import numpy as np
 
@@ -73,6 +74,7 @@ class Engine:
         self._scheduler = Scheduler(executor, self._queue, self._clock, reuse=reuse)
         self._turn_lock, self._submit_lock = FairLock(), threading.Lock()
         self._work = threading.Event()
+        self._failed: EngineFailedError | None = None
 
     @property
     def counts(self) -> Counts:
@@ -108,6 +110,7 @@ class Engine:
             InputError: text without a tokenizer, or ids outside the vocabulary.
             ContextError: prompt and max_tokens do not fit the context.
             QueueFullError: the queue is full.
+            EngineFailedError: `run` gave up.
         """
         prompt = request.encode(self.tokenizer, self.executor.config.vocab_size)
         context, max_tokens = self.executor.context, request.parameters.max_tokens
@@ -122,6 +125,8 @@ class Engine:
             on_change=on_change,
         )
         with self._submit_lock:
+            if self._failed is not None:
+                raise EngineFailedError(*self._failed.args)
             if not self.has_room:
                 raise QueueFullError(f"{self.queued} requests wait already; try again later")
             self._queue.append(generation)
@@ -140,10 +145,19 @@ class Engine:
                 return
             if not self.step():
                 self._work.wait()
-            if (failures := self._scheduler.failures) >= MAX_FAILURES:
-                raise EngineFailedError(
-                    f"the engine failed {failures} times in a row; start a new process"
-                )
+            if self._scheduler.failures >= MAX_FAILURES:
+                self._give_up()
+
+    def _give_up(self) -> NoReturn:
+        """End the requests in the queue too, and accept no more."""
+        failures = self._scheduler.failures
+        error = EngineFailedError(
+            f"the engine failed {failures} times in a row; start a new process"
+        )
+        with self._submit_lock:
+            self._failed = error
+        self._scheduler.fail_queue(error)
+        raise error
 
     def wake(self) -> None:
         """Make `run` look again whether there is something to do."""

@@ -108,8 +108,8 @@ def _plain(value: Any) -> Any:
 
 
 def _prompt_problems(prompt: Any, messages: Any, tokens: Any, system: Any, raw: Any) -> list[str]:
-    forms = {"prompt": prompt, "messages": messages, "prompt_tokens": tokens}
-    given = [name for name, value in forms.items() if value is not None]
+    kinds = {"prompt": prompt, "messages": messages, "prompt_tokens": tokens}
+    given = [name for name, value in kinds.items() if value is not None]
     problems = []
     if not given:
         problems.append("no prompt given, expected one of prompt, messages and prompt_tokens")
@@ -122,7 +122,7 @@ def _prompt_problems(prompt: Any, messages: Any, tokens: Any, system: Any, raw: 
     elif prompt is not None and not prompt:
         problems.append("prompt is empty, expected at least 1 character")
     for name in ("messages", "prompt_tokens"):
-        value = forms[name]
+        value = kinds[name]
         if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
             problems.append(f"{name} is {value!r:.40}, expected a list")
         elif name == "prompt_tokens" and value is not None and not len(value):

@@ -107,6 +107,11 @@ class Scheduler:
         if self._queue and self._queue[0].done:  # interrupted just as it got its slot
             self._queue.popleft()
 
+    def fail_queue(self, error: BaseException) -> None:
+        """End all requests that wait by an error."""
+        while self._queue:
+            self._fail(self._queue.popleft(), error)
+
     # Prompts.
 
     def _end_early(self) -> None:

@@ -39,7 +39,7 @@ class Stream:
             Exception: what went wrong, if the generation failed.
         """
         while True:
-            done = self._generation.done  # asked first: the last piece comes before the end
+            done = self._generation.done  # read first: the last piece comes before the end
             if piece := self._generation.take():
                 return piece
             if done:

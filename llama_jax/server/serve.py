@@ -1,4 +1,4 @@
-"""Serve: run the server until it is told to stop."""
+"""Serve: run the server until a signal stops it."""
 
 import asyncio
 import contextlib
@@ -126,7 +126,7 @@ class _Progress:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn, which drains the service when it is told to stop, and then returns.
+    """Uvicorn, which drains the service on a signal, and then returns.
 
     Args:
         service: what it serves.
@@ -177,7 +177,7 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _handle_signal(self, _number: int, _frame: object) -> None:
-        """Stop; told twice, at once."""
+        """Stop; on a second signal, at once."""
         self._service.drain()
         if self.should_exit:
             self._service.cancel_all()

@@ -47,12 +47,12 @@ class Service:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._draining = False
         self.failed = False
-        """Whether the engine ended though nobody told it to."""
+        """Whether the engine ended by itself."""
         self._answers: weakref.WeakSet[Answers] = weakref.WeakSet()
 
     @property
     def unready(self) -> str | None:
-        """Why requests are not taken; None: they are."""
+        """Why requests are not accepted; None: they are."""
         if self._draining:
             return "shutting down"
         if self.failed:
@@ -61,26 +61,26 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         return self.unready is None
 
     @property
     def most_answers(self) -> int:
-        """How many one call may ask for: an idle server has room for them."""
+        """The most generations of one HTTP request: an idle server has room for them."""
         queue = self.llm.engine.max_queue
         room = MAX_ANSWERS if queue is None else self.llm.executor.batch + queue
         return min(room, MAX_ANSWERS)
 
     def start(self) -> None:
-        """Begin to warm up, and then to take requests."""
+        """Start to warm up, and then to accept requests."""
         self._thread.start()
 
     def drain(self) -> None:
-        """Take no more requests; those that run go on."""
+        """Accept no more requests; those in flight go on."""
         self._draining = True
 
     def cancel_all(self) -> None:
-        """Break off all requests that are under way."""
+        """Cancel all requests in flight."""
         for answers in list(self._answers):
             answers.cancel()
 
@@ -100,8 +100,8 @@ class Service:
             self._thread.join(JOIN_S)
         return not self._thread.is_alive()
 
-    async def answer(self, call: RequestLog, requests: Sequence[GenerationRequest]) -> "Answers":
-        """Submit the requests of one call: all of them or none.
+    async def answer(self, log: RequestLog, requests: Sequence[GenerationRequest]) -> "Answers":
+        """Submit the generations of one HTTP request: all of them or none.
 
         Raises:
             ApiError: the model is not ready, or not any more.
@@ -110,15 +110,15 @@ class Service:
         """
         if self.unready:
             raise ApiError(UNAVAILABLE, f"it is {self.unready}")
-        answers = Answers(call, call.began + self.settings.timeout_s)
+        answers = Answers(log, log.began + self.settings.timeout_s)
         self._answers.add(answers)
         try:
-            # In a thread: to encode a prompt of megabytes would hold up all other calls.
+            # In a thread: encoding a prompt of megabytes would block all other requests.
             await asyncio.to_thread(answers.submit, self.llm.engine.submit, requests)
         except BaseException:
             answers.cancel()
             raise
-        call.prompt_tokens = sum(map(len, answers.prompts))
+        log.prompt_tokens = sum(map(len, answers.prompts))
         return answers
 
     def _work(self) -> None:
@@ -137,15 +137,15 @@ class Service:
 
 
 class Answers:
-    """The generations of one call, read in the event loop as they come.
+    """The generations of one HTTP request, read in the event loop as they come.
 
     Args:
-        call: whose they are; it is told what comes.
+        log: the request's, which records what comes.
         deadline: when its time is up, on the clock of `time.perf_counter`.
     """
 
-    def __init__(self, call: RequestLog, deadline: float):
-        self._call, self._deadline = call, deadline
+    def __init__(self, log: RequestLog, deadline: float):
+        self._log, self._deadline = log, deadline
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
         self._generations: list[Generation] = []
         self._cancelled = False
@@ -159,7 +159,7 @@ class Answers:
         for request in requests:
             generation = submit(request, self._on_change)
             self._generations.append(generation)
-            if self._cancelled:  # asked after it was listed: `cancel` has seen it, or this has
+            if self._cancelled:  # checked after it was listed: `cancel` has seen it, or this has
                 return generation.cancel()
         return None
 
@@ -169,7 +169,7 @@ class Answers:
         return [generation.prompt for generation in self._generations]
 
     def cancel(self) -> None:
-        """Give them up; each frees its slot at the engine's next turn."""
+        """Cancel them; each frees its slot at the engine's next turn."""
         self._cancelled = True
         for generation in list(self._generations):
             generation.cancel()
@@ -177,11 +177,11 @@ class Answers:
     async def stream(self) -> AsyncGenerator[tuple[int, Piece | Result], None]:
         """Yield each generation's pieces and then its result, with its number, as they come.
 
-        However the reader leaves, what it has not read is given up.
+        However the reader leaves, what it has not read is cancelled.
 
         Raises:
-            TimeoutError: the call's time is up.
-            ApiError: the server broke it off.
+            TimeoutError: the deadline has passed.
+            ApiError: the server cancelled it.
             Exception: what ended a generation.
         """
         waiting = dict(enumerate(self._generations))
@@ -189,9 +189,9 @@ class Answers:
             while waiting:
                 self._changed.clear()
                 for number, generation in list(waiting.items()):
-                    done = generation.done  # asked first: the last piece comes before the end
+                    done = generation.done  # read first: the last piece comes before the end
                     if (piece := _take_all(generation)) is not None:
-                        self._call.record_tokens(len(piece.tokens))
+                        self._log.record_tokens(len(piece.tokens))
                         yield number, piece
                     if done:
                         del waiting[number]
@@ -218,7 +218,7 @@ class Answers:
         assert result is not None
         if result.finish_reason == "cancelled":
             raise ApiError(UNAVAILABLE, "it is shutting down")
-        self._call.results.append(result)
+        self._log.results.append(result)
         return result
 
     def _on_change(self) -> None:

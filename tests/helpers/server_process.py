@@ -87,7 +87,7 @@ class ServerProcess:
     def ask(
         self, method: str, path: str, body: Any = None, **headers: str
     ) -> Iterator[http.client.HTTPResponse]:
-        """Send a request; give the response, of which nothing is read yet, and hang up.
+        """Send a request; give the response, of which nothing is read yet, and disconnect.
 
         A body of bytes is sent as it is, another as JSON.
         """

@@ -64,7 +64,7 @@ def paused(llm: Llama) -> Iterator[None]:
 
 
 class RawCall:
-    """A request made of ASGI messages, whose client can hang up at any moment."""
+    """A request made of ASGI messages, whose client can disconnect at any moment."""
 
     def __init__(self, path: str, body: Any):
         self.hang_up = asyncio.Event()

@@ -144,7 +144,7 @@ def assert_same(got: Weights, expected: Weights):
         assert got[path].tobytes() == array.tobytes(), path
 
 
-DAMAGE = pytest.mark.parametrize(
+CORRUPTION = pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "is empty"),
@@ -157,7 +157,7 @@ DAMAGE = pytest.mark.parametrize(
 
 
 def assert_corruption_is_named(file: pathlib.Path, read, content: bytes | None, message: str):
-    """Damage one file of a good source (None: cut its end off) and read the source again."""
+    """Corrupt one file of a good source (None: cut its end off) and read the source again."""
     file.write_bytes(file.read_bytes()[:-1000] if content is None else content)
     with pytest.raises(InputError, match=f"{file.name} .*{message}") as caught:
         read(file.parent)

@@ -14,8 +14,7 @@ from llama_jax import InputError, Llama
 from llama_jax.card import schemas as card
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.request import make_request
-from llama_jax.server import middleware as gate
-from llama_jax.server import page
+from llama_jax.server import middleware, page
 from llama_jax.server.openapi import document as openapi
 from llama_jax.server.settings import Settings
 from tests.helpers.serving import (
@@ -531,7 +530,7 @@ def test_a_thousand_disconnects_leave_no_slot_in_use(llm, caplog):
 
 def test_stream_that_is_not_read_times_out(llm, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "llama_jax.access")
-    monkeypatch.setattr(gate, "_READING_S", -18)  # reading ends before the answer's own time
+    monkeypatch.setattr(middleware, "_READING_S", -18)  # reading ends before the answer's own time
     llm.generate(prompt="x", max_tokens=9)  # compiled by now
 
     class Stuck(RawCall):
