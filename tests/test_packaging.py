@@ -129,7 +129,7 @@ print(convert.__file__)
 config = ModelConfig.load(published._PRESETS / "llama-2-7b.json")
 assert published.differences(config) == []
 llama = Llama.load(DEMO_CHECKPOINT)
-print(llama.generate("What is the capital of France?", temperature=0).text)
+print(llama.generate(prompt="What is the capital of France?", temperature=0).response)
 """
     ours, converters, text = run(installed / "python", "-c", code, cwd=tmp_path).splitlines()
     for file in (ours, converters):
