@@ -56,16 +56,16 @@ def weight_bytes(config: ModelConfig, dtype: str) -> int:
 
 
 def kv_bytes(config: ModelConfig, dtype: str) -> int:
-    """Return the bytes of keys and values per token of one row, over all layers."""
+    """Return the bytes of keys and values per token of one slot, over all layers."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * ITEM_BYTES[dtype]
 
 
 def decode_cost(
     config: ModelConfig, dtype: str, *, batch: int, context: float, new_tokens: int
 ) -> Cost:
-    """Return the cost of `new_tokens` steps of `batch` rows that hold `context` tokens each.
+    """Return the cost of `new_tokens` steps of `batch` slots that hold `context` tokens each.
 
-    A step reads the weights once for all rows, and each row's keys and values.
+    A step reads the weights once for all slots, and each slot's keys and values.
     """
     attended = context + (new_tokens + 1) / 2  # on average, the new token itself included
     attention = 4 * config.num_layers * config.dim * attended  # scores, and their weighted sum
@@ -75,7 +75,7 @@ def decode_cost(
 
 
 def prefill_cost(config: ModelConfig, dtype: str, *, tokens: int) -> Cost:
-    """Return the cost of reading a prompt of one row up to its first new token's logits.
+    """Return the cost of prefilling one prompt up to its first new token's logits.
 
     The output projection is needed at the last position only. Weights are read once; keys and
     values are written.

@@ -99,7 +99,7 @@ class HuggingFace:
 
     @torch.inference_mode()
     def decode(self, context: int, batch: int, new_tokens: int) -> float:
-        """Return the seconds of `new_tokens` further tokens per row, all read by the host."""
+        """Return the seconds of `new_tokens` further tokens per slot, all read by the host."""
         cache = self._set_cache(batch, context)
         ids = torch.full((batch, 1), 3, device=self.device)
         self._wait()
@@ -120,7 +120,7 @@ class HuggingFace:
         return peaks
 
     def _set_cache(self, batch: int, context: int) -> Any:
-        """Return a cache that holds `context` tokens per row, of no particular value."""
+        """Return a cache that holds `context` tokens per slot, of no particular value."""
         if self.compiled:
             if self.batch != batch:
                 self.batch, self.cache = batch, None  # free the old one before the new is made
