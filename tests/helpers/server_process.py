@@ -107,6 +107,7 @@ class ServerProcess:
         with self.ask("POST", COMPLETIONS, endless(SLOTS + QUEUE)) as response:
             assert response.status == 200
             yield
+        self.wait_until_idle()
 
     def metrics(self) -> dict[str, float]:
         """Return what /metrics says, by name and labels."""

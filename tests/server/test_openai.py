@@ -235,6 +235,13 @@ def test_harmless_unknown_parameters_are_named(client):
         assert [event["warnings"] for event in events[:-1] if "warnings" in event] == [warnings]
 
 
+def test_a_float_without_a_fraction_is_an_integer(client):
+    """JSON has one kind of number."""
+    fields = {"n": 2.0, "best_of": 2.0, "max_completion_tokens": 1.0, "top_logprobs": 0.0}
+    for url, body in ((CHAT, chat(**fields)), (COMPLETIONS, completion(**fields, max_tokens=1))):
+        assert len(client.post(url, json=body).json()["choices"]) == 2
+
+
 @pytest.mark.parametrize("name", UNSUPPORTED)
 @pytest.mark.parametrize(("url", "make"), [(CHAT, chat), (COMPLETIONS, completion)])
 def test_unsupported_parameters_are_refused_by_name(client, url, make, name):

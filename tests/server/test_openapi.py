@@ -94,6 +94,12 @@ def validator(path, status):
     return Draft202012Validator(schema | {"components": DOCUMENT["components"]})
 
 
+def test_response_schemas_admit_no_undescribed_fields():
+    requests = {"RunRequest", "ChatRequest", "CompletionRequest", "StreamOptions"}
+    for name, schema in DOCUMENT["components"]["schemas"].items():
+        assert name in requests or schema["additionalProperties"] is False, name
+
+
 def fuzzed(examples):
     """Return a decorator that draws paths and data."""
     settings = hypothesis.settings(
