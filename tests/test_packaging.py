@@ -1,6 +1,5 @@
 """The wheel holds everything, and works away from the checkout."""
 
-import importlib.util
 import os
 import pathlib
 import shutil
@@ -16,9 +15,6 @@ from tests.helpers import ROOT
 pytestmark = pytest.mark.slow
 
 NOT_PACKAGED = (".git", "benchmarks", "build", "tests", "tools", "*.egg-info", "*.so", ".venv")
-needs_cli = pytest.mark.skipif(
-    importlib.util.find_spec("llama_jax.cli") is None, reason="llama_jax.cli does not exist yet"
-)
 
 
 def run(*command, cwd: pathlib.Path) -> str:
@@ -149,12 +145,10 @@ def test_the_installed_converter_tells_its_version(installed, tmp_path):
     assert said.strip() == version()
 
 
-@needs_cli
 def test_the_command_tells_its_version(installed, tmp_path):
     assert version() in run(installed / "llama-jax", "--version", cwd=tmp_path)
 
 
-@needs_cli
 def test_the_command_answers_a_prompt(installed, tmp_path):
     question = "--prompt=What is the capital of France?"
     text = run(installed / "llama-jax", question, "--temperature=0", cwd=tmp_path)

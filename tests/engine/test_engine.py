@@ -1082,7 +1082,8 @@ def test_scores_change_no_token(native_kernels):
     plain = sampled(draw_ids(9, 100, ex), max_tokens=40, logprobs=None)
     expected = alone(ex, plain).tokens
     for fields in ({"logprobs": 3}, {"prompt_logprobs": True}, {"logprobs": 0}):
-        assert alone(ex, dataclasses.replace(plain, **fields)).tokens == expected
+        parameters = dataclasses.replace(plain.parameters, **fields)
+        assert alone(ex, dataclasses.replace(plain, parameters=parameters)).tokens == expected
 
 
 def test_the_lock_is_granted_in_the_order_of_arrival():
