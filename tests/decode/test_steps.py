@@ -196,7 +196,7 @@ def test_decoding_between_the_chunks_of_a_prompt_changes_nothing(batch_ex):
     new = decode_state.make_admission(params, prompt, CONFIG.vocab_size, limit=10)
     state = ex.admit(state, 1, new)
     for start, size in ex.sizes.chunks(len(prompt)):
-        state, drawn = ex.prefill_chunk(state, 1, prompt, start, size)
+        state, drawn, _ = ex.prefill_chunk(state, 1, prompt, start, size)
         if start == 0:
             assert np.asarray(drawn.tokens).tolist() == [[NO_TOKEN]]
             state, _ = decode_rows(ex, state, [0], 300)
@@ -247,7 +247,7 @@ def test_a_released_row_draws_nothing_and_keeps_its_cache(batch_ex):
     assert (tokens + more)[1:] == expected
 
 
-def test_copy_row_copies_a_cache_and_nothing_else(batch_ex):
+def test_copy_slot_copies_a_cache_and_nothing_else(batch_ex):
     ex = batch_ex
     state = busy_state(ex)
     before = jax.tree.map(np.array, state)

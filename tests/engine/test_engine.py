@@ -664,7 +664,7 @@ def test_what_was_done_is_counted(ex):
     generations = [answer(engine, question(i, temperature=0, max_tokens=40)) for i in range(4)]
     counts = engine.counts
     assert counts.prompt_tokens == sum(len(g.prompt) for g in generations)
-    assert counts.reused_tokens == sum(g.reused for g in generations)
+    assert counts.cached_tokens == sum(g.reused for g in generations)
     ends = sum(g.result.finish_reason == "stop" for g in generations)
     assert counts.tokens == sum(len(g.tokens) for g in generations) + ends
     assert sum(counts.ended.values()) == 4

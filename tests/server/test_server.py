@@ -286,7 +286,7 @@ def test_a_body_too_large_is_413(llm, chunked):
 
 
 def test_a_bug_is_500_and_logged(client, llm, monkeypatch, caplog):
-    def broken(*args):
+    def broken(*args, **options):
         raise RuntimeError("a secret of the implementation")
 
     monkeypatch.setattr(llm.executor, "prefill_chunk", broken)
@@ -302,7 +302,7 @@ def test_a_bug_is_500_and_logged(client, llm, monkeypatch, caplog):
 
 
 def test_an_error_in_midstream_ends_it_without_done(client, llm, monkeypatch):
-    def broken(*args):
+    def broken(*args, **options):
         raise RuntimeError("a secret of the implementation")
 
     monkeypatch.setattr(llm.executor, "decode", broken)
