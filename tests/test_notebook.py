@@ -41,7 +41,7 @@ def printed(cell):
 def test_generate(outputs):
     answer, ending = outputs["generate"].splitlines()
     assert answer == "The capital of France is Paris."
-    assert ending.startswith("stop {'prompt_tokens': 14,")
+    assert ending.startswith("stop Usage(prompt_tokens=14,")
 
 
 def test_parameters(outputs):

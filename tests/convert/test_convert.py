@@ -18,7 +18,7 @@ from llama_jax.nn.transformer import param_shapes
 from llama_jax.weights.checkpoint import load_checkpoint
 from tests.helpers import ROOT
 from tests.helpers.sources import (
-    DAMAGE,
+    CORRUPTION,
     GQA,
     TIED,
     assert_corruption_is_named,
@@ -289,7 +289,7 @@ def test_tokenizer_must_fit_the_embedding(tmp_path, hf, tokenizer, capsys):
     assert "has 300 pieces, the model's vocab_size is 310" in capsys.readouterr().err
 
 
-@DAMAGE
+@CORRUPTION
 def test_corrupted_weights_are_named(hf, content, message):
     assert_corruption_is_named(hf / "model.safetensors", read_hf, content, message)
 

@@ -17,7 +17,7 @@ from llama_jax.errors import InputError
 from llama_jax.weights.checkpoint import load_checkpoint
 from tests.helpers import ROOT
 from tests.helpers.sources import (
-    DAMAGE,
+    CORRUPTION,
     GQA,
     MHA,
     assert_corruption_is_named,
@@ -65,7 +65,7 @@ def test_non_contiguous_tensors_are_read_right(tmp_path, weights):
     assert_same(read_meta(write_meta(tmp_path / "meta", [rank]))[1], weights)
 
 
-@DAMAGE
+@CORRUPTION
 def test_corrupted_weights_are_named(tmp_path, weights, content, message):
     folder = write_meta(tmp_path / "src", meta_shards(weights, GQA, 1))
     assert_corruption_is_named(folder / "consolidated.00.pth", read_meta, content, message)
