@@ -125,6 +125,13 @@ def ratio(one: Rounds, other: Rounds) -> float | None:
     return statistics.median(ratios) if ratios else None
 
 
+def row(launch: Launch, rounds: Rounds) -> Record:
+    """Return what a record holds of one server under one load."""
+    done = [figures for figures in rounds if figures]
+    slots = launch.slots if launch.batches else 1
+    return {"engine": str(launch), "slots": slots, "median": median(rounds), "rounds": done}
+
+
 def measure(launches: list[Launch], points: list[Point], log: pathlib.Path) -> Record:
     """Measure every server in each round, started anew; the order is reversed every round.
 
@@ -155,11 +162,6 @@ def measure(launches: list[Launch], points: list[Point], log: pathlib.Path) -> R
                     failures.append(f"{launch}: {error}")
                 for point in points:
                     served[launch, point].append(figures.get(point))
-
-    def row(launch: Launch, rounds: Rounds) -> Record:
-        done = [figures for figures in rounds if figures]
-        slots = launch.slots if launch.batches else 1
-        return {"engine": str(launch), "slots": slots, "median": median(rounds), "rounds": done}
 
     ours = launches[0]
     rows = []
