@@ -352,12 +352,12 @@ def test_damaged_json_is_parsed_as_python_does_or_refused(text, data):
     start = data.draw(st.integers(0, len(text)))
     end = data.draw(st.integers(start, min(len(text), start + 3)))
     patch = data.draw(st.text('{}[]",:\\-+.0123456789eEINa \n\x00\xff', max_size=3))
-    damaged = text[:start] + patch + text[end:]
+    corrupted = text[:start] + patch + text[end:]
     try:
-        value = parse_body(damaged.encode())
+        value = parse_body(corrupted.encode())
     except InputError:
         return
-    assert json.dumps(value) == json.dumps(json.loads(damaged))
+    assert json.dumps(value) == json.dumps(json.loads(corrupted))
 
 
 def test_a_key_given_twice_is_found_among_very_many():

@@ -19,7 +19,7 @@ SAMPLED = {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "repetition_penalty":
 
 
 def make(params=None, dtype="float32", plan=None, batch=1, **changes):
-    """An executor of the small model by a plan (None: this machine's), changed as told."""
+    """An executor of the small model by a plan (None: this machine's), with `changes`."""
     plan = (plan or choose_plan(CONFIG, dtype))._replace(**changes)
     params = params or random_params(CONFIG, jnp.dtype(dtype))
     return Executor(CONFIG, params, dtype, batch=batch, context=600, plan=plan)
@@ -412,7 +412,7 @@ def test_the_cache_is_not_copied(plan):
         program = ex.programs[name]
         slots = f"f32[2,2,{ex.sizes.capacity},6]"
         copies = [line for line in program.as_text().splitlines() if f"= {slots}" in line]
-        assert copies, name  # the shape is spelt as expected
+        assert copies, name  # the shape is spelled as expected
         assert not any(" copy(" in line for line in copies), name
         if name.startswith("decode"):
             assert program.memory_analysis().temp_size_in_bytes < cache_bytes / 4

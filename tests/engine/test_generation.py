@@ -74,7 +74,7 @@ def test_a_stop_string_ends_it_before_its_first_letter():
     generation = push(make(stop="France"), [*PARIS, EOS_ID])
     result = generation.result
     assert (result.response, result.finish_reason) == ("The capital of ", "stop")
-    # The tokens that spelt it were drawn, and are counted.
+    # The tokens that spelled it were generated, and are counted.
     assert result.tokens == PARIS[: len(result.tokens)]
     assert TOKENIZER.decode(result.tokens) == "The capital of France"
     assert result.usage == Usage(10, len(result.tokens), 10 + len(result.tokens), cached_tokens=0)
