@@ -366,15 +366,15 @@ struct Product {
 
 template <class Type>
 struct Attention {
-  using Slot = typename Type::Weight;
+  using Element = typename Type::Weight;
   using Input = typename Type::Input;
 
   const float* q;  // [batch, length, kv_heads * group, head_dim]
-  const Slot *k, *v;  // [rows, kv_heads, slots, head_dim]
+  const Element *k, *v;  // [slots, kv_heads, capacity, head_dim]
   const int32_t* positions;  // [batch, length]
-  const int32_t* cache_rows;  // [batch]
+  const int32_t* cache_slots;  // [batch]
   float* out;  // as q
-  int64_t batch, length, rows, kv_heads, group, head_dim, slots;
+  int64_t batch, length, slots, kv_heads, group, head_dim, capacity;
 
   // A head's queries are length * group rows, cut into tiles.
   int64_t HeadRows() const { return length * group; }
@@ -392,18 +392,18 @@ struct Attention {
   void Attend(int64_t b, int64_t head, int64_t first) {
     const float* queries[kTileRows];
     float* outs[kTileRows];
-    int64_t seen[kTileRows], most = 0;  // slots that a query attends to
+    int64_t seen[kTileRows], most = 0;  // positions that a query attends to
     for (int r = 0; r < kTileRows; ++r) {
       const int64_t t = b * length + (first + r) / group;
       const int64_t at = ((t * kv_heads + head) * group + (first + r) % group) * head_dim;
       queries[r] = q + at;
       outs[r] = out + at;
       // Clamped, as XLA does: what is out of range must not be read.
-      seen[r] = std::clamp<int64_t>(int64_t{positions[t]} + 1, 1, slots);
+      seen[r] = std::clamp<int64_t>(int64_t{positions[t]} + 1, 1, capacity);
       most = std::max(most, seen[r]);
     }
-    const int64_t row = std::clamp<int64_t>(cache_rows[b], 0, rows - 1);
-    const int64_t slice = (row * kv_heads + head) * slots * head_dim;
+    const int64_t slot = std::clamp<int64_t>(cache_slots[b], 0, slots - 1);
+    const int64_t slice = (slot * kv_heads + head) * capacity * head_dim;
     const int64_t stride = (most + kLanes - 1) / kLanes * kLanes;
     std::vector<float> weights(kTileRows * stride);
     Scores<kTileRows>(queries, k + slice, most, weights.data(), stride);
@@ -423,7 +423,7 @@ struct Attention {
 
   // scores[r, s] = q[r] k[s] / sqrt(head_dim) for the first `count` slots.
   template <int kTileRows>
-  void Scores(const float* const* queries, const Slot* keys, int64_t count, float* scores,
+  void Scores(const float* const* queries, const Element* keys, int64_t count, float* scores,
               int64_t stride) {
     constexpr int64_t kStep = Type::kStep;
     const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
@@ -459,7 +459,7 @@ struct Attention {
 
   // outs[r][h ..] = the mean of values[s], kChunks registers of them, weighted by weights[r, s].
   template <int kTileRows, int kChunks>
-  void Values(const float* weights, int64_t stride, const Slot* values, const int64_t* seen,
+  void Values(const float* weights, int64_t stride, const Element* values, const int64_t* seen,
               int64_t lanes, const float* totals, float* const* outs, int64_t h) {
     const int64_t least = *std::min_element(seen, seen + kTileRows);
     const int64_t most = *std::max_element(seen, seen + kTileRows);
@@ -469,8 +469,8 @@ struct Attention {
     }
     for (int64_t s = 0; s < most; ++s, values += head_dim) {
       Sum value[kChunks];
-      Slot part[kLanes] = {};
-      if (kChunks == 1) std::memcpy(part, values, lanes * sizeof(Slot));
+      Element part[kLanes] = {};
+      if (kChunks == 1) std::memcpy(part, values, lanes * sizeof(Element));
 #pragma GCC unroll 4
       for (int c = 0; c < kChunks; ++c) {
         value[c] = Type::Widen(kChunks == 1 ? part : values + c * kLanes);
@@ -561,34 +561,35 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
 
 template <class Type>
 ffi::Error Attend(ffi::ThreadPool& pool, const float* q, const ffi::AnyBuffer& k,
-                  const ffi::AnyBuffer& v, const int32_t* positions, const int32_t* cache_rows,
+                  const ffi::AnyBuffer& v, const int32_t* positions, const int32_t* cache_slots,
                   float* out, ffi::Span<const int64_t> shape) {
   const auto cache = k.dimensions();
-  using Slot = typename Type::Weight;
-  Attention<Type> attention{q, static_cast<const Slot*>(k.untyped_data()),
-                            static_cast<const Slot*>(v.untyped_data()), positions, cache_rows, out,
+  using Element = typename Type::Weight;
+  const auto* keys = static_cast<const Element*>(k.untyped_data());
+  const auto* values = static_cast<const Element*>(v.untyped_data());
+  Attention<Type> attention{q, keys, values, positions, cache_slots, out,
                             shape[0], shape[1], cache[0], cache[1], shape[2] / cache[1], shape[3],
                             cache[2]};
   Parallel(pool, attention.Tiles(), [&](int64_t tile) { attention.Run(tile); });
   return ffi::Error::Success();
 }
 
-// q, out: float32 [B, T, N, H]; k, v: [rows, K, S, H]; positions: [B, T]; cache_rows: [B].
+// q, out: float32 [B, T, N, H]; k, v: [slots, K, S, H]; positions: [B, T]; cache_slots: [B].
 ffi::Error AttendCache(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k,
                        ffi::AnyBuffer v, ffi::Buffer<ffi::S32> positions,
-                       ffi::Buffer<ffi::S32> cache_rows, ffi::ResultBuffer<ffi::F32> out) {
+                       ffi::Buffer<ffi::S32> cache_slots, ffi::ResultBuffer<ffi::F32> out) {
   const auto shape = q.dimensions(), cache = k.dimensions();
   if (shape.size() != 4 || cache.size() != 4 || k.element_count() == 0 || cache[3] != shape[3] ||
       shape[2] % cache[1] != 0 || v.dimensions() != cache || v.element_type() != k.element_type() ||
       out->dimensions() != shape ||
       positions.element_count() != static_cast<size_t>(shape[0] * shape[1]) ||
-      cache_rows.element_count() != static_cast<size_t>(shape[0])) {
+      cache_slots.element_count() != static_cast<size_t>(shape[0])) {
     return ffi::Error::InvalidArgument(
-        "expected q [B, T, N, H], k and v [rows, K, S, H], positions [B, T] and cache_rows [B]");
+        "expected q [B, T, N, H], k and v [slots, K, S, H], positions [B, T] and cache_slots [B]");
   }
   const auto run = [&](auto type) {
     return Attend<decltype(type)>(pool, q.typed_data(), k, v, positions.typed_data(),
-                                  cache_rows.typed_data(), out->typed_data(), shape);
+                                  cache_slots.typed_data(), out->typed_data(), shape);
   };
   try {
     switch (k.element_type()) {
