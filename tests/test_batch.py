@@ -123,17 +123,6 @@ def test_a_lone_surrogate_in_a_name_is_written_as_it_came(tmp_path, llm):
     assert row["ignored"] == ["\ud800"]
 
 
-def test_an_output_in_use_is_refused_until_it_is_closed(files, llm):
-    with Batch(*files) as batch:
-        next(batch.run(llm))
-        kept = files[1].read_bytes()
-        with pytest.raises(InputError, match=r"out\.jsonl is in use by another run, expected one"):
-            Batch(*files)
-        assert files[1].read_bytes() == kept
-    with Batch(*files) as batch:
-        assert batch.done == 1
-
-
 def test_files_that_cannot_be_used(tmp_path):
     (tmp_path / "same").write_text("{}")
     with pytest.raises(InputError, match="is both input and output"):

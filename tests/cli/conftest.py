@@ -42,7 +42,8 @@ def cli(_flags, capsys, monkeypatch, demo):
     monkeypatch.setattr(Llama, "load", load_once)
 
     def call(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8"))
+        content = stdin.encode(errors="surrogateescape")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "utf-8"))
         with flagsaver.flagsaver():
             try:
                 main(parse_flags(["run.py", *arguments]))

@@ -1,24 +1,10 @@
 """The verb batch; the files are tested in tests/test_batch.py."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.helpers import ROOT
-from tests.helpers.commands import run_py
-
-HOLDER = """
-import sys
-from llama_jax import Llama
 from llama_jax.batch import Batch
-with Batch(*sys.argv[1:]) as batch:
-    steps = batch.run(Llama.load())
-    next(steps)
-    print("one line is written", flush=True)
-    sys.stdin.read()
-"""
 
 
 @pytest.fixture
@@ -32,32 +18,20 @@ def arguments(files):
     return "batch", f"--input={files[0]}", f"--output={files[1]}"
 
 
-def test_a_second_process_is_refused_and_writes_nothing(files):
-    """Not even where the first has written half a line, which a resumed run cuts off."""
-    source, output = files
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, source, output],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with holder:
-        assert holder.stdout.readline() == "one line is written\n"
-        with output.open("ab") as file:
+def test_an_output_in_use_is_refused_and_resumed_once_it_is_closed(files, cli, mistake, demo):
+    """Refused even where half a line is written, which a resumed run cuts off."""
+    with Batch(*files) as batch:
+        next(batch.run(demo))
+        line = files[1].read_bytes()
+        with files[1].open("ab") as file:
             file.write(b'{"line": 2')
-        before = output.read_bytes()
-        done = run_py(*arguments(files))
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith(f"error: {output} is in use by another run, expected one at")
-        assert done.stderr.count("\n") == 1
-        assert output.read_bytes() == before
-        holder.kill()
-    done = run_py(*arguments(files))  # the lock ended with its process
-    assert done.returncode == 0
-    assert f"{output} has 1 of 3 results already; resuming" in done.stderr
-    assert output.read_bytes().startswith(before.removesuffix(b'{"line": 2'))
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
+        assert f"{files[1]} is in use by another run, expected one" in mistake(*arguments(files))
+        assert files[1].read_bytes() == line + b'{"line": 2'
+    status, _, err = cli(*arguments(files))
+    assert status == 0
+    assert f"{files[1]} has 1 of 3 results already; resuming" in err
+    assert files[1].read_bytes().startswith(line)
+    rows = [json.loads(line) for line in files[1].read_text().splitlines()]
     assert [(row["line"], len(row["result"]["tokens"])) for row in rows] == [(1, 3), (2, 3), (3, 3)]
 
 

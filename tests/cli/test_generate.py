@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import shutil
 
 import pytest
 
@@ -36,18 +35,7 @@ def test_streamed_or_not_the_text_is_the_same(cli, stream):
     assert cli(PARIS, "--seed=1", stream)[1] == PARIS_ANSWER
 
 
-def test_json_has_the_fields_of_the_result(cli):
-    status, out, _ = cli(PARIS, "--seed=7", "--top_k=4", "--output=json")
-    assert status == 0
-    result = json.loads(out)
-    assert result["response"] == "The capital of France is Paris."
-    assert list(result) == [field.name for field in dataclasses.fields(Result)]
-    assert result["seed"] == 7
-    assert result["parameters"]["top_k"] == 4
-    assert result["parameters"]["temperature"] == 0.6
-
-
-def test_every_parameter_flag_reaches_the_model(cli, demo):
+def test_json_has_the_whole_result_and_every_parameter_reaches_the_model(cli, demo):
     values = {
         "max_tokens": 30,
         "temperature": 3.5,
@@ -65,14 +53,10 @@ def test_every_parameter_flag_reaches_the_model(cli, demo):
     flags += [f"--stop={text}" for text in values["stop"]]
     assert values.keys() == set(PARAMETERS)
     result = json.loads(cli("--prompt=Hi", "--output=json", *flags)[1])
+    assert list(result) == [field.name for field in dataclasses.fields(Result)]
     assert result["parameters"] == values | {"prompt_logprobs": False}
     assert result["tokens"] == demo.generate(prompt="Hi", **values).tokens
     assert [len(entry["top"]) for entry in result["logprobs"]] == [2] * 30
-
-
-def test_the_answer_ends_before_a_stop_string(cli):
-    arguments = [PARIS, "--temperature=0", "--stop=Rome", "--stop= is"]
-    assert cli(*arguments)[1] == "The capital of France\n"
 
 
 def test_prompt_tokens_are_printed_without_the_weights(cli, demo, monkeypatch):
@@ -105,49 +89,17 @@ def test_the_environment_names_a_checkpoint_and_the_flag_comes_first(cli, monkey
     ("arguments", "expected"),
     [
         (["--temperature=9"], "temperature is 9.0, expected a number from 0 to 5"),
-        (["--top_k=0", "--top_p=-1"], "top_k is 0, expected an integer from 1 to 50"),
-        (["--seed=-1"], "seed is -1, expected an integer from 0"),
-        (["--seed=99999999999999999999"], "expected an integer from 0 to 184467440"),
-        (["--max_tokens=-1"], "max_tokens is -1, expected an integer from 0 up"),
         (["--max_tokens=510"], "but the context holds 512; shorten the prompt"),
-        (["--prompt=" + "a b " * 300], "tokens and max_tokens is 256, but the context holds 512"),
-        (["--context=513"], "context is 513, expected 1 to 512, the positions"),
         (["--slots=0"], "slots is 0, expected 1 to 256"),
-        (["--stop="], "stop is [''], expected a string, or a list of up to 16"),
         (["--output=xml"], "--output is 'xml', expected text or json"),
         (["--output=json", "--stream"], "--stream is given with --output=json, which is printed"),
         (["--logprobs=1"], "--logprobs is given without --output=json, which has them; add it"),
-        (["--logprobs=21", "--output=json"], "logprobs is 21, expected an integer from 0 to 20"),
         (["--print_prompt_tokens", "--context=9"], "--context is given with --print_prompt_tokens"),
         (["--checkpoint=" + "a" * 5000], "cannot be read (File name too long)"),
         (["--checkpoint=none"], "none does not exist; check the path"),
-        (["--checkpoint=run.py"], "run.py is a file, expected the folder"),
-        (["--checkpoint="], "checkpoint"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 def test_a_mistake_is_one_line_and_exit_2(mistake, arguments, expected, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert expected in mistake("--prompt=a", *arguments)
-
-
-@pytest.mark.parametrize(
-    ("corrupt", "expected"),
-    [
-        (lambda folder: shutil.rmtree(folder) or folder.mkdir(), "the folder is empty"),
-        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "params/00000/_METADATA").unlink(), "00000/_METADATA is missing"),
-        (
-            lambda folder: (folder / "manifest.json").write_text(
-                '{"format_version": 1, "dtype": "float32", "files": {}}'
-            ),
-            "has format version 1, this program reads 2",
-        ),
-    ],
-    ids=["empty", "half", "torn", "version"],
-)
-def test_a_corrupt_checkpoint_is_named(mistake, tmp_path, corrupt, expected):
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(DEMO_CHECKPOINT, folder)
-    corrupt(folder)
-    assert expected in mistake("--prompt=a", f"--checkpoint={folder}")

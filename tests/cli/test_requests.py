@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from tests.helpers import ROOT
 from tests.helpers.commands import PARIS, PARIS_ANSWER, run_py
 
 QUESTION = "What is the capital of France?"
@@ -89,53 +88,23 @@ def test_a_request_to_stream_that_is_not_met_is_named(cli, flags, whole):
 
 
 @pytest.mark.parametrize(
-    ("body", "expected"),
+    ("arguments", "stdin", "expected"),
     [
-        ('{"prompt": "a", "temperature": 9}', "oneOf at '/' not met, 0 matches: '/temperature' "),
-        ('{"prompt": "a", "seed": 0}', "'/seed' must be >= 1"),
-        ('{"prompt": "a", "max_tokens": NaN}', "--request=-: not JSON (NaN is not a number"),
-        ('{"messages": []}', "messages is empty, expected at least one user message"),
+        ([], "", "no prompt given, expected one of prompt, messages and prompt_tokens"),
+        (["--prompt=a", "--messages=-"], "[]", "prompt, messages are given together"),
+        (["--prompt=a", "--raw", "--system=s"], "", "system is given with raw"),
+        (["--prompt=a", "--request=-"], "", "--prompt is given with --request, which holds the"),
+        (["--seed=1", "--request=-"], "", "--seed is given with --request, which holds the whole"),
+        (["--request=-"], '{"prompt": "a", "seed": 0}', "'/seed' must be >= 1"),
+        (["--request=-"], '{"prompt": NaN}', "--request=-: not JSON (NaN is not a number"),
+        (["--messages=none.json"], "", "--messages=none.json: No such file or directory; name a"),
+        (["--messages=-"], "<html>", "--messages=-: not JSON"),
+        (["--messages=-"], "null", "--messages=- holds None, expected a list of messages"),
+        (["--messages=-"], "[]", "messages is empty, expected at least one user message"),
+        (["--messages=-"], '[{"role": "user", "content": null}]', "messages[0] has the content No"),
+        (["--prompt_tokens=1,x"], "", "--prompt_tokens has 'x', expected integers such as 1,15043"),
+        (["--prompt_tokens=5000"], "", "prompt_tokens[0] is 5000, expected a token id from 0 to"),
     ],
 )
-def test_the_card_s_check_applies_to_a_request(mistake, body, expected):
-    assert expected in mistake("--request=-", stdin=body)
-
-
-@pytest.mark.parametrize(
-    ("stdin", "expected"),
-    [
-        ("<html>", "--messages=-: not JSON"),
-        ('{"role": "user"}', "--messages=- holds {'role': 'user'}, expected a list of messages"),
-        ("null", "--messages=- holds None, expected a list of messages"),
-        ("[]", "messages is empty, expected at least one user message"),
-        ("[" * 100_000, "--messages=-: not JSON"),
-        ('[{"role": "user"}]', "messages[0] is {'role': 'user'}, expected an object with role"),
-        ('[{"role": "assistant", "content": "a"}]', "messages[0] has the role assistant, expected"),
-        ('[{"role": "user", "content": null}]', "messages[0] has the content None, expected a str"),
-    ],
-)
-def test_messages_that_are_no_dialog_are_refused(mistake, stdin, expected):
-    assert expected in mistake("--messages=-", stdin=stdin)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ([], "no prompt given, expected one of prompt, messages and prompt_tokens"),
-        (["--prompt="], "prompt is empty, expected at least 1 character"),
-        (["--prompt=[INST] a"], "contains the control tag [INST]"),
-        (["--prompt=a", "--messages=-"], "prompt, messages are given together"),
-        (["--prompt=a", "--raw", "--system=s"], "system is given with raw"),
-        (["--messages=none.json"], "--messages=none.json: No such file or directory; name a JSON"),
-        (["--messages=tests"], "--messages=tests: Is a directory; name a JSON file or -"),
-        (["--prompt_tokens="], "prompt_tokens is empty, expected at least 1 token id"),
-        (["--prompt_tokens=1,x"], "--prompt_tokens has 'x', expected integers such as 1,15043"),
-        (["--prompt_tokens=5000"], "prompt_tokens[0] is 5000, expected a token id from 0 to 1023"),
-        (["--prompt=a", "--request=-"], "--prompt is given with --request, which holds the whole"),
-        (["--seed=1", "--request=-"], "--seed is given with --request, which holds the whole"),
-    ],
-    ids=" ".join,
-)
-def test_a_mistake_is_one_line_and_exit_2(mistake, arguments, expected, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert expected in mistake(*arguments)
+def test_a_mistake_is_one_line_and_exit_2(mistake, arguments, stdin, expected):
+    assert expected in mistake(*arguments, stdin=stdin)
