@@ -86,12 +86,12 @@ def check_dtype(text: str, flag: str = "--dtype") -> str:
     return text
 
 
-def check_modules(flag: str, modules: tuple[str, ...]) -> None:
-    """Raise InputError if a module that a flag's value needs is not installed."""
+def check_modules(what: str, modules: tuple[str, ...]) -> None:
+    """Raise InputError if a module that a command or a flag's value needs is not installed."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
-            f"{flag} needs {' and '.join(missing)}, not installed; pip install -e '.[bench]'"
+            f"{what} needs {' and '.join(missing)}, not installed; pip install -e '.[bench]'"
         )
 
 

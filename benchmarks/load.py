@@ -1,5 +1,6 @@
 # pyright: reportMissingImports=false
-# (httpx and httpx-sse come with the bench extra, which type checks do not need)
+# (httpx and httpx-sse come with the bench extra, which type checks do not need, and are imported
+# where they are used: without them a command ends in one line)
 """Put load on a server: prompts, requests over HTTP, closed and open loops, and their figures."""
 
 import asyncio
@@ -12,9 +13,6 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-
-import httpx
-import httpx_sse
 
 from benchmarks.servers import SPECIAL, Server
 from llama_jax.errors import InputError
@@ -112,9 +110,12 @@ class Answer:
 
 
 async def ask(
-    client: httpx.AsyncClient, body: dict[str, Any], timeout_s: float, answer: Answer | None = None
+    client: Any, body: dict[str, Any], timeout_s: float, answer: Answer | None = None
 ) -> Answer:
-    """Send one request and read its answer; what goes wrong is in the answer."""
+    """Send one request by an httpx.AsyncClient and read its answer; errors are in the answer."""
+    import httpx
+    import httpx_sse
+
     answer = Answer(time.perf_counter()) if answer is None else answer
     try:
         async with (
@@ -138,8 +139,10 @@ async def ask(
     return answer
 
 
-def connect(server: Server) -> httpx.AsyncClient:
-    """Return a client of a server, without limits of its own."""
+def connect(server: Server) -> Any:
+    """Return an httpx.AsyncClient of a server, without limits of its own."""
+    import httpx
+
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     return httpx.AsyncClient(base_url=server.url, timeout=None, limits=limits, trust_env=False)
 

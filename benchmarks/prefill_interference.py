@@ -127,6 +127,7 @@ def make_report(median: dict[str, Any]) -> str:
 
 def run() -> int:
     """Measure what the flags say; return the exit status."""
+    command.check_modules("benchmarks.prefill_interference", ("httpx", "httpx_sse"))
     model, config, checkpoint = command.read_model(FLAGS)
     command.check_positive(FLAGS, "prompt_len", "rounds", "timeout_s")
     command.check_room(config, FLAGS.prompt_len + 1)

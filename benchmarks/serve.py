@@ -183,6 +183,7 @@ def measure(launches: list[Launch], points: list[Point], log: pathlib.Path) -> R
 
 def run() -> int:
     """Measure what the flags say; return the exit status."""
+    command.check_modules("benchmarks.serve", ("httpx", "httpx_sse"))
     model, config, checkpoint = command.read_model(FLAGS)
     names = ("slots", "prompt_len", "new_tokens", "requests", "rounds", "timeout_s")
     command.check_positive(FLAGS, *names)

@@ -14,8 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-import httpx
-
 from benchmarks import machine
 from benchmarks.checkpoints import make_source
 from benchmarks.worker import ROOT, EngineError, jax_settings
@@ -224,6 +222,8 @@ def running(launch: Launch, log: BinaryIO) -> Iterator[Server]:
 
 
 def _wait_until_ready(server: Server) -> None:
+    import httpx
+
     until = time.monotonic() + READY_S
     body = server.launch.body([5, 7, 11], 1)
     said = ""
