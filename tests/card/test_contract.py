@@ -47,75 +47,35 @@ def test_the_schemas_are_the_cards_byte_for_byte(schema, digest):
 @pytest.mark.parametrize(
     ("payload", "failures"),
     [
-        *((payload, NEITHER) for payload in ({}, [], "hi", None, 5)),
-        ({"prompt": ""}, f"Length of '/prompt' must be >= 1 not met, {NO_MESSAGES}"),
-        (
-            {"prompt": "a" * 131_073},
-            f"Length of '/prompt' must be <= 131072, {NO_MESSAGES}",
-        ),
-        (
-            {"prompt": 5},
-            f"Type mismatch of '/prompt', 'string' not in 'number','integer', {NO_MESSAGES}",
-        ),
-        ({"prompt": "hi", "temperature": 9}, "'/temperature' must be <= 5"),
+        *((payload, NEITHER) for payload in ([], "hi", None, 5, {"messages": None})),
         ({"prompt": "hi", "temperature": -1}, "'/temperature' must be >= 0"),
+        (
+            {"prompt": "hi", "temperature": None},
+            "Type mismatch of '/temperature', 'number' not in 'null'",
+        ),
         *(
-            (
-                {"prompt": "hi", "temperature": value},
-                f"Type mismatch of '/temperature', 'number' not in '{kind}'",
-            )
-            for value, kind in [("1", "string"), (None, "null"), (True, "boolean")]
-        ),
-        ({"prompt": "hi", "top_k": 0}, "'/top_k' must be >= 1"),
-        ({"prompt": "hi", "top_k": 51}, "'/top_k' must be <= 50"),
-        ({"prompt": "hi", "top_k": 2.5}, "Type mismatch of '/top_k', 'integer' not in 'number'"),
-        ({"prompt": "hi", "seed": 0}, "'/seed' must be >= 1"),
-        ({"prompt": "hi", "seed": 10_000_000_000}, "'/seed' must be <= 9999999999"),
-        (
-            {"prompt": "hi", "max_tokens": 1.5},
-            "Type mismatch of '/max_tokens', 'integer' not in 'number'",
-        ),
-        (
-            {"prompt": "hi", "max_tokens": True},
-            "Type mismatch of '/max_tokens', 'integer' not in 'boolean'",
-        ),
-        (
-            {"messages": [{"role": "user"}]},
-            f"{NO_PROMPT}, required properties at '/messages/0' are 'role,content'",
-        ),
-        (
-            {"messages": [HI, {}]},
-            f"{NO_PROMPT}, required properties at '/messages/1' are 'role,content'",
+            ({"prompt": "hi", name: 2.5}, f"Type mismatch of '/{name}', 'integer' not in 'number'")
+            for name in ("top_k", "max_tokens")
         ),
         *(
             (
                 {"messages": [{"role": "user", "content": content}]},
-                f"{NO_PROMPT}, Type mismatch of '/messages/0/content', 'string' not in {kinds}",
+                f"{NO_PROMPT}, Type mismatch of '/messages/0/content', 'string' not in '{kind}'",
             )
-            for content, kinds in [
-                (None, "'null'"),
-                ([{"type": "text"}], "'array'"),
-                (["a", 1], "'array','binary'"),
-                ({"type": "text"}, "'object'"),
+            for content, kind in [
+                (None, "null"),
+                ([{"type": "text"}], "array"),
+                ({"type": "text"}, "object"),
             ]
         ),
-        (
-            {"messages": [{"role": "user", "content": "a" * 131_073}]},
-            f"{NO_PROMPT}, Length of '/messages/0/content' must be <= 131072",
-        ),
         ({"messages": "hi"}, f"{NO_PROMPT}, Type mismatch of '/messages', 'array' not in 'string'"),
-        ({"messages": None}, NEITHER),
         # the first failure of a branch in the schema's order, not in the payload's
         ({"top_k": 0, "temperature": 9, "prompt": "hi"}, "'/temperature' must be <= 5"),
     ],
 )
 def test_refusals_are_cloudflares_to_the_letter(payload, failures):
+    """Cases that the record, tested below, lacks."""
     assert refusal(payload) == f"oneOf at '/' not met, 0 matches: {failures}"
-
-
-@pytest.mark.parametrize("messages", [[], [HI]])
-def test_both_branches_at_once_are_refused(messages):
-    assert refusal({"prompt": "hi", "messages": messages}) == "oneOf at '/' not met, 2 matches"
 
 
 @pytest.mark.parametrize("items", [["x"], [None], [5], [[]], [HI, True]])
@@ -145,12 +105,14 @@ def test_agrees_with_the_record_of_cloudflares_validator():
     ("letter", "most"), [("a", 131_072), ("é", 131_072), ("😀", 65_536), ("\ud800", 131_072)]
 )
 def test_lengths_are_utf16_units(letter, most):
-    for make in (
-        lambda text: {"prompt": text},
-        lambda text: {"messages": [{"role": "user", "content": text}]},
-    ):
-        assert refusal(make(letter * most)) is None
-        assert "must be <= 131072" in str(refusal(make(letter * (most + 1))))
+    fits, long = letter * most, letter * (most + 1)
+    assert refusal({"prompt": fits}) is None
+    assert refusal({"messages": [HI | {"content": fits}]}) is None
+    head = "oneOf at '/' not met, 0 matches: "
+    text = f"{head}Length of '/prompt' must be <= 131072, {NO_MESSAGES}"
+    assert refusal({"prompt": long}) == text
+    text = f"{head}{NO_PROMPT}, Length of '/messages/0/content' must be <= 131072"
+    assert refusal({"messages": [HI | {"content": long}]}) == text
 
 
 @pytest.mark.parametrize(
