@@ -109,17 +109,10 @@ def test_cloudflare_errors(native, server):
     with cloudflare_client(server, "wrong") as other:
         refused = refusal(cloudflare.AuthenticationError, client=other)
     assert refused == (401, 10000, "Authentication error")
-
-
-def test_cloudflare_reports_a_full_queue(native, server):
-    import cloudflare
-
-    with server.full(), pytest.raises(cloudflare.RateLimitError) as caught:
-        native.ai.run(MODEL, account_id=ACCOUNT, prompt="x")
-    [error] = caught.value.errors
-    assert error.code == 3040
-    assert "try again" in error.message
-    assert int(caught.value.response.headers["retry-after"]) > 0
+    with server.full():
+        status, code, text = refusal(cloudflare.RateLimitError)
+    assert (status, code) == (429, 3040)
+    assert "try again" in text
 
 
 def test_cloudflare_models(native):
@@ -167,37 +160,6 @@ def test_openai_chat(server, llm, base):
     assert [c.finish_reason for c in choices if c.finish_reason] == [expected.finish_reason]
     assert stream[-1].usage.total_tokens == whole.usage.total_tokens
     assert {chunk.id for chunk in stream} == {stream[0].id}
-
-
-def test_openai_stream_options(openai_client):
-    create = openai_client.chat.completions.create
-    *_, last = create(**chat(), stream=True, stream_options={"include_usage": True})
-    assert last.choices == []
-    assert last.usage.completion_tokens > 0
-
-
-def test_openai_choices(openai_client, llm):
-    create = openai_client.chat.completions.create
-    whole = create(**chat(n=3, seed=7))
-    texts = [choice.message.content for choice in whole.choices]
-    assert texts == [
-        llm.generate(messages=FREE, temperature=2, max_tokens=40, seed=s).response
-        for s in (7, 8, 9)
-    ]
-    streamed = ["", "", ""]
-    for chunk in create(**chat(n=3, seed=7), stream=True):
-        for choice in chunk.choices:
-            streamed[choice.index] += choice.delta.content or ""
-    assert streamed == texts
-
-
-def test_openai_stop(openai_client):
-    create = openai_client.chat.completions.create
-    asking = {"model": MODEL, "messages": [ASKING], "temperature": 0, "stop": ["of", "zzz"]}
-    whole = create(**asking).choices[0]
-    assert (whole.message.content, whole.finish_reason) == ("The capital ", "stop")
-    chunks = [chunk.choices[0].delta.content or "" for chunk in create(**asking, stream=True)]
-    assert "".join(chunks) == whole.message.content
 
 
 def test_openai_logprobs(openai_client):
