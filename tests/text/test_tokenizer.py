@@ -245,9 +245,6 @@ def test_stream_of_texts(tokenizer):
     for text in TRICKY + random_texts(1_000):
         check_stream(tokenizer, tokenizer.encode(text))
         check_stream(tokenizer, [BOS_ID, *tokenizer.encode(text), EOS_ID], each=False)
-
-
-def test_stream_of_a_long_text(tokenizer):
     check_stream(tokenizer, tokenizer.encode("".join(random_texts(200))), each=False)
 
 
@@ -268,32 +265,6 @@ def test_stream_of_arbitrary_ids(tokenizer, data):
     )
     parts = data.draw(st.lists(part, max_size=6))
     check_stream(tokenizer, [token for ids in parts for token in ids])
-
-
-@pytest.mark.parametrize("character", ["é", "\u0301", "中", REPLACEMENT, "😀", "\U0010ffff"])
-def test_character_comes_whole_with_its_last_byte(tokenizer, character):
-    *first, last = (FIRST_BYTE_ID + byte for byte in character.encode())
-    decoder = StreamDecoder(tokenizer)
-    for _ in range(2):  # at the start, then behind text
-        assert [decoder.push(token) for token in first] == [""] * len(first)
-        assert decoder.push(last) == character
-    assert decoder.finish() == ""
-
-
-def test_bytes_that_become_no_character(tokenizer):
-    decoder = StreamDecoder(tokenizer)
-    e4, b8, letter = (FIRST_BYTE_ID + byte for byte in (0xE4, 0xB8, 0x41))
-    assert [decoder.push(token) for token in (e4, b8)] == ["", ""]
-    assert decoder.push(letter) == 2 * REPLACEMENT + "A"
-    assert decoder.push(e4) == ""
-    assert decoder.finish() == REPLACEMENT
-
-
-def test_space_of_a_word_is_kept_but_at_the_start(tokenizer, plain):
-    word = plain.piece_to_id("▁the")
-    assert word != plain.unk_id()
-    decoder = StreamDecoder(tokenizer)
-    assert [decoder.push(token) for token in (BOS_ID, word, word)] == ["", "the", " the"]
 
 
 # Errors.
