@@ -27,16 +27,22 @@ def rows(n, **params):
 
 
 def exact_distribution(
-    logits, in_prompt, counts, *, temperature, top_k, top_p, repetition, frequency, presence
+    *,
+    temperature=0.0,
+    top_k=None,
+    top_p=None,
+    repetition_penalty=1.0,
+    frequency_penalty=0.0,
+    presence_penalty=0.0,
 ):
     """The law in float64, token by token, sharing nothing with the package."""
-    x = [float(v) for v in logits]
+    x = [float(v) for v in LOGITS]
     for i in range(len(x)):
-        if repetition not in (0, 1) and (in_prompt[i] or counts[i]):
-            x[i] = x[i] / repetition if x[i] > 0 else x[i] * repetition
-        x[i] -= frequency * counts[i]
-        if counts[i]:
-            x[i] -= presence
+        if repetition_penalty not in (0, 1) and (IN_PROMPT[i] or COUNTS[i]):
+            x[i] = x[i] / repetition_penalty if x[i] > 0 else x[i] * repetition_penalty
+        x[i] -= frequency_penalty * COUNTS[i]
+        if COUNTS[i]:
+            x[i] -= presence_penalty
     order = sorted(range(len(x)), key=lambda i: (-x[i], i))
     if temperature < 1e-5:
         return np.eye(len(x))[order[0]]
@@ -76,11 +82,7 @@ def exact_gumbel(seed, step, token):
 
 def exact_draws(n, seed, parameters):
     """The law from end to end in float64: the argmax of log probability plus noise."""
-    settings = {"temperature": 0.0, "top_k": None, "top_p": None} | {
-        name.removesuffix("_penalty"): value for name, value in parameters.items()
-    }
-    settings = {"repetition": 1.0, "frequency": 0.0, "presence": 0.0} | settings
-    p = exact_distribution(LOGITS, IN_PROMPT, COUNTS, **settings)
+    p = exact_distribution(**parameters)
     return [
         max((t for t in range(V) if p[t]), key=lambda t: np.log(p[t]) + exact_gumbel(seed, step, t))
         for step in range(n)
@@ -121,27 +123,16 @@ def test_chi_square_over_the_grid():
     """
     n, p_values = 20_000, []
     for i, (temperature, top_k, top_p, (repetition, frequency, presence)) in enumerate(GRID):
-        got = draw(
-            n,
-            seed=i,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition,
-            frequency_penalty=frequency,
-            presence_penalty=presence,
-        )
-        p = exact_distribution(
-            LOGITS,
-            IN_PROMPT,
-            COUNTS,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition=repetition,
-            frequency=frequency,
-            presence=presence,
-        )
+        parameters = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "repetition_penalty": repetition,
+            "frequency_penalty": frequency,
+            "presence_penalty": presence,
+        }
+        got = draw(n, seed=i, **parameters)
+        p = exact_distribution(**parameters)
         counts = np.bincount(got, minlength=V)
         assert not counts[p == 0].any(), GRID[i]
         common = p * n >= 5  # the chi-square approximation's condition; the rest is pooled
@@ -220,18 +211,21 @@ def test_ties_at_the_cut_keep_the_lower_ids():
         assert set(np.flatnonzero(np.isfinite(filtered[0]))) == kept
 
 
-def test_top_p_keeps_the_token_that_crosses():
-    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]], jnp.float32))
-    for top_p, kept in ((0.0, 1), (0.49, 1), (0.51, 2), (0.9, 3), (0.96, 4), (1.0, 4), (2.0, 4)):
+@pytest.mark.parametrize(
+    ("masses", "cuts"),
+    [
+        (
+            [0.5, 0.3, 0.15, 0.05],
+            [(0.0, 1), (0.49, 1), (0.51, 2), (0.9, 3), (0.96, 4), (1.0, 4), (2.0, 4)],
+        ),
+        # cumulative mass is exact in float32 here, and only *more* than top_p cuts
+        ([0.25] * 4, [(0.0, 1), (0.25, 2), (0.5, 3), (0.75, 4)]),
+    ],
+)
+def test_top_p_keeps_the_token_that_crosses(masses, cuts):
+    logits = jnp.log(jnp.asarray([masses], jnp.float32))
+    for top_p, kept in cuts:
         filtered = sampling.apply_filters(logits, rows(1, temperature=1.0, top_p=top_p))
-        assert np.isfinite(filtered).sum() == kept, top_p
-
-
-def test_top_p_at_exactly_the_mass_before_a_token_keeps_it():
-    """Four equal tokens: cumulative mass is exact in float32, and only *more* than top_p cuts."""
-    for top_p, kept in ((0.0, 1), (0.25, 2), (0.5, 3), (0.75, 4)):
-        params = rows(1, temperature=1.0, top_p=top_p)
-        filtered = sampling.apply_filters(jnp.zeros((1, 4), jnp.float32), params)
         assert np.flatnonzero(np.isfinite(filtered[0])).tolist() == list(range(kept)), top_p
 
 
@@ -298,8 +292,8 @@ def published_vectors():
 
 
 def test_published_vectors():
-    vectors = published_vectors()
-    version, noise, tokens = vectors
+    assert str([round(float(x), 1) for x in LOGITS]) in DOC.read_text("utf-8")
+    version, noise, tokens = published_vectors()
     assert version["sampler_version"] == sampling.SAMPLER_VERSION
     assert len(noise) >= 4
     assert len(tokens) >= 8
@@ -311,11 +305,6 @@ def test_published_vectors():
         got = draw(16, seed=vector["seed"], **vector["parameters"])
         assert got.tolist() == vector["tokens"], vector
         assert exact_draws(16, vector["seed"], vector["parameters"]) == vector["tokens"], vector
-
-
-def test_vector_logits_are_those_of_the_document():
-    text = DOC.read_text("utf-8")
-    assert str([round(float(x), 1) for x in LOGITS]) in text
 
 
 LONG = 5000  # beyond HEAD: the cut may lie where only a full sort finds it
