@@ -148,19 +148,15 @@ def random_tokens(count: int, vocab_size: int = BASE["vocab_size"]) -> list[int]
     return [BOS, *np.random.default_rng(0).integers(0, vocab_size, count - 1).tolist()]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits(pairs, case):
+@pytest.mark.parametrize(
+    ("case", "length"),
+    [*((case, 40) for case in CASES), ("gqa", 300)],  # 300: several chunks
+)
+def test_logits(pairs, case, length):
     pair = pairs(case)
-    tokens = random_tokens(40, pair.ours.config.vocab_size)
+    tokens = random_tokens(length, pair.ours.config.vocab_size)
     theirs, ours = pair.their_logits(tokens), pair.ours.logits(tokens)
     assert theirs.std() > 1
-    np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0)
-
-
-def test_logits_across_a_prefill_chunk(pairs):
-    pair = pairs("gqa")
-    tokens = random_tokens(300)
-    theirs, ours = pair.their_logits(tokens), pair.ours.logits(tokens)
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0)
 
 
@@ -171,20 +167,18 @@ def test_greedy_tokens(pairs, case):
     assert pair.our_greedy(prompt, 64) == pair.their_greedy(prompt, 64)
 
 
-@pytest.mark.parametrize("case", ["gqa", "mha", "mqa", "odd"])
-def test_greedy_from_every_split(pairs, case):
-    """Wherever 24 greedy tokens are cut, prefill of the first part gives the second."""
+@pytest.mark.parametrize(
+    ("case", "length", "count"),
+    [*((case, 7, 24) for case in ("gqa", "mha", "mqa", "odd")), ("gqa", 250, 16)],
+)
+def test_greedy_from_every_split(pairs, case, length, count):
+    """Wherever greedy tokens are cut, prefill of the first part gives the second.
+
+    From 250 tokens, the cuts lie on both sides of a prefill chunk's end.
+    """
     pair = pairs(case)
-    prompt = random_tokens(7, pair.ours.config.vocab_size)
-    tokens = prompt + pair.their_greedy(prompt, 24)
-    for k in range(len(prompt), len(tokens)):
-        assert pair.our_greedy(tokens[:k], len(tokens) - k) == tokens[k:], k
-
-
-def test_greedy_from_every_split_around_a_prefill_chunk(pairs):
-    pair = pairs("gqa")
-    prompt = random_tokens(250)
-    tokens = prompt + pair.their_greedy(prompt, 16)
+    prompt = random_tokens(length, pair.ours.config.vocab_size)
+    tokens = prompt + pair.their_greedy(prompt, count)
     for k in range(len(prompt), len(tokens)):
         assert pair.our_greedy(tokens[:k], len(tokens) - k) == tokens[k:], k
 
