@@ -149,7 +149,7 @@ class Launch:
 def _write_sentencepiece(path: pathlib.Path, vocab_size: int) -> None:
     from sentencepiece import sentencepiece_model_pb2
 
-    model: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore
+    model: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore (generated, untyped)
     kinds = {"<unk>": 2, "<s>": 3, "</s>": 3}  # unknown, control; else normal
     for piece in pieces(vocab_size):
         model.pieces.add(piece=piece, score=0.0, type=kinds.get(piece, 1))

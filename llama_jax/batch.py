@@ -47,7 +47,7 @@ class Batch:
                 if self.output.samefile(self.source):
                     raise InputError(f"{self.output} is both input and output; name a new file")
                 self.done = self._resume()
-            except BaseException:
+            except BaseException:  # an interrupt too: the lock must not stay
                 self.close()
                 raise
         except OSError as error:

@@ -36,8 +36,8 @@ REQUIRE_ALL = "LLAMA_JAX_REQUIRE_ALL_TESTS"
 
 
 if os.environ.get(REQUIRE_ALL):  # a module that needs one of these would skip itself
-    import playwright.sync_api  # noqa: F401
-    import torch  # noqa: F401
+    import playwright.sync_api  # noqa: F401 (imported to fail here)
+    import torch  # noqa: F401 (likewise)
 
 
 PASSED = "LLAMA_JAX_PASSED"

@@ -25,7 +25,7 @@ class FairLock:
             self._waiting.append(turn)
         try:
             turn.wait()  # whoever releases the lock hands it over
-        except BaseException:  # an interrupt
+        except BaseException:  # an interrupt: leave the queue, or pass the lock on
             with self._guard:
                 if turn in self._waiting:
                     self._waiting.remove(turn)

@@ -115,7 +115,7 @@ class Service:
         try:
             # In a thread: encoding a prompt of megabytes would block all other requests.
             await asyncio.to_thread(answers.submit, self.llm.engine.submit, requests)
-        except BaseException:
+        except BaseException:  # a cancelled request too: nobody reads what was submitted
             answers.cancel()
             raise
         log.prompt_tokens = sum(map(len, answers.prompts))
@@ -131,7 +131,7 @@ class Service:
                         return
             self._warm.set()
             self.llm.engine.run(self._stopping)
-        except BaseException:
+        except BaseException:  # whatever it is, the server must learn that its engine is gone
             _LOGGER.exception("the engine stopped")
             self.failed = True
 

@@ -39,7 +39,7 @@ async def completions(request: Request) -> Response:
     make = functools.partial(CompletionChoices, parsed, service.llm.tokenizer, answers.prompts)
     try:
         choices = await asyncio.to_thread(make)  # it decodes the prompts
-    except BaseException:
+    except BaseException:  # a cancelled request too: nobody reads what was submitted
         answers.cancel()
         raise
     return await _respond(request, parsed, answers, choices)
