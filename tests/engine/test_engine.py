@@ -1108,6 +1108,22 @@ def test_the_lock_is_granted_in_the_order_of_arrival():
     assert not lock.locked()
 
 
+def test_threads_use_the_engine_in_the_order_of_their_calls(ex, monkeypatch):
+    """Whoever has just released it waits behind those that came meanwhile."""
+    engine, order = make(ex), []
+    monkeypatch.setattr(engine._scheduler, "turn", lambda: bool(order.append("turn")))
+    monkeypatch.setattr(ex, "score", lambda tokens: order.append("score"))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with engine._turn_lock:
+            for waiting, call in enumerate((engine.step, lambda: engine.score([1])), start=1):
+                pool.submit(call)
+                while len(engine._turn_lock._waiting) < waiting:
+                    time.sleep(0.001)
+        with engine._turn_lock:
+            order.append("again")
+    assert order == ["turn", "score", "again"]
+
+
 def test_a_lock_that_an_interrupt_finds_waiting_is_passed_on(monkeypatch):
     lock, waiting = FairLock(), []
 
