@@ -146,6 +146,7 @@ def test_an_engine_that_fails_ends_the_process():
     assert "the engine stopped" in done.stderr
 
 
+@contextlib.contextmanager
 def serve_changed(changes):
     """Start a server of the demo model in a process of its own, after some lines of code."""
     code = (
@@ -155,9 +156,12 @@ def serve_changed(changes):
         f"llm = Llama.load(DEMO_CHECKPOINT)\n{changes}\n"
         "serve.serve(lambda: llm, port=0, warm_up=False)\n"
     )
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_stop_does_not_wait_for_a_compilation():
