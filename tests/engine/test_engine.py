@@ -1195,8 +1195,9 @@ def test_a_failure_between_results_is_no_failure_of_the_device(ex, monkeypatch):
     engine.run(stopping)
 
 
-def test_warm_up_and_a_request_compile_each_program_once(monkeypatch):
-    ex = Executor(CONFIG, random_params(CONFIG), "float32", context=300)
+def test_warm_up_and_a_request_compile_each_program_once():
+    plan = choose_plan(CONFIG, "float32")._replace(prefill_sizes=(32,))
+    ex = Executor(CONFIG, random_params(CONFIG), "float32", context=256, plan=plan)
     engine = Engine(ex, None)
     generation = engine.submit(make_request(prompt_tokens=[3] * 20, max_tokens=20, seed=1))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
