@@ -1,4 +1,4 @@
-"""Command line: python -m convert meta SRC DST | hf SRC DST | verify DST | export-hf DST OUT."""
+"""Command line: python -m convert meta | hf | tokenizer | verify | export-hf."""
 
 import argparse
 import pathlib
@@ -6,7 +6,7 @@ import sys
 
 import jax
 
-from convert.commands import MAX_SEQ_LEN, convert, export, report, verify
+from convert.commands import MAX_SEQ_LEN, add_tokenizer, convert, export, report, verify
 from convert.quiet import mute_orbax
 from llama_jax.errors import InputError
 from llama_jax.version import __version__
@@ -51,28 +51,28 @@ def _parser() -> argparse.ArgumentParser:
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     shared = _conversion_options(debug)
     text = "Meta's release: params.json, consolidated.*.pth and tokenizer.model in one folder"
-    from_meta = commands.add_parser("meta", parents=[shared], help=text, description=text)
-    from_meta.add_argument(
-        "--max_seq_len",
-        type=_positive,
-        metavar="N",
-        help="context length the model was trained for; Meta's files do not give it "
-        f"(default: {MAX_SEQ_LEN}, Llama 2's)",
-    )
+    commands.add_parser("meta", parents=[shared], help=text, description=text)
     text = (
         "Hugging Face's: config.json, *.safetensors or pytorch_model*.bin, and tokenizer.model "
-        "in one folder"
+        "or tokenizer.json in one folder"
     )
     commands.add_parser("hf", parents=[shared], help=text, description=text)
+    text = "add a tokenizer to a checkpoint that has none"
+    tokenizer = commands.add_parser("tokenizer", parents=[debug], help=text, description=text)
+    tokenizer.set_defaults(run=add_tokenizer)
+    tokenizer.add_argument("dst", metavar="DST", type=_path, help="checkpoint")
+    tokenizer.add_argument(
+        "file", metavar="FILE", type=_path, help="tokenizer.model or tokenizer.json"
+    )
     text = "read a whole checkpoint and compare it with the digests of its manifest"
     verify_ = commands.add_parser("verify", parents=[debug], help=text, description=text)
     text = "write a checkpoint as a Hugging Face folder; every tensor's digest is compared"
     export_ = commands.add_parser("export-hf", parents=[debug], help=text, description=text)
     for command, run in ((verify_, verify), (export_, export)):
         command.set_defaults(run=run)
-        command.add_argument("dst", metavar="DST", type=pathlib.Path, help="checkpoint")
+        command.add_argument("dst", metavar="DST", type=_path, help="checkpoint")
     export_.add_argument(
-        "out", metavar="OUT", type=pathlib.Path, help="folder to write; must not exist yet"
+        "out", metavar="OUT", type=_path, help="folder to write; must not exist yet"
     )
     return parser
 
@@ -80,9 +80,9 @@ def _parser() -> argparse.ArgumentParser:
 def _conversion_options(debug: argparse.ArgumentParser) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False, parents=[debug])
     options.set_defaults(run=convert)
-    options.add_argument("src", metavar="SRC", type=pathlib.Path, help="folder of the weights")
+    options.add_argument("src", metavar="SRC", type=_path, help="folder of the weights")
     options.add_argument(
-        "dst", metavar="DST", type=pathlib.Path, help="checkpoint to write; must not exist yet"
+        "dst", metavar="DST", type=_path, help="checkpoint to write; must not exist yet"
     )
     options.add_argument(
         "--dtype",
@@ -95,7 +95,41 @@ def _conversion_options(debug: argparse.ArgumentParser) -> argparse.ArgumentPars
         action="store_true",
         help="store the dtype's largest value in place of larger ones, instead of refusing them",
     )
+    options.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        type=_path,
+        help="tokenizer.model or tokenizer.json; none: token ids only; default: SRC's",
+    )
+    options.add_argument(
+        "--eos_tokens",
+        metavar="ID,...",
+        type=_ids,
+        help="ids that end an answer; default: those of SRC's configs, else 2",
+    )
+    options.add_argument(
+        "--max_seq_len",
+        metavar="N",
+        type=_positive,
+        help="context length the model was trained for; default: that of SRC's config; Meta's "
+        f"has none: {MAX_SEQ_LEN}, Llama 2's",
+    )
     return options
+
+
+def _path(text: str) -> pathlib.Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is a URL, expected a path on this machine; copy the files here first"
+        )
+    return pathlib.Path(text).expanduser()
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not token ids such as 2,32000")
+    return tuple(int(part) for part in parts)
 
 
 def _positive(text: str) -> int:

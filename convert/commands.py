@@ -1,6 +1,7 @@
 """What each command of `python -m convert` does."""
 
 import argparse
+import dataclasses
 import itertools
 import math
 import os
@@ -9,14 +10,17 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from convert import huggingface, meta, published, source
+from convert import huggingface, meta, published, source, vocabulary
 from convert.export import export_hf
+from convert.vocabulary import Vocabulary
 from llama_jax.errors import InputError
+from llama_jax.text.tokenizer import EOS_ID, Tokenizer
+from llama_jax.weights import stored_tokenizer
 from llama_jax.weights.atomic_directory import check_absent, partial_folder
 from llama_jax.weights.checkpoint import open_checkpoint, save_checkpoint, verify_checkpoint
 from llama_jax.weights.manifest import file_sizes
@@ -29,14 +33,14 @@ MAX_SEQ_LEN = 4096
 def convert(args: argparse.Namespace) -> None:
     """Write a checkpoint of a published model's weights."""
     _check_destination(args.dst)
-    opened, tokenizer = _open(args)
+    opened, found = _open(args)
     dtype = source.target_dtype(opened, args.dtype)
     for difference in published.differences(opened.config):
         report(f"warning: {difference}: right only if the weights were trained so")
     count = sum(math.prod(opened.headers[name].shape) for name in opened.names.values())
     total = count * jnp.dtype(dtype).itemsize
     _check_room(args.dst, total)
-    _check_published(args.src, tokenizer)
+    _check_published(args.src, found)
     report(f"writing {args.dst}")
     rounding: Counter[str] = Counter()
     params = source.read_params(opened, dtype, saturate=args.saturate)
@@ -44,41 +48,80 @@ def convert(args: argparse.Namespace) -> None:
         args.dst,
         _with_progress(params, total, len(opened.names), rounding),
         opened.config,
-        tokenizer=tokenizer,
-        origin={"format": args.command, "folder": args.src.resolve().name},
+        tokenizer=found and found.model,
+        origin={"format": args.command, "folder": args.src.resolve().name}
+        | ({"tokenizer": found.describe()} if found else {}),
     )
 
     hint = f"python run.py --checkpoint={shlex.quote(str(args.dst))} --prompt='Hello'"
     size = tqdm.format_sizeof(total, "B")
     print(
         f"wrote {count:,} parameters, {dtype}, {size}, to {args.dst}"
-        + (f"; try: {hint}" if tokenizer else "")
+        + (f"; try: {hint}" if found else "")
     )
     if rounding:
         changes = ", ".join(f"{rounding[what]:,} {what}" for what in source.ROUNDING)
         print(f"in {dtype}, of {count:,} values: {changes}; by tensor in manifest.json")
 
 
-def _open(args: argparse.Namespace) -> tuple[source.Source, pathlib.Path | None]:
+def _open(args: argparse.Namespace) -> tuple[source.Source, Vocabulary | None]:
     """Open the source folder and find its tokenizer; check both."""
     if args.command == "meta":
         opened = meta.open_source(args.src, args.max_seq_len or MAX_SEQ_LEN)
         # Meta's download script keeps the models' one tokenizer above their folders.
-        tokenizer_folders = [args.src, args.src.resolve().parent]
+        folders = [args.src, args.src.resolve().parent]
     else:
-        opened = huggingface.open_source(args.src)
-        tokenizer_folders = [args.src]
+        opened = huggingface.open_source(args.src, args.max_seq_len)
+        folders = [args.src]
+    if args.eos_tokens:
+        config = dataclasses.replace(opened.config, eos_tokens=args.eos_tokens)
+        opened = dataclasses.replace(opened, config=config)
     source.check_tensors(opened)
-    tokenizer = source.find_tokenizer(opened, *tokenizer_folders)
+    config = opened.config
     if args.command == "meta" and args.max_seq_len is None:
         report(f"assuming --max_seq_len={MAX_SEQ_LEN}, Llama 2's: Meta's files do not give it")
-    if tokenizer is None:
+    elif args.max_seq_len is None and config.rope_factor != 1:
         report(
-            f"warning: no tokenizer.model in {args.src}: the checkpoint will take token ids only"
+            f"assuming --max_seq_len={config.max_seq_len}: the positions are divided by "
+            f"{config.rope_factor:g}"
         )
-    elif tokenizer.parent != args.src:
-        report(f"tokenizer.model is taken from {tokenizer.parent}")
-    return opened, tokenizer
+    if EOS_ID not in config.eos_tokens:
+        report(
+            f"warning: answers end at {list(config.eos_tokens)}, without Llama 2's {EOS_ID}: the "
+            "chat format here is Llama 2's"
+        )
+    return opened, _find_vocabulary(args, folders, config.vocab_size)
+
+
+def _find_vocabulary(
+    args: argparse.Namespace, folders: Sequence[pathlib.Path], rows: int
+) -> Vocabulary | None:
+    """Read the tokenizer that was named, or the first one in the folders."""
+    places = [folder / name for folder in folders for name in vocabulary.FILES]
+    # A broken link is there too, and refused by its reader.
+    file = args.tokenizer or next((place for place in places if os.path.lexists(place)), None)
+    if file is None or file == pathlib.Path("none"):
+        report(
+            f"warning: no tokenizer.model or tokenizer.json in {args.src}: the checkpoint will "
+            "take token ids only; `python -m convert tokenizer` adds one later"
+        )
+        return None
+    found = vocabulary.read_vocabulary(file, rows, huggingface.pad_token(args.src))
+    if file.parent != args.src:
+        report(f"{file.name} is taken from {file.parent}")
+    for token, text in found.left_out.items():
+        report(f"warning: the added token {text!r} ({token}) has no embedding: it is left out")
+    if unnamed := rows - Tokenizer(found.model).vocab_size:
+        report(f"the last {unnamed} ids have no text: they are never generated")
+    return found
+
+
+def add_tokenizer(args: argparse.Namespace) -> None:
+    """Add a tokenizer to a checkpoint that has none."""
+    _, config = open_checkpoint(args.dst)
+    found = vocabulary.read_vocabulary(args.file, config.vocab_size)
+    stored_tokenizer.add_tokenizer(args.dst, found.model)
+    print(f"{args.dst} has the tokenizer {args.file} now")
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -118,11 +161,11 @@ def _existing_parent(path: pathlib.Path) -> pathlib.Path:
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
-def _check_published(folder: pathlib.Path, tokenizer: pathlib.Path | None) -> None:
+def _check_published(folder: pathlib.Path, found: Vocabulary | None) -> None:
     """Compare Meta's files with Meta's checksums, if the source has them."""
     lists = [folder / "checklist.chk"]
-    if tokenizer is not None:
-        lists.append(tokenizer.parent / "tokenizer_checklist.chk")
+    if found is not None:
+        lists.append(found.file.parent / "tokenizer_checklist.chk")
     for path in lists:
         if path.exists():
             count = published.check_list(path, progress=True)

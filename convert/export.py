@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from convert.names import names
 from llama_jax.config import ModelConfig
-from llama_jax.text.tokenizer import BOS_ID, EOS_ID
+from llama_jax.text.tokenizer import BOS_ID
 from llama_jax.weights.atomic_directory import atomic_directory
 from llama_jax.weights.checkpoint import open_checkpoint, read_tensors
 from llama_jax.weights.shards import Tensor, group
@@ -72,7 +72,7 @@ def write_hf(
         del shard, named  # before the next is read
     _place(folder, files_written, placed, total)
     _write_json(folder / "config.json", _config(config, dtype))
-    special_ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+    special_ids = {"bos_token_id": BOS_ID, "eos_token_id": _eos_tokens(config)}
     _write_json(folder / "generation_config.json", special_ids)
     return total
 
@@ -116,9 +116,25 @@ def _config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": BOS_ID,
-        "eos_token_id": EOS_ID,
+        "eos_token_id": _eos_tokens(config),
         "torch_dtype": dtype,
+        **_scaling(config),
     }
+
+
+def _eos_tokens(config: ModelConfig) -> int | list[int]:
+    """Return the end tokens as transformers has them: one by itself."""
+    first, *others = config.eos_tokens
+    return [first, *others] if others else first
+
+
+def _scaling(config: ModelConfig) -> dict[str, Any]:
+    """Return the keys of linear scaling; the context before it tells readers which is which."""
+    if config.rope_factor == 1:
+        return {}
+    rope = {"rope_type": "linear", "factor": config.rope_factor}
+    before = max(1, int(config.max_seq_len / config.rope_factor))
+    return {"rope_scaling": rope | {"original_max_position_embeddings": before}}
 
 
 def _tokenizer_config(config: ModelConfig) -> dict[str, Any]:

@@ -1,25 +1,18 @@
 """Read a Llama 2 in the Hugging Face layout: config.json, and safetensors or PyTorch's pickles."""
 
-import os
 import pathlib
 import reprlib
 from typing import Any
 
 import numpy as np
 
-from convert import source
-from convert.corruption import abbreviate
+from convert import hf_files, source
 from convert.names import names
-from convert.tensors import Header, read_headers
+from convert.recognition import refuse_other_kinds
 from llama_jax.config import ModelConfig, as_float
 from llama_jax.errors import InputError, one_line
 from llama_jax.strict_json import read_json
-
-# The weights in one file, and the index of several; in the order that transformers prefers.
-_WEIGHTS = (
-    ("model.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
+from llama_jax.text.tokenizer import EOS_ID
 
 # transformers' LlamaConfig: what a key that config.json leaves out stands for.
 _DEFAULTS = {
@@ -42,30 +35,32 @@ _FIXED = {
     "quantization_config": (None, None),
     "partial_rotary_factor": (1.0, 1.0),
     "bos_token_id": (1, 1),
-    "eos_token_id": (2, 2),
 }
-# What may stand beside rope_theta in rope_scaling and rope_parameters: no scaling at all.
-_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 _ROPE_THETA = 10000.0
 
 
-def open_source(folder: pathlib.Path) -> source.Source:
-    """Open a folder of config.json and its weights: one file, or an index and its shards.
+def open_source(folder: pathlib.Path, max_seq_len: int | None = None) -> source.Source:
+    """Open a folder of config.json and its weights: one file, or several.
+
+    Args:
+        folder: the source.
+        max_seq_len: the context, in place of the config's.
 
     Raises:
         InputError: a file is missing or corrupted, or the model is no Llama 2.
     """
-    source.check_folder(folder, ("config.json",), tuple(n for pair in _WEIGHTS for n in pair))
-    config = read_config(folder / "config.json")
-    found = _read_headers(folder)
+    refuse_other_kinds(folder)
+    source.check_folder(folder, ("config.json",), hf_files.PATTERNS)
+    config = read_config(folder / "config.json", max_seq_len)
+    found = hf_files.read_all_headers(folder)
     rows = {row.ours: row.huggingface for row in names(config.num_layers)}
     copy = rows.pop("lm_head") if config.tie_embeddings else ""
-    headers = {name: header for name, (_, header) in found.items() if name != copy}
+    headers = {name: stored.header for name, stored in found.items() if name != copy}
 
     def read(path: str) -> tuple[np.ndarray, list[source.Part]]:
-        array, part = source.read_part(found[rows[path]][0], rows[path])
+        array, part = source.read_part(*found[rows[path]][:2])
         if path == "embed" and copy in found:
-            other, _ = source.read_part(found[copy][0], copy)
+            other, _ = source.read_part(*found[copy][:2])
             if not source.same_bits(array, other):
                 raise InputError(
                     f"{folder}: {copy} differs from {rows[path]}, but tie_word_embeddings is true; "
@@ -76,21 +71,23 @@ def open_source(folder: pathlib.Path) -> source.Source:
     return source.Source(folder, config, rows, headers, read)
 
 
-def read_config(path: pathlib.Path) -> ModelConfig:
-    """Translate a transformers config.json, of any version.
+def read_config(path: pathlib.Path, max_seq_len: int | None = None) -> ModelConfig:
+    """Translate a transformers config.json, of any version, and the end tokens beside it.
+
+    Args:
+        path: config.json.
+        max_seq_len: the context, in place of the config's.
 
     Raises:
         InputError: listing every setting that the model cannot honour.
     """
     values = _DEFAULTS | read_json(path)
-    if values.get("eos_token_id") == [2]:
-        values["eos_token_id"] = 2
     problems = [
         f"{key} is {reprlib.repr(values.get(key, default))}, expected {only!r}"
         for key, (default, only) in _FIXED.items()
         if values.get(key, default) != only
     ]
-    theta, rope_problems = _rope_theta(values)
+    theta, factor, rope_problems = _rope(values)
     problems += rope_problems
     heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
     fields: dict[str, Any] = {
@@ -102,8 +99,10 @@ def read_config(path: pathlib.Path) -> ModelConfig:
         "num_kv_heads": heads if kv_heads is None else kv_heads,
         "norm_eps": as_float(values["rms_norm_eps"]),
         "rope_theta": as_float(theta),
-        "max_seq_len": values["max_position_embeddings"],
+        "max_seq_len": max_seq_len or _context(values, factor),
         "tie_embeddings": values["tie_word_embeddings"],
+        "rope_factor": as_float(factor),
+        "eos_tokens": _eos_tokens(path, values),
     }
     config = None
     try:
@@ -121,84 +120,63 @@ def read_config(path: pathlib.Path) -> ModelConfig:
     return config
 
 
-def _rope_theta(values: dict[str, Any]) -> tuple[Any, list[str]]:
-    """Return the base of the rotary frequencies, wherever it is written, and what is wrong."""
-    found = {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
+def pad_token(folder: pathlib.Path) -> int | None:
+    """Return the id of the padding token by config.json; None: it has none."""
+    path = folder / "config.json"
+    found = read_json(path).get("pad_token_id") if path.is_file() else None
+    return found if type(found) is int else None
+
+
+def _rope(values: dict[str, Any]) -> tuple[Any, Any, list[str]]:
+    """Return the base and the factor of the rotary positions, and what is wrong.
+
+    Both may be written in rope_scaling and in rope_parameters, the base also beside them.
+    """
+    thetas = {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
+    factors: dict[str, Any] = {}
     problems = []
     for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key) or {}
-        if not isinstance(rope, dict) or any(
-            _ROPE.get(name) != value for name, value in rope.items() if name != "rope_theta"
-        ):
-            problems.append(f"{key} is {rope}, expected none or rope_type 'default'")
-        elif "rope_theta" in rope:
-            found[f"{key}.rope_theta"] = rope["rope_theta"]
-    theta = list(found.values()) or [_ROPE_THETA]
-    if any(value != theta[0] for value in theta):
-        written = ", ".join(f"{key} {value}" for key, value in found.items())
-        problems.append(f"rope_theta has several values ({written}), expected one")
-    return theta[0], problems
+        if not isinstance(rope, dict) or not _is_supported(rope):
+            problems.append(f"{key} is {rope}, expected none, or the type default or linear")
+            continue
+        if "rope_theta" in rope:
+            thetas[f"{key}.rope_theta"] = rope["rope_theta"]
+        if "factor" in rope:
+            factors[f"{key}.factor"] = rope["factor"]
+    for name, found in (("rope_theta", thetas), ("the factor of the positions", factors)):
+        if len({*map(repr, map(as_float, found.values()))}) > 1:
+            written = ", ".join(f"{key} {value}" for key, value in found.items())
+            problems.append(f"{name} has several values ({written}), expected one")
+    return next(iter(thetas.values()), _ROPE_THETA), next(iter(factors.values()), 1.0), problems
 
 
-def _read_headers(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, Header]]:
-    """Return, for each tensor, the file that holds it and its header."""
-    for weights, index in _WEIGHTS:
-        if os.path.lexists(folder / weights):  # a broken link is to be named, not passed over
-            headers = read_headers(folder / weights)
-            return {
-                name: (folder / weights, header)
-                for name, header in headers.items()
-                if not _is_buffer(name)
-            }
-        if os.path.lexists(folder / index):
-            return _read_shards(folder / index)
-    raise AssertionError("check_folder found one")
+def _is_supported(rope: dict[str, Any]) -> bool:
+    """Whether positions are used as they are, or all divided by one factor."""
+    kinds = {rope[name] for name in ("rope_type", "type") if name in rope}
+    others = rope.keys() - {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
+    whole = rope.get("partial_rotary_factor", 1.0) == 1.0
+    if kinds <= {"default"}:
+        return whole and rope.get("factor", 1.0) == 1.0 and not others
+    # The length before scaling says nothing more: it is the context divided by the factor.
+    return whole and kinds == {"linear"} and others <= {"original_max_position_embeddings"}
 
 
-def _read_shards(index: pathlib.Path) -> dict[str, tuple[pathlib.Path, Header]]:
-    placed = _weight_map(index)
-    paths = {name: index.parent / name for name in sorted(set(placed.values()))}
-    missing = [name for name, path in paths.items() if not path.exists()]
-    if missing:
-        raise InputError(
-            f"{index} names files that are missing: {abbreviate(missing)}; download them"
-        )
-    headers = {file: read_headers(path) for file, path in paths.items()}
-    held = {(name, file) for file, tensors in headers.items() for name in tensors}
-    problems = [f"{name} is not in {file}" for name, file in sorted(placed.items() - held)]
-    problems += [
-        f"{file} holds {name}, which the index places in {placed.get(name, 'no file')}"
-        for name, file in sorted(held - placed.items())
-        if not _is_buffer(name)
-    ]
-    if problems:
-        raise InputError(
-            f"{index} does not match its files: {abbreviate(problems)}; "
-            "download the whole folder again"
-        )
-    return {
-        name: (paths[file], headers[file][name])
-        for name, file in placed.items()
-        if not _is_buffer(name)
-    }
+def _context(values: dict[str, Any], factor: Any) -> Any:
+    """Return the context: max_position_embeddings is often what it was before linear scaling."""
+    given, length = values.get("max_sequence_length"), values["max_position_embeddings"]
+    if given is not None or type(length) is not int or type(factor) not in (int, float):
+        return length if given is None else given
+    ropes = [values.get("rope_scaling") or {}, values.get("rope_parameters") or {}]
+    scaled = any("original_max_position_embeddings" in rope for rope in ropes)
+    return length if scaled else int(length * factor)
 
 
-def _weight_map(index: pathlib.Path) -> dict[str, str]:
-    placed = read_json(index).get("weight_map")
-    if not isinstance(placed, dict) or not placed:
-        raise InputError(f"{index} has no weight_map; download it again")
-    unexpected = [
-        repr(file)
-        for file in placed.values()
-        if not isinstance(file, str) or pathlib.PurePath(file).name != file
-    ]
-    if unexpected:
-        raise InputError(
-            f"{index}: weight_map names {abbreviate(unexpected)}, expected files beside it"
-        )
-    return placed
-
-
-def _is_buffer(name: str) -> bool:
-    """Tell whether a tensor is the table of frequencies that old versions of transformers saved."""
-    return name.endswith(".rotary_emb.inv_freq")
+def _eos_tokens(path: pathlib.Path, values: dict[str, Any]) -> Any:
+    """Return the end tokens of generation_config.json, else of config.json, else Llama 2's."""
+    beside = path.with_name("generation_config.json")
+    for found in (read_json(beside) if beside.is_file() else {}, values):
+        tokens = found.get("eos_token_id")
+        if tokens is not None:
+            return tuple(tokens) if isinstance(tokens, list) else (tokens,)
+    return (EOS_ID,)

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import TypedDict
@@ -15,7 +14,6 @@ from convert.tensors import Header, read_tensor
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
 from llama_jax.nn.transformer import param_shapes
-from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.checkpoint import DTYPES
 from llama_jax.weights.manifest import array_digest
 from llama_jax.weights.shards import Tensor, by_path
@@ -130,26 +128,6 @@ def target_dtype(source: Source, choice: str) -> str:
         several = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
         raise InputError(f"{source.folder} mixes dtypes ({several}); choose one with --dtype")
     return next(iter(counts))
-
-
-def find_tokenizer(source: Source, *folders: pathlib.Path) -> pathlib.Path | None:
-    """Return the first tokenizer.model in `folders`; it must have a piece for each embedding.
-
-    Raises:
-        InputError: it is no Llama 2 tokenizer, or another model's.
-    """
-    candidates = [folder / "tokenizer.model" for folder in folders]
-    # A broken link is there too, and refused by its reader.
-    path = next((candidate for candidate in candidates if os.path.lexists(candidate)), None)
-    if path is None:
-        return None
-    pieces = Tokenizer(path).vocab_size
-    if pieces != source.config.vocab_size:
-        raise InputError(
-            f"{path} has {pieces:,} pieces, the model's vocab_size is "
-            f"{source.config.vocab_size:,}; copy the tokenizer.model that belongs to these weights"
-        )
-    return path
 
 
 def read_params(source: Source, dtype: str, *, saturate: bool = False) -> Iterator[Tensor]:

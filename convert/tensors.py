@@ -4,8 +4,10 @@ A file is opened anew for each tensor: an open file stays mapped, and its pages 
 """
 
 import dataclasses
+import functools
 import pathlib
 import pickle
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -69,6 +71,26 @@ def _open_safetensors(path: pathlib.Path) -> Any:
 
 def _load_torch(path: pathlib.Path) -> dict[str, Any]:
     """Return a pickle's tensors by name, mapped from disk and not yet read."""
+    if _is_bare_pickle(path):
+        return _load_old(path)
+    return _state_dict(path, _unpickle(path, mmap=True))
+
+
+@functools.lru_cache(maxsize=1)
+def _load_old(path: pathlib.Path) -> dict[str, Any]:
+    """Load a file of PyTorch before 1.6, which cannot be mapped: the last one stays in memory."""
+    return _state_dict(path, _unpickle(path, mmap=False))
+
+
+def _is_bare_pickle(path: pathlib.Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(2) == b"\x80\x02"
+    except OSError:  # the reader describes it
+        return False
+
+
+def _unpickle(path: pathlib.Path, *, mmap: bool) -> Any:
     try:
         import torch
     except ImportError:
@@ -77,21 +99,36 @@ def _load_torch(path: pathlib.Path) -> dict[str, Any]:
             "pip install -e '.[convert]'"
         ) from None
     try:
-        loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except pickle.UnpicklingError:
+        return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({found.group(1)})" if found else ""
         raise InputError(
-            f"{path} holds Python objects other than tensors, or a corrupted pickle; nothing in it "
-            "was run; download it again"
+            f"{path} holds Python objects other than tensors{what}, or a corrupted pickle; nothing "
+            "in it was run; save the state dict alone, or download it again"
         ) from None
     except Exception as error:  # corrupted bytes: RuntimeError, KeyError, EOFError, ValueError, ...
         if innermost_package(error) != "torch":
             raise
-        raise corrupted(path, "PyTorch zip file") from None
+        raise corrupted(path, "PyTorch file") from None
+
+
+def _state_dict(path: pathlib.Path, loaded: Any) -> dict[str, Any]:
+    """Return the one dict of tensors in what a training program saved, checked."""
+    import torch
+
     if not isinstance(loaded, dict):
         raise InputError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors")
+    nested = {name: value for name, value in loaded.items() if _holds_embedding(value)}
+    if len(nested) > 1:
+        raise InputError(
+            f"{path} holds several models ({abbreviate(map(repr, nested))}), expected one; save "
+            "the state dict of one of them alone"
+        )
+    tensors = next(iter(nested.values()), loaded)
     unexpected = [
         repr(name)
-        for name, tensor in loaded.items()
+        for name, tensor in tensors.items()
         if not (isinstance(name, str) and isinstance(tensor, torch.Tensor))
         or tensor.layout != torch.strided
     ]
@@ -99,4 +136,12 @@ def _load_torch(path: pathlib.Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: {abbreviate(unexpected)} is no dense tensor with a name; download it again"
         )
-    return loaded
+    return tensors
+
+
+def _holds_embedding(value: Any) -> bool:
+    """Whether this is a model's dict of tensors: not an optimizer's, nor a scheduler's."""
+    return isinstance(value, dict) and any(
+        isinstance(name, str) and name.endswith(("embed_tokens.weight", "tok_embeddings.weight"))
+        for name in value
+    )

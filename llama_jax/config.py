@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import typing
 from typing import Any
 
 from llama_jax.errors import InputError, one_line
@@ -37,6 +38,10 @@ class ModelConfig:
     """Positions the model was trained for: the maximum of prompt plus output tokens."""
     tie_embeddings: bool = False
     """The embedding table is also the output projection (no `lm_head`)."""
+    rope_factor: float = 1.0
+    """Divides the rotary embedding's positions (linear scaling, arXiv:2306.15595); 1 is off."""
+    eos_tokens: tuple[int, ...] = (2,)
+    """The ids that end an answer."""
 
     def __post_init__(self):
         problems = _type_problems(self)
@@ -73,13 +78,19 @@ class ModelConfig:
             raise InputError(
                 f"{source}: {one_line(problems)}; expected the keys {', '.join(fields)}"
             )
-        floats = {n for n, f in fields.items() if f.type is float}
-        return cls(**{n: as_float(v) if n in floats else v for n, v in values.items()})
+        return cls(**{name: _from_json(fields[name].type, v) for name, v in values.items()})
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "ModelConfig":
         """Read one of `configs/*.json` or a checkpoint's `config.json`."""
         return cls.from_dict(read_json(pathlib.Path(path)), source=str(path))
+
+
+def _from_json(kind: Any, value: Any) -> Any:
+    """Return a value of JSON in its field's type, if it is that but for JSON's own types."""
+    if kind is float:
+        return as_float(value)
+    return tuple(value) if type(value) is list else value
 
 
 def as_float(value: Any) -> Any:
@@ -93,7 +104,7 @@ def _type_problems(config: ModelConfig) -> list[str]:
     problems = []
     for field in dataclasses.fields(config):
         value: Any = getattr(config, field.name)
-        if type(value) is not field.type:
+        if type(value) is not (typing.get_origin(field.type) or field.type):
             expected = getattr(field.type, "__name__", field.type)
             problems.append(f"{field.name} is {value!r}, expected {expected}")
     return problems
@@ -113,4 +124,11 @@ def _range_problems(c: ModelConfig) -> list[str]:
         problems.append(f"dim is {c.dim}, expected a multiple of 2 * num_heads = {2 * c.num_heads}")
     if c.num_heads % c.num_kv_heads:
         problems.append(f"num_kv_heads is {c.num_kv_heads}, expected a divisor of {c.num_heads}")
+    if not c.eos_tokens or any(
+        type(t) is not int or not 0 <= t < c.vocab_size for t in c.eos_tokens
+    ):
+        problems.append(
+            f"eos_tokens is {list(c.eos_tokens)}, expected one or more ids below vocab_size = "
+            f"{c.vocab_size}"
+        )
     return problems

@@ -1,6 +1,7 @@
 """Llama: load a checkpoint, generate, stream, score. What a notebook imports."""
 
 import collections
+import dataclasses
 import functools
 import os
 import pathlib
@@ -20,7 +21,7 @@ from llama_jax.engine.request import GenerationRequest, check_tokens, make_reque
 from llama_jax.engine.result import Result
 from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer, check_vocabulary
 from llama_jax.weights.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
 
 CHECKPOINT_VARIABLE = "LLAMA_JAX_CHECKPOINT"
@@ -55,17 +56,19 @@ class Llama:
         _check_sizes(config, context, slots, max_queue)
         context = config.max_seq_len if context is None else context
         tokenizer = checkpoint.tokenizer and Tokenizer(checkpoint.tokenizer)
-        if tokenizer and tokenizer.vocab_size != config.vocab_size:
-            raise InputError(
-                f"{checkpoint.tokenizer} has {tokenizer.vocab_size} pieces, the model's "
-                f"vocabulary {config.vocab_size}; copy the tokenizer.model of these weights"
-            )
+        if tokenizer:
+            check_vocabulary(tokenizer.vocab_size, config.vocab_size, str(checkpoint.tokenizer))
         self.config = config
         self.dtype = checkpoint.dtype
         self.tokenizer = tokenizer
         self.load_s = load_s
         self.executor = Executor(
-            config, checkpoint.params, checkpoint.dtype, batch=slots, context=context
+            config,
+            checkpoint.params,
+            checkpoint.dtype,
+            batch=slots,
+            context=context,
+            drawable=tokenizer and tokenizer.vocab_size,
         )
         self.engine = Engine(
             self.executor,
@@ -84,6 +87,7 @@ class Llama:
         context: int | None = None,
         slots: int = 1,
         max_queue: int | None = None,
+        eos_tokens: Sequence[int] | None = None,
         verify: bool = False,
         progress: bool = False,
     ) -> "Llama":
@@ -98,6 +102,7 @@ class Llama:
                 max_seq_len. A smaller cache takes less memory.
             slots: answers to draw at once; each has a cache of `context` tokens.
             max_queue: requests that may wait beyond those; None: any number.
+            eos_tokens: ids that end an answer, in place of the checkpoint's.
             verify: first compare all weights with the checkpoint's digests.
             progress: show bars on stderr if it takes over a second.
 
@@ -107,8 +112,12 @@ class Llama:
         began = time.perf_counter()
         path = pathlib.Path(default_checkpoint() if path is None else path).expanduser()
         # Before the weights: a mistake should not take a minute to show.
-        _check_sizes(open_checkpoint(path)[1], context, slots, max_queue)
+        config = open_checkpoint(path)[1]
+        _check_sizes(config, context, slots, max_queue)
+        if eos_tokens is not None:
+            config = dataclasses.replace(config, eos_tokens=tuple(eos_tokens))
         checkpoint = load_checkpoint(path, dtype, verify=verify, progress=progress)
+        checkpoint = dataclasses.replace(checkpoint, config=config)
         jax.block_until_ready(checkpoint.params)
         load_s = time.perf_counter() - began
         return cls(checkpoint, context=context, slots=slots, max_queue=max_queue, load_s=load_s)

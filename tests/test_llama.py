@@ -300,12 +300,25 @@ def test_without_a_tokenizer_ids_go_in_and_out(tmp_path, llm):
         bare.generate(prompt="Hi")
 
 
+def test_end_tokens_of_the_load_take_the_place_of_the_checkpoints(llm):
+    whole = llm.generate(**QUESTION, temperature=0)
+    end = whole.tokens[3]
+    other = Llama.load(eos_tokens=[1023, end])
+    assert other.generate(**QUESTION, temperature=0).tokens == whole.tokens[:3]
+    longer = other.generate(**QUESTION, temperature=0, ignore_eos=True, max_tokens=5)
+    assert longer.tokens == whole.tokens[:5]
+    with pytest.raises(InputError, match=r"eos_tokens is \[5000\], expected .* = 1024"):
+        Llama.load(eos_tokens=[5000])
+
+
 def test_a_tokenizer_of_another_model(tmp_path):
     demo = load_checkpoint(DEMO_CHECKPOINT)
     config = dataclasses.replace(demo.config, vocab_size=100)
     params = demo.params | {name: demo.params[name][:100] for name in ("embed", "lm_head")}
-    save_checkpoint(tmp_path / "odd", tensors(params), config, tokenizer=demo.tokenizer)
-    with pytest.raises(InputError, match="has 1024 pieces, the model's vocabulary 100"):
+    save_checkpoint(
+        tmp_path / "odd", tensors(params), config, tokenizer=demo.tokenizer.read_bytes()
+    )
+    with pytest.raises(InputError, match="has 1,024 pieces, the model's vocab_size is 100"):
         Llama.load(tmp_path / "odd")
 
 

@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mqa": {"num_key_value_heads": 1},
     "tied": {"tie_word_embeddings": True},
     "theta": {"rope_theta": 100.0},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "eps": {"rms_norm_eps": 0.1},
     "odd": {  # head_dim 6
         "vocab_size": 131,

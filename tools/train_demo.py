@@ -207,7 +207,7 @@ def main(_: list[str]) -> None:
         shutil.rmtree(out, ignore_errors=True)
         params = jax.tree.map(np.asarray, params)
         origin = {"source": "tools/train_demo.py", "answers_right": f"{right} of {total}"}
-        save_checkpoint(out, tensors(params), CONFIG, tokenizer=path, origin=origin)
+        save_checkpoint(out, tensors(params), CONFIG, tokenizer=path.read_bytes(), origin=origin)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from llama_jax.weights.checkpoint import DTYPES
 
 FLAGS = flags.FLAGS
 
-MODEL = ("checkpoint", "dtype", "context", "slots", "verify")
+MODEL = ("checkpoint", "dtype", "context", "slots", "eos_tokens", "verify")
 PROMPT = ("prompt", "system", "messages", "prompt_tokens", "request", "raw")
 SAMPLING = (
     "max_tokens",
@@ -116,6 +116,9 @@ def _define_model_flags() -> None:
         "slots",
         None,
         "Requests in flight at once, 1 to 256. Default: 8 in batch and serve, else 1.",
+    )
+    flags.DEFINE_list(
+        "eos_tokens", None, "Token ids that end an answer: 2,32000. Default: the checkpoint's."
     )
     flags.DEFINE_bool("verify", False, "First check all weights against the checkpoint's digests.")
 

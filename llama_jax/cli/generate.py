@@ -8,7 +8,7 @@ from llama_jax.cli.flags import FLAGS, refuse_flags
 from llama_jax.cli.model import checkpoint_path, load_model
 from llama_jax.cli.requests import read_request
 from llama_jax.engine.request import GenerationRequest
-from llama_jax.weights.checkpoint import load_tokenizer
+from llama_jax.weights.stored_tokenizer import load_tokenizer
 
 
 def generate() -> None:

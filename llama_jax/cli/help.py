@@ -23,6 +23,7 @@ _GROUPS = {
 _VALUES = {
     "checkpoint": "DIR",
     "dtype": "TYPE",
+    "eos_tokens": "ID,...",
     "messages": "FILE",
     "prompt_tokens": "ID,...",
     "request": "FILE",

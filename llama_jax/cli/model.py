@@ -5,6 +5,7 @@ import sys
 
 from llama_jax.cli.console import note
 from llama_jax.cli.flags import FLAGS
+from llama_jax.cli.requests import parse_tokens
 from llama_jax.decode.compile_cache import use_compile_cache
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.llama import Llama, default_checkpoint
@@ -28,6 +29,7 @@ def load_model(slots: int = 1, max_queue: int | None = None) -> Llama:
         context=FLAGS.context,
         slots=slots if FLAGS.slots is None else FLAGS.slots,
         max_queue=max_queue,
+        eos_tokens=FLAGS.eos_tokens and parse_tokens("eos_tokens", FLAGS.eos_tokens),
         verify=FLAGS.verify,
         progress=sys.stderr.isatty(),
     )

@@ -33,7 +33,7 @@ def read_request() -> tuple[GenerationRequest, str]:
     if FLAGS.messages is not None:
         request["messages"] = _read_messages(FLAGS.messages)
     if FLAGS.prompt_tokens is not None:
-        request["prompt_tokens"] = [_parse_token(text) for text in FLAGS.prompt_tokens]
+        request["prompt_tokens"] = parse_tokens("prompt_tokens", FLAGS.prompt_tokens)
     if FLAGS.output == "json" and FLAGS["stream"].present and FLAGS.stream:
         raise InputError("--stream is given with --output=json, which is printed whole; drop one")
     return make_request(**request), "--seed={}" if FLAGS.seed is None else ""
@@ -69,10 +69,9 @@ def _read_json(source: str, name: str) -> Any:
     return parse_json(text, name)
 
 
-def _parse_token(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(
-            f"--prompt_tokens has {text!r:.40}, expected integers such as 1,15043"
-        ) from None
+def parse_tokens(flag: str, texts: list[str]) -> list[int]:
+    """Return the token ids that a flag lists."""
+    for text in texts:
+        if not text.lstrip("-").isdecimal():
+            raise InputError(f"--{flag} has {text!r:.40}, expected integers such as 1,15043")
+    return [int(text) for text in texts]

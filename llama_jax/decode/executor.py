@@ -42,6 +42,7 @@ class Executor:
         batch: slots that decode together; fixed, since it may decide the bits of a slot's logits.
         context: tokens of prompt plus output that a slot can hold, at most `config.max_seq_len`.
         plan: how to compute; None: as `choose_plan` says.
+        drawable: only ids below it are sampled; None: all of the vocabulary.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Executor:
         batch: int = 1,
         context: int,
         plan: Plan | None = None,
+        drawable: int | None = None,
     ):
         self.plan = plan = plan or choose_plan(config, dtype)
         self.config, self.batch, self.context = config, batch, context
@@ -60,7 +62,7 @@ class Executor:
         self.params = jax.tree.map(lambda a: jnp.asarray(a, plan.weights), params)
         model = Transformer(config, jnp.dtype(plan.weights), plan.kernels)
         self.programs = CompiledPrograms(
-            Target(config, model, batch, self.sizes.capacity, plan.cache)
+            Target(config, model, batch, self.sizes.capacity, plan.cache, drawable)
         )
 
     @property

@@ -33,6 +33,8 @@ class Target:
     capacity: int
     """Cache positions of each slot."""
     cache_dtype: str
+    drawable: int | None = None
+    """Only ids below it are sampled; None: all."""
 
 
 class Program(abc.ABC):
@@ -143,7 +145,9 @@ class Prefill(Program):
 
     def function(self, target: Target) -> Callable[..., Any]:
         """Return `steps.prefill` at these sizes."""
-        return functools.partial(steps.prefill, target.model, attend_len=self.attend_len)
+        return functools.partial(
+            steps.prefill, target.model, attend_len=self.attend_len, drawable=target.drawable
+        )
 
     def arguments(
         self,
@@ -177,7 +181,11 @@ class Decode(Program):
     def function(self, target: Target) -> Callable[..., Any]:
         """Return `steps.decode` at these sizes."""
         return functools.partial(
-            steps.decode, target.model, num_steps=self.num_steps, attend_len=self.attend_len
+            steps.decode,
+            target.model,
+            num_steps=self.num_steps,
+            attend_len=self.attend_len,
+            drawable=target.drawable,
         )
 
     def arguments(self, params: Params, old: DecodeState, slots: Sequence[int]) -> tuple[Any, ...]:
@@ -220,7 +228,9 @@ def padded_chunk(tokens: Sequence[int], start: int, size: int) -> np.ndarray:
 
 def empty_admission(config: ModelConfig) -> Admission:
     """Return an admission of the right shapes, for warm-up."""
-    return state.make_admission(sampling.make_params(), [0], config.vocab_size, limit=1)
+    return state.make_admission(
+        sampling.make_params(), [0], config.vocab_size, limit=1, stop_tokens=config.eos_tokens
+    )
 
 
 @dataclasses.dataclass

@@ -31,8 +31,8 @@ class DecodeState(NamedTuple):
     """Tokens generated so far: the index t of the next."""
     limits: Int[Array, "B"]
     """Tokens to generate at most (max_tokens)."""
-    stop_tokens: Int[Array, "B"]
-    """The token that ends the slot's request (EOS), or NO_TOKEN."""
+    stop_tokens: Int[Array, "B E"]
+    """The tokens that end the slot's request, as many as the model has; NO_TOKEN: none."""
     done: Bool[Array, "B"]
     """The slot generates nothing: its request ended, it is idle, or still in prefill."""
     wants_logprobs: Bool[Array, "B"]
@@ -50,8 +50,8 @@ class Admission(NamedTuple):
     """Of shape [1]."""
     limit: Int[AnyArray, ""]
     """Tokens to generate at most, 1 or more."""
-    stop_token: Int[AnyArray, ""]
-    """The token that ends the request, or NO_TOKEN."""
+    stop_tokens: Int[AnyArray, "E"]
+    """The tokens that end the request, as many as the model has; NO_TOKEN: none."""
     wants_logprobs: Bool[AnyArray, ""]
     in_prompt: Bool[AnyArray, "V"]
     """Whether each token occurs in the prompt."""
@@ -65,7 +65,7 @@ def make_admission(
     vocab_size: int,
     *,
     limit: int,
-    stop_token: int = NO_TOKEN,
+    stop_tokens: Sequence[int] = (NO_TOKEN,),
     wants_logprobs: bool = False,
     start: int = 0,
 ) -> Admission:
@@ -75,7 +75,7 @@ def make_admission(
     return Admission(
         sampling=params,
         limit=np.array(limit, np.int32),
-        stop_token=np.array(stop_token, np.int32),
+        stop_tokens=np.array(stop_tokens, np.int32),
         wants_logprobs=np.array(wants_logprobs),
         in_prompt=in_prompt,
         start=np.array(start, np.int32),
@@ -91,7 +91,7 @@ def init_state(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike)
         positions=zeros,
         steps=zeros,
         limits=zeros,
-        stop_tokens=zeros,
+        stop_tokens=jnp.zeros((batch, len(config.eos_tokens)), jnp.int32),
         done=jnp.ones((batch,), bool),
         wants_logprobs=jnp.zeros((batch,), bool),
         sampling=jax.tree.map(lambda a: jnp.repeat(a, batch, axis=0), sampling.make_params()),
@@ -109,7 +109,7 @@ def admit(state: DecodeState, slot: Int[Array, ""], new: Admission) -> DecodeSta
         positions=state.positions.at[slot].set(new.start),
         steps=state.steps.at[slot].set(0),
         limits=state.limits.at[slot].set(new.limit),
-        stop_tokens=state.stop_tokens.at[slot].set(new.stop_token),
+        stop_tokens=state.stop_tokens.at[slot].set(new.stop_tokens),
         done=state.done.at[slot].set(True),
         wants_logprobs=state.wants_logprobs.at[slot].set(new.wants_logprobs),
         sampling=jax.tree.map(lambda a, b: a.at[slot].set(b[0]), state.sampling, new.sampling),

@@ -50,6 +50,7 @@ def prefill(
     targets: Int[Array, "T"] | None = None,
     *,
     attend_len: int,
+    drawable: int | None = None,
 ) -> tuple[DecodeState, StepOutputs, Logprobs | None]:
     """Read one chunk of a slot's prompt; after the last, sample the slot's first token.
 
@@ -63,6 +64,7 @@ def prefill(
         is_last: whether the prompt ends with this chunk.
         targets: the token that follows each of `tokens`, to be scored; None: nothing is scored,
             and logits are computed at one position only.
+        drawable: static; only ids below it are sampled. None: all of the vocabulary.
 
     Returns:
         The state; one step of one column, the first token if `is_last`; and the log-probabilities
@@ -86,7 +88,7 @@ def prefill(
     part = part._replace(
         cache=cache, positions=part.positions + length, done=jnp.logical_not(is_last)[None]
     )
-    part, outputs = _emit(part, logits, is_last[None])
+    part, outputs = _emit(part, logits, is_last[None], drawable)
     state = scatter_rows(state, part, slot[None])
     return state, jax.tree.map(lambda a: a[None], outputs), scores
 
@@ -98,6 +100,7 @@ def decode_step(
     *,
     slots: Int[Array, "B"] | None = None,
     attend_len: int,
+    drawable: int | None = None,
 ) -> tuple[DecodeState, StepOutputs]:
     """Feed every slot its last token and sample the next.
 
@@ -116,7 +119,7 @@ def decode_step(
     )
     positions = state.positions + active.astype(jnp.int32)
     state = state._replace(cache=cache, positions=positions)
-    return _emit(state, logits[:, 0, :], active)
+    return _emit(state, logits[:, 0, :], active, drawable)
 
 
 def decode(
@@ -127,6 +130,7 @@ def decode(
     *,
     num_steps: int,
     attend_len: int,
+    drawable: int | None = None,
 ) -> tuple[DecodeState, StepOutputs]:
     """Run `num_steps` steps as one scan, without the host in between, whichever slots end.
 
@@ -136,13 +140,16 @@ def decode(
         params: the model's parameters.
         state: donated.
         slots: the slots to compute, all different; None: all. See `Transformer.__call__`.
+        drawable: static; see `prefill`.
 
     Returns:
         The state, and the outputs of each step.
     """
 
     def step(part: DecodeState, _: None) -> tuple[DecodeState, StepOutputs]:
-        return decode_step(model, params, part, slots=slots, attend_len=attend_len)
+        return decode_step(
+            model, params, part, slots=slots, attend_len=attend_len, drawable=drawable
+        )
 
     if slots is None:
         return lax.scan(step, state, None, length=num_steps)
@@ -167,15 +174,21 @@ def score(
 
 
 def _emit(
-    state: DecodeState, logits: Float[Array, "B V"], active: Bool[Array, "B"]
+    state: DecodeState,
+    logits: Float[Array, "B V"],
+    active: Bool[Array, "B"],
+    drawable: int | None,
 ) -> tuple[DecodeState, StepOutputs]:
     """Sample a token for each active slot; record it, and whether it ends the slot."""
-    sampled = sampling.sample(
-        logits, state.sampling, state.steps, state.in_prompt, state.output_counts
+    # The law does not depend on the vocabulary's size, so it is applied to a part of it.
+    candidates, in_prompt, output_counts = (
+        array[:, :drawable] for array in (logits, state.in_prompt, state.output_counts)
     )
+    sampled = sampling.sample(candidates, state.sampling, state.steps, in_prompt, output_counts)
     tokens = jnp.where(active, sampled, state.tokens)
     steps = state.steps + active.astype(jnp.int32)
-    ended = (tokens == state.stop_tokens) | (steps >= state.limits)
+    stopped = jnp.any(tokens[:, None] == state.stop_tokens, axis=-1)
+    ended = stopped | (steps >= state.limits)
     rows = jnp.arange(tokens.shape[0])
     state = state._replace(
         tokens=tokens,

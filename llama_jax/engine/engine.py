@@ -120,6 +120,7 @@ class Engine:
             request,
             prompt,
             self.tokenizer,
+            eos_tokens=self.executor.config.eos_tokens,
             clock=self._clock,
             fingerprint=self.fingerprint,
             on_change=on_change,

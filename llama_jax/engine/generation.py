@@ -28,6 +28,7 @@ class Generation:
         request: what to generate.
         prompt: its token ids.
         tokenizer: None: the text is the ids, with commas.
+        eos_tokens: the ids that end it, unless the request ignores them.
         clock: the engine's.
         fingerprint: the engine's; see `Result`.
         on_change: called, in the engine's thread, when there is something new.
@@ -39,11 +40,15 @@ class Generation:
         prompt: list[int],
         tokenizer: Tokenizer | None,
         *,
+        eos_tokens: Sequence[int] = (EOS_ID,),
         clock: Clock,
         fingerprint: str = "",
         on_change: Callable[[], None] | None = None,
     ):
         self.request, self.prompt = request, prompt
+        ignored = request.parameters.ignore_eos
+        self.stop_tokens = tuple(NO_TOKEN if ignored else token for token in eos_tokens)
+        """The ids that end it; NO_TOKEN in place of each that does not."""
         self.tokens: list[int] = []
         self.result: Result | None = None
         self.error: BaseException | None = None
@@ -60,11 +65,6 @@ class Generation:
         self._fingerprint, self._on_change = fingerprint, on_change
         self._times = _Times(clock)
         self._ended = threading.Event()
-
-    @property
-    def stop_token(self) -> int:
-        """The id that ends it, or NO_TOKEN."""
-        return NO_TOKEN if self.request.parameters.ignore_eos else EOS_ID
 
     @property
     def done(self) -> bool:
@@ -109,7 +109,7 @@ class Generation:
     def push(self, token: int, logprob: TokenLogprob | None = None) -> None:
         """Add the next token, up to the one that ends it; turn it into text."""
         self._times.token()
-        if token == self.stop_token:
+        if token in self.stop_tokens:
             return self.finish("stop")
         self.tokens.append(token)
         text = self._cutter.push(self._text(token))

@@ -167,7 +167,7 @@ class Scheduler:
             prompt,
             self._executor.config.vocab_size,
             limit=max(1, parameters.max_tokens),
-            stop_token=generation.stop_token,
+            stop_tokens=generation.stop_tokens,
             wants_logprobs=parameters.logprobs is not None,
             start=start,
         )

@@ -46,11 +46,11 @@ NORM_IMPLEMENTATIONS = {"plain": rms_norm, "native": cpu_kernels.rms_norm}
 
 
 def rope_angles(
-    positions: Int[Array, "B T"], head_dim: int, theta: float
+    positions: Int[Array, "B T"], head_dim: int, theta: float, factor: float = 1.0
 ) -> Float[Array, "B T half"]:
-    """Return position * theta^(-2i / head_dim) in radians, for i in [0, head_dim / 2)."""
+    """Return position / factor * theta^(-2i / head_dim) in radians, for i in [0, head_dim / 2)."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-    frequencies = jnp.asarray(theta**-exponents, dtype=jnp.float32)
+    frequencies = jnp.asarray(theta**-exponents / factor, dtype=jnp.float32)
     return positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
 
 

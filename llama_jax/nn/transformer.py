@@ -79,7 +79,7 @@ class Attention(_Layer):
         weights = (self.weight(name, n * c.head_dim, c.dim) for name, n in heads.items())
         q, k, v = self.linears(x, *weights)
 
-        angles = ops.rope_angles(positions, c.head_dim, c.rope_theta)
+        angles = ops.rope_angles(positions, c.head_dim, c.rope_theta, c.rope_factor)
         q = ops.apply_rope(q.reshape(batch, length, c.num_heads, c.head_dim), angles)
         k = ops.apply_rope(k.reshape(batch, length, c.num_kv_heads, c.head_dim), angles)
         v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)

@@ -15,19 +15,22 @@ class Tokenizer:
     """Llama 2's tokenizer: SentencePiece BPE with byte fallback, BOS 1 and EOS 2.
 
     Args:
-        path: a `tokenizer.model` file.
+        source: a `tokenizer.model` file, or its content.
 
     Raises:
         InputError: the file is missing, is not a SentencePiece model, or has other special ids.
     """
 
-    def __init__(self, path: str | pathlib.Path):
-        path = pathlib.Path(path)
-        try:
-            model = path.read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{path}: cannot read the tokenizer ({reason})") from None
+    def __init__(self, source: str | pathlib.Path | bytes):
+        if isinstance(source, bytes):
+            path, model = "tokenizer.model", source
+        else:
+            path = pathlib.Path(source)
+            try:
+                model = path.read_bytes()
+            except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+                reason = getattr(error, "strerror", None) or error
+                raise InputError(f"{path}: cannot read the tokenizer ({reason})") from None
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
             loaded = bool(model) and self._sp.LoadFromSerializedProto(model)
@@ -74,6 +77,24 @@ class Tokenizer:
     def is_control(self, token: int) -> bool:
         """Return whether an id decodes to nothing (BOS, EOS)."""
         return self._sp.IsControl(token)
+
+
+def check_vocabulary(pieces: int, rows: int, source: str) -> None:
+    """Refuse a tokenizer of another model than one whose embedding has so many rows.
+
+    Fine-tunes add rows to an embedding, and round their number up. So there may be more rows than
+    pieces, up to an eighth; those have no text and are never sampled.
+
+    Args:
+        pieces: the tokenizer's.
+        rows: the model's vocab_size.
+        source: the tokenizer's name, for the error.
+    """
+    if not pieces <= rows <= pieces + max(64, pieces // 8):
+        raise InputError(
+            f"{source} has {pieces:,} pieces, the model's vocab_size is {rows:,}; give the "
+            "tokenizer that belongs to these weights"
+        )
 
 
 def is_text(text: str) -> bool:

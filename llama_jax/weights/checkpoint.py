@@ -11,7 +11,6 @@ import itertools
 import logging
 import math
 import pathlib
-import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,7 +21,6 @@ from tqdm import tqdm
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
 from llama_jax.nn.transformer import Params, param_shapes
-from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.atomic_directory import atomic_directory
 from llama_jax.weights.manifest import (
     NAME,
@@ -56,7 +54,7 @@ def save_checkpoint(
     tensors: Iterable[Tensor],
     config: ModelConfig,
     *,
-    tokenizer: str | pathlib.Path | None = None,
+    tokenizer: bytes | None = None,
     origin: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint that is either whole or not there.
@@ -65,7 +63,7 @@ def save_checkpoint(
         path: a folder that does not exist yet.
         tensors: every parameter, of one of DTYPES; consumed one by one and dropped once written.
         config: the shape they have.
-        tokenizer: the tokenizer.model to copy.
+        tokenizer: the content of its tokenizer.model.
         origin: where the weights came from, for the manifest.
 
     Raises:
@@ -87,7 +85,7 @@ def save_checkpoint(
         (dtype,) = dtypes
         (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, folder / "tokenizer.model")
+            (folder / "tokenizer.model").write_bytes(tokenizer)
         write_manifest(folder, rows, dtype, origin or {})
 
 
@@ -132,22 +130,11 @@ def load_checkpoint(
         restored |= read_shard(shard, abstract)
         if dtype == "float16" != values["dtype"]:
             _check_range({name: restored[name] for name in rows}, values["dtype"])
-    return Checkpoint(config, nest(restored), dtype, _tokenizer(path, values), values["root"])
+    return Checkpoint(config, nest(restored), dtype, tokenizer_path(path, values), values["root"])
 
 
-def load_tokenizer(path: str | pathlib.Path) -> tuple[Tokenizer | None, int]:
-    """Return a checkpoint's tokenizer, if it has one, and the model's vocabulary size.
-
-    Raises:
-        InputError: see `load_checkpoint`; the weights are not read.
-    """
-    path = pathlib.Path(path).expanduser().absolute()
-    values, config = open_checkpoint(path)
-    file = _tokenizer(path, values)
-    return file and Tokenizer(file), config.vocab_size
-
-
-def _tokenizer(path: pathlib.Path, values: dict[str, Any]) -> pathlib.Path | None:
+def tokenizer_path(path: pathlib.Path, values: dict[str, Any]) -> pathlib.Path | None:
+    """Return the tokenizer.model of a checkpoint with this manifest; None: it has none."""
     return path / "tokenizer.model" if "tokenizer.model" in values["files"] else None
 
 

@@ -69,8 +69,27 @@ def write_manifest(
         },
         "tensors": tensors,
     }
-    text = json.dumps(values | {"sha256": _json_digest(values)}, indent=1) + "\n"
-    (folder / NAME).write_text(text, encoding="utf-8")
+    (folder / NAME).write_text(_text(values), encoding="utf-8")
+
+
+def add_file(folder: pathlib.Path, values: dict[str, Any], name: str, content: bytes) -> None:
+    """Add a file to a checkpoint; until the new manifest is in place, it is not a part of it.
+
+    Args:
+        folder: a checkpoint.
+        values: its manifest, as read.
+        name: of the file, which the manifest does not have yet.
+        content: of the file.
+    """
+    (folder / name).write_bytes(content)
+    row = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    draft = folder / f".{NAME}.new"
+    draft.write_text(_text(values | {"files": values["files"] | {name: row}}), encoding="utf-8")
+    draft.replace(folder / NAME)
+
+
+def _text(values: dict[str, Any]) -> str:
+    return json.dumps(values | {"sha256": _json_digest(values)}, indent=1) + "\n"
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:

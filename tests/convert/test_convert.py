@@ -83,8 +83,10 @@ def test_absent_keys_have_transformers_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral', expected 'llama'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*linear"),
+        ({"model_type": "mistral"}, "is a mistral model, expected a Llama 2"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling is .*dynamic"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_factor is '2', expected float"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_factor is 0.0, expected a pos"),
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling is .*factor"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters is .*llama3"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters is .*0.5"),
@@ -94,9 +96,14 @@ def test_absent_keys_have_transformers_defaults(tmp_path):
         ({"mlp_bias": True}, "mlp_bias is True, expected False"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"head_dim": 16}, r"head_dim is 16, expected .* 64 / 8 = 8"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, expected None"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"is quantized \(gptq\), expected 16"),
         ({"bos_token_id": 128000}, "bos_token_id is 128000, expected 1"),
-        ({"eos_token_id": [2, 7]}, r"eos_token_id is \[2, 7\], expected 2"),
+        (
+            {"eos_token_id": [2, 700]},
+            r"eos_tokens is \[2, 700\], expected .* below vocab_size = 300",
+        ),
+        ({"eos_token_id": []}, r"eos_tokens is \[\], expected one or more"),
+        ({"eos_token_id": "</s>"}, r"eos_tokens is \['</s>'\], expected one or more"),
         ({"hidden_size": "64"}, "dim is '64', expected int"),
     ],
 )
@@ -113,8 +120,47 @@ def test_all_config_problems_come_in_one_error(tmp_path, weights):
     assert "dim is 65" in str(caught.value)
 
 
-def test_an_eos_list_of_llama_2_alone_is_accepted(tmp_path, weights):
-    assert read_hf(write_hf(tmp_path / "hf", weights, eos_token_id=[2], head_dim=8))[0] == GQA
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ([2], None, (2,)),
+        ([2, 261], None, (2, 261)),
+        (2, [2, 261], (2, 261)),
+        ([2, 261], 2, (2,)),  # transformers generates by generation_config.json
+        (None, {}, (2,)),
+    ],
+)
+def test_end_tokens_are_those_that_transformers_stops_at(
+    tmp_path, weights, config, generation, expected
+):
+    folder = write_hf(tmp_path / "hf", weights, eos_token_id=config, head_dim=8)
+    if generation is not None:
+        values = generation if generation == {} else {"eos_token_id": generation}
+        (folder / "generation_config.json").write_text(json.dumps(values))
+    assert read_hf(folder)[0] == dataclasses.replace(GQA, eos_tokens=expected)
+
+
+@pytest.mark.parametrize(
+    ("rope", "factor", "context"),
+    [
+        ({"type": "linear", "factor": 1.0}, 1.0, 64),
+        ({"type": "linear", "factor": 4}, 4.0, 256),
+        ({"rope_type": "linear", "factor": 2.5}, 2.5, 160),
+        (
+            {"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 16},
+            *(4.0, 64),
+        ),
+    ],
+)
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_linear_scaling_divides_positions_and_extends_the_context(
+    tmp_path, weights, key, rope, factor, context
+):
+    config, _ = read_hf(write_hf(tmp_path / "hf", weights, **{key: rope}))
+    assert config == dataclasses.replace(GQA, rope_factor=factor, max_seq_len=context)
+    folder = write_hf(tmp_path / "named", weights, **{key: rope}, max_sequence_length=100)
+    assert read_hf(folder)[0].max_seq_len == 100  # FastChat's key
+    assert huggingface.open_source(folder, 48).config.max_seq_len == 48
 
 
 def test_tied_embeddings_have_no_lm_head(tmp_path):
@@ -282,11 +328,11 @@ def test_nothing_is_left_after_an_error(tmp_path, weights, capsys):
 
 def test_tokenizer_must_fit_the_embedding(tmp_path, hf, tokenizer, capsys):
     tokenizer.rename(hf / "tokenizer.model")
-    config = dataclasses.replace(GQA, vocab_size=310)
-    other = write_hf(tmp_path / "other", random_weights(config), vocab_size=310)
+    config = dataclasses.replace(GQA, vocab_size=400)
+    other = write_hf(tmp_path / "other", random_weights(config), vocab_size=400)
     (hf / "tokenizer.model").rename(other / "tokenizer.model")
     assert main(["hf", str(other), str(tmp_path / "out")]) == 2
-    assert "has 300 pieces, the model's vocab_size is 310" in capsys.readouterr().err
+    assert "has 300 pieces, the model's vocab_size is 400" in capsys.readouterr().err
 
 
 @CORRUPTION

@@ -23,7 +23,13 @@ from tests.helpers.sources import CONFIG_JSON, GQA, MHA, TIED, hf_name, random_w
 from tests.helpers.stories import BOS, PUBLISHED
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
-OTHER = {"rope_theta": 50_000.0, "norm_eps": 1e-4, "max_seq_len": 96}  # no reader's defaults
+OTHER = {  # no reader's defaults
+    "rope_theta": 50_000.0,
+    "norm_eps": 1e-4,
+    "max_seq_len": 96,
+    "rope_factor": 2.5,
+    "eos_tokens": (2, 261),
+}
 CONFIGS = {"gqa": dataclasses.replace(GQA, **OTHER), "mha": MHA, "tied": TIED}
 
 
@@ -38,7 +44,8 @@ def root(folder: pathlib.Path) -> str:
 def saved(path: pathlib.Path, config=GQA, dtype=np.float32, tokenizer=None) -> pathlib.Path:
     weights = random_weights(config, dtype)
     tensors = (Tensor(name, array) for name, array in weights.items())
-    save_checkpoint(path, tensors, config, tokenizer=tokenizer)
+    model = tokenizer and tokenizer.read_bytes()
+    save_checkpoint(path, tensors, config, tokenizer=model)
     return path
 
 

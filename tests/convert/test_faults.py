@@ -260,7 +260,9 @@ def saved(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 2**18)
     weights = random_weights(GQA)
     tensors = (Tensor(path, array) for path, array in weights.items())
-    save_checkpoint(tmp_path / "saved", tensors, GQA, tokenizer=tokenizer)
+    save_checkpoint(
+        tmp_path / "saved", tensors, GQA, tokenizer=tokenizer and tokenizer.read_bytes()
+    )
     return tmp_path / "saved"
 
 
@@ -304,7 +306,7 @@ def rewrite(saved: pathlib.Path, weights: dict[str, np.ndarray], config=GQA) -> 
     """Save other tensors under the manifest's old rows: the sizes fit, the digests do not."""
     other = saved.with_name("other")
     tensors = (Tensor(path, array) for path, array in weights.items())
-    save_checkpoint(other, tensors, config, tokenizer=saved / "tokenizer.model")
+    save_checkpoint(other, tensors, config, tokenizer=(saved / "tokenizer.model").read_bytes())
     values = manifest.read_manifest(saved)
     shutil.copyfile(saved / "config.json", other / "config.json")
     (other / "manifest.json").unlink()

@@ -27,8 +27,13 @@ def make(params=None, dtype="float32", plan=None, batch=1, **changes):
 
 def admit(ex, state, row, prompt, limit, stop=NO_TOKEN, **params):
     """Let a row read a prompt; return the state and its first token in a list."""
+    stops = stop if isinstance(stop, list) else [stop]
     new = decode_state.make_admission(
-        sampling.make_params(**params), prompt, ex.config.vocab_size, limit=limit, stop_token=stop
+        sampling.make_params(**params),
+        prompt,
+        ex.config.vocab_size,
+        limit=limit,
+        stop_tokens=stops,
     )
     state, drawn = ex.prefill(ex.admit(state, row, new), row, prompt)
     return state, np.asarray(drawn.tokens)[:, 0].tolist()
@@ -83,11 +88,14 @@ def successor_params():
     return config, params
 
 
-def make_successor(params=None, batch=1):
+def make_successor(params=None, batch=1, drawable=None, **changes):
     config, successor = successor_params()
+    config = dataclasses.replace(config, **changes)
     plan = choose_plan(config, "float32")._replace(decode_steps=4)
     params = params or successor
-    return Executor(config, params, "float32", batch=batch, context=64, plan=plan)
+    return Executor(
+        config, params, "float32", batch=batch, context=64, plan=plan, drawable=drawable
+    )
 
 
 def test_counts_up_by_hand():
@@ -101,6 +109,31 @@ def test_counts_up_by_hand():
 def test_stops_at_the_stop_token_wherever_it_falls_in_a_chunk(stop):
     ex = make_successor()
     assert run(ex, [3], 16, stop=stop) == list(range(4, stop + 1))
+
+
+@pytest.mark.parametrize("start", [3, 8])
+def test_stops_at_whichever_of_several_stop_tokens_comes_first(start):
+    ex = make_successor(eos_tokens=(11, 2, 7))
+    expected = {3: [4, 5, 6, 7], 8: [9, 10, 11]}
+    assert run(ex, [start], 16, stop=[11, 2, 7]) == expected[start]
+    assert run(ex, [start], 16, stop=[NO_TOKEN] * 3) == [(start + n) % 24 for n in range(1, 17)]
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 2.0, "seed": 3}, {"temperature": 3.0, "top_p": 0.9, "top_k": 9}]
+)
+def test_ids_that_are_not_drawable_are_sampled_by_a_model_without_them(params):
+    """The tokens are those of the model whose last rows were cut off."""
+    config, whole = successor_params()
+    rng = np.random.default_rng(0)
+    whole["embed"] = jnp.asarray(rng.normal(size=(24, 24)), jnp.float32)
+    whole["lm_head"] = jnp.asarray(rng.normal(size=(24, 24)) + 3, jnp.float32)
+    cut = whole | {"embed": whole["embed"][:17], "lm_head": whole["lm_head"][:17]}
+    limited = run(make_successor(whole, drawable=17), [5, 9], 24, repetition_penalty=1.2, **params)
+    expected = run(make_successor(cut, vocab_size=17), [5, 9], 24, repetition_penalty=1.2, **params)
+    assert limited == expected
+    assert run(make_successor(whole), [5, 9], 24, repetition_penalty=1.2, **params) != expected
+    assert config.vocab_size == 24
 
 
 def test_rows_stop_independently():
@@ -310,13 +343,13 @@ def test_an_admission_is_values_of_fixed_shapes():
     params = sampling.make_params(seed=1)
     plain = decode_state.make_admission(params, [5, 2, 5], 8, limit=3)
     assert np.flatnonzero(plain.in_prompt).tolist() == [2, 5]
-    assert (plain.limit, plain.stop_token, plain.start) == (3, NO_TOKEN, 0)
+    assert (plain.limit, [*plain.stop_tokens], plain.start) == (3, [NO_TOKEN], 0)
     assert not plain.wants_logprobs
     other = decode_state.make_admission(
-        params, range(8), 8, limit=9, stop_token=2, wants_logprobs=True, start=4
+        params, range(8), 8, limit=9, stop_tokens=[2], wants_logprobs=True, start=4
     )
     assert other.in_prompt.all()
-    assert (other.limit, other.stop_token, other.start) == (9, 2, 4)
+    assert (other.limit, [*other.stop_tokens], other.start) == (9, [2], 4)
     assert other.wants_logprobs
     kinds = [jax.tree.map(lambda a: (a.shape, a.dtype), new) for new in (plain, other)]
     assert kinds[0] == kinds[1]
