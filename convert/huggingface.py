@@ -1,5 +1,6 @@
 """Read a Llama 2 in the Hugging Face layout: config.json, and safetensors or PyTorch's pickles."""
 
+import dataclasses
 import pathlib
 import reprlib
 from typing import Any
@@ -12,7 +13,7 @@ from convert.recognition import refuse_other_kinds
 from llama_jax.config import ModelConfig, as_float
 from llama_jax.errors import InputError, one_line
 from llama_jax.strict_json import read_json
-from llama_jax.text.tokenizer import EOS_ID
+from llama_jax.text.tokenizer import EOS_ID, most_unnamed
 
 # transformers' LlamaConfig: what a key that config.json leaves out stands for.
 _DEFAULTS = {
@@ -53,6 +54,7 @@ def open_source(folder: pathlib.Path, max_seq_len: int | None = None) -> source.
     source.check_folder(folder, ("config.json",), hf_files.PATTERNS)
     config = read_config(folder / "config.json", max_seq_len)
     found = hf_files.read_all_headers(folder)
+    config = dataclasses.replace(config, vocab_size=_rows(config, found))
     rows = {row.ours: row.huggingface for row in names(config.num_layers)}
     copy = rows.pop("lm_head") if config.tie_embeddings else ""
     headers = {name: stored.header for name, stored in found.items() if name != copy}
@@ -69,6 +71,19 @@ def open_source(folder: pathlib.Path, max_seq_len: int | None = None) -> source.
         return array, [part]
 
     return source.Source(folder, config, rows, headers, read)
+
+
+def _rows(config: ModelConfig, found: dict[str, hf_files.Stored]) -> int:
+    """Return the rows of the embedding, which transformers 4.32 padded beyond its vocab_size."""
+    tables = [
+        found[name] for name in ("model.embed_tokens.weight", "lm_head.weight") if name in found
+    ]
+    rows = {table.header.shape[0] if table.header.shape else 0 for table in tables}
+    if len(rows) != 1:
+        return config.vocab_size  # check_tensors describes it
+    [size] = rows
+    padded = config.vocab_size < size <= config.vocab_size + most_unnamed(config.vocab_size)
+    return size if padded else config.vocab_size
 
 
 def read_config(path: pathlib.Path, max_seq_len: int | None = None) -> ModelConfig:

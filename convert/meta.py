@@ -2,13 +2,14 @@
 
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from convert import source
 from convert.corruption import abbreviate
 from convert.names import Name, names
+from convert.state_dict import plain_names
 from convert.tensors import Header, read_headers
 from llama_jax.config import ModelConfig, as_float
 from llama_jax.errors import InputError, one_line
@@ -16,7 +17,6 @@ from llama_jax.strict_json import read_json
 
 _PARAMS = "params.json"
 _SHARDS = "consolidated.*.pth"
-_FREQUENCIES = "rope.freqs"  # a table that Meta's own code recomputes
 
 # Meta's ModelArgs: what a key that params.json leaves out stands for; None: it must be there.
 _DEFAULTS = {
@@ -32,8 +32,15 @@ _DEFAULTS = {
     "use_scaled_rope": False,
 }
 
-Shards = dict[str, dict[str, Header]]
-"""From each file's name to what it holds, by name."""
+
+class _Stored(NamedTuple):
+    name: str
+    """In the file."""
+    header: Header
+
+
+Shards = dict[str, dict[str, _Stored]]
+"""From each file's name to what it holds, by Meta's name."""
 
 
 def open_source(folder: pathlib.Path, max_seq_len: int) -> source.Source:
@@ -59,7 +66,7 @@ def open_source(folder: pathlib.Path, max_seq_len: int) -> source.Source:
     paths = {path: row.meta for path, row in rows.items()}
 
     def read(path: str) -> tuple[np.ndarray, list[source.Part]]:
-        return _read(folder, rows[path], list(shards), config.head_dim)
+        return _read(folder, rows[path], shards, config.head_dim)
 
     return source.Source(folder, config, paths, headers, read)
 
@@ -141,12 +148,11 @@ def _open_shards(folder: pathlib.Path) -> Shards:
             f"{folder}: shards are not numbered consecutively from 00: {one_line(problems)}; "
             "download what is missing"
         )
-    shards = {
-        path.name: {
-            name: header for name, header in read_headers(path).items() if name != _FREQUENCIES
-        }
-        for path in paths
-    }
+    shards = {}
+    for path in paths:
+        headers = read_headers(path)
+        plain = plain_names(headers, str(path))
+        shards[path.name] = {own: _Stored(name, headers[name]) for own, name in plain.items()}
     first, *others = shards
     problems = []
     for other in others:
@@ -169,7 +175,7 @@ def _merged_headers(
     axes = {row.meta: row.shard_axis for row in rows.values()}
     headers, problems = {}, []
     for name in next(iter(shards.values())):
-        parts = [shard[name] for shard in shards.values()]
+        parts = [shard[name].header for shard in shards.values()]
         axis = axes.get(name)
         shape = list(parts[0].shape)
         if axis is not None and axis < len(shape):
@@ -187,16 +193,16 @@ def _merged_headers(
 
 
 def _read(
-    folder: pathlib.Path, row: Name, files: list[str], head_dim: int
+    folder: pathlib.Path, row: Name, shards: Shards, head_dim: int
 ) -> tuple[np.ndarray, list[source.Part]]:
-    read = [source.read_part(folder / file, row.meta) for file in files]
+    read = [source.read_part(folder / file, held[row.meta].name) for file, held in shards.items()]
     arrays, parts = [array for array, _ in read], [part for _, part in read]
     if row.shard_axis is None:
         for array, part in read:
             if not source.same_bits(array, arrays[0]):
                 raise InputError(
-                    f"{row.meta} of {part['file']} differs from that of {files[0]}, expected a "
-                    "copy: the shards belong to different models; download the whole folder again"
+                    f"{row.meta} of {part['file']} differs from that of {parts[0]['file']}, "
+                    "expected a copy: the shards belong to different models; download the whole folder again"
                 )
         return arrays[0], parts
     array = np.concatenate(arrays, row.shard_axis) if len(arrays) > 1 else arrays[0]

@@ -79,18 +79,23 @@ class Tokenizer:
         return self._sp.IsControl(token)
 
 
+def most_unnamed(pieces: int) -> int:
+    """Return how many rows an embedding may have beyond its tokenizer's pieces."""
+    return max(64, pieces // 8)
+
+
 def check_vocabulary(pieces: int, rows: int, source: str) -> None:
     """Refuse a tokenizer of another model than one whose embedding has so many rows.
 
     Fine-tunes add rows to an embedding, and round their number up. So there may be more rows than
-    pieces, up to an eighth; those have no text and are never sampled.
+    pieces (`most_unnamed`); those have no text and are never sampled.
 
     Args:
         pieces: the tokenizer's.
         rows: the model's vocab_size.
         source: the tokenizer's name, for the error.
     """
-    if not pieces <= rows <= pieces + max(64, pieces // 8):
+    if not pieces <= rows <= pieces + most_unnamed(pieces):
         raise InputError(
             f"{source} has {pieces:,} pieces, the model's vocab_size is {rows:,}; give the "
             "tokenizer that belongs to these weights"

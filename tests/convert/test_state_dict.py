@@ -1,6 +1,7 @@
 """The same weights as training, compiling, resizing and merging tools leave them in files."""
 
 import collections
+import dataclasses
 import json
 import warnings
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert import huggingface
+from convert import huggingface, meta
 from convert.state_dict import plain_names
 from llama_jax.errors import InputError
+from tests.helpers.meta_sources import meta_shards, write_meta
 from tests.helpers.sources import (
     GQA,
     TIED,
@@ -18,6 +20,7 @@ from tests.helpers.sources import (
     assert_same,
     hf_name,
     random_weights,
+    read_all,
     read_hf,
     write_hf,
 )
@@ -63,6 +66,31 @@ def test_a_bare_llama_model_is_read_where_the_embedding_is_the_output_layer(tmp_
     assert_same(got, weights)
 
 
+def test_an_embedding_padded_beyond_the_configs_vocab_size_counts(tmp_path):
+    """As resize_token_embeddings(pad_to_multiple_of=...) of transformers 4.32 left it."""
+    padded = dataclasses.replace(GQA, vocab_size=320)
+    weights = random_weights(padded)
+    config, got = read_hf(write_hf(tmp_path / "hf", weights, vocab_size=301))
+    assert config == padded
+    assert_same(got, weights)
+    with pytest.raises(
+        InputError, match=r"embed_tokens.weight is \[320, 64\], expected \[200, 64\]"
+    ):
+        read_hf(write_hf(tmp_path / "other", weights, vocab_size=200))
+
+
+def test_metas_names_lose_what_tools_leave_too(tmp_path, weights):
+    torch = pytest.importorskip("torch")
+    folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, 2))
+    for file in folder.glob("*.pth"):
+        tensors = torch.load(file)
+        tensors |= {"freqs_cos": torch.ones(4)}
+        torch.save({f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}, file)
+    config, got = read_all(meta.open_source(folder, 64))
+    assert config == GQA
+    assert_same(got, weights)
+
+
 def test_buffers_are_left_out(tmp_path, weights):
     table = np.ones(4, np.float32)
     buffers = {
@@ -80,6 +108,9 @@ def test_buffers_are_left_out(tmp_path, weights):
         (["model.embed_tokens.weight", "_orig_mod.model.embed_tokens.weight"], "two tensors for"),
         (["a.base_layer.weight", "a.lora_A.default.weight"], "adapter that is not merged"),
         (["model.embed_tokens.modules_to_save.default.weight"], "adapter that is not merged"),
+        (["model.layers.0.mlp.up_proj.SCB"], "quantized"),
+        (["model.layers.0.mlp.up_proj.weight.absmax"], "quantized"),
+        (["model.layers.0.mlp.up_proj.qweight"], "quantized"),
     ],
 )
 def test_ambiguous_names_are_refused(names, reason):
