@@ -13,16 +13,13 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.model_cost import matmul_limit
 from benchmarks.report import device_name
 
 Record = dict[str, Any]
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-"""Of Okabe and Ito: distinguishable with any colour vision."""
-MARKERS = "oDs^vPX"
+MARKERS = "oDs^vPX*d<>"
 
 
 def draw(record: Record) -> Figure:
@@ -36,101 +33,70 @@ def draw(record: Record) -> Figure:
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, ax in zip(panels, axes, strict=True):
         panel(ax, record)
-        ax.grid(which="major", color="#ececec", lw=0.7)
+        ax.grid(color="#ececec")
         ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{record['model']}: {device_name(record)}", x=0.01, ha="left")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"{record['model']}: {device_name(record)}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
-
-
-def _looks(names: list[Any]) -> dict[Any, dict[str, Any]]:
-    """Return a colour and a marker for each name."""
-    looks = zip(dict.fromkeys(names), itertools.cycle(COLOURS), itertools.cycle(MARKERS))
-    return {n: {"color": c, "marker": m, "markeredgecolor": "white"} for n, c, m in looks}
 
 
 def _roofline(axes: Axes, record: Record) -> None:
     """Draw every case and engine under the limits; a line joins the contexts of one batch."""
     limits, rows = record["limits"], record["cases"]
-    x = [row["flop_per_byte"] for row in rows]
-    rates: dict[float, list[str]] = {}
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        rates.setdefault(matmul_limit(limits["matmul"], dtype), []).append(dtype)
-    left, right = min(x) / 3, max(*x, max(rates) / limits["bandwidth"]) * 3
+    rates = {matmul_limit(limits["matmul"], row["dtype"]) for row in rows}
+    x = [row["flop_per_byte"] for row in rows] + [rate / limits["bandwidth"] for rate in rates]
     for rate in rates:
-        roof = [left * limits["bandwidth"], rate, rate]
         ridge = rate / limits["bandwidth"]
-        axes.plot([left, ridge, right], roof, color="#222222", lw=1.2, zorder=1)
-    for engine, look in _looks([row["engine"] for row in rows]).items():
+        roof = [min(x) / 3 * limits["bandwidth"], rate, rate]
+        axes.plot([min(x) / 3, ridge, max(x) * 3], roof, color="black", lw=1)
+    for number, engine in enumerate(dict.fromkeys(row["engine"] for row in rows)):
+        look: dict[str, Any] = {"color": f"C{number}", "marker": MARKERS[number]}
         own = [row for row in rows if row["engine"] == engine]
-        for key, group in itertools.groupby(own, key=lambda row: (row["op"], row["batch"])):
+        for _, group in itertools.groupby(own, key=lambda row: (row["op"], row["batch"])):
             points = [(row["flop_per_byte"], row["flop_per_s"]) for row in group]
-            label = engine.replace(":", " ") if key == (own[0]["op"], own[0]["batch"]) else None
-            axes.plot(*zip(*points, strict=True), lw=1, label=label, **look)
-    names: dict[str, Record] = {}
-    for row in rows:  # one label for each prompt and each batch, beside the fastest engine
-        name = f"{row['op']} {row['tokens' if row['op'] == 'prefill' else 'batch']:,}"
-        if name not in names or row["flop_per_s"] > names[name]["flop_per_s"]:
-            names[name] = row
-    for name, row in names.items():
-        place = (row["flop_per_byte"], row["flop_per_s"])
-        axes.annotate(name, place, xytext=(8, 0), textcoords="offset points", va="center")
-    roofs = [f"{', '.join(dtypes)} {rate / 1e9:,.0f} GFLOP/s" for rate, dtypes in rates.items()]
-    title = "; ".join([f"limits: memory {limits['bandwidth'] / 1e9:,.1f} GB/s", *roofs])
-    axes.set_title(f"{title}\nprefill N: a prompt of N tokens; decode N: a batch of N", loc="left")
+            axes.plot(*zip(*points, strict=True), lw=1, **look)
+        axes.plot([], [], label=engine, **look)
+    fastest: dict[str, Record] = {}
+    for row in sorted(rows, key=lambda row: row["flop_per_s"]):
+        fastest[f"{row['op']} {row['tokens' if row['op'] == 'prefill' else 'batch']:,}"] = row
+    for name, row in fastest.items():
+        axes.annotate(f"  {name}", (row["flop_per_byte"], row["flop_per_s"]), va="center")
+    axes.set_title("prefill N: a prompt of N tokens; decode N: a batch of N")
     axes.set(xscale="log", yscale="log", ylabel="FLOP/s")
     axes.set_xlabel("FLOP per byte of weights and cache")
 
 
-def _curves(record: Record) -> dict[tuple[str, int], list[Record]]:
+def _curves(record: Record) -> dict[str, list[Record]]:
     """Return the closed loops of each engine and number of slots, by rising clients."""
-    curves: dict[tuple[str, int], list[Record]] = {}
+    curves: dict[str, list[Record]] = {}
     for row in sorted(record["points"], key=lambda row: row["amount"]):
         if row["kind"] == "closed":
-            curves.setdefault((row["engine"], row["slots"]), []).append(row)
+            curves.setdefault(f"{row['engine']}, slots: {row['slots']}", []).append(row)
     return curves
-
-
-def _by_clients(axes: Axes, record: Record, title: str) -> None:
-    ticks = sorted({row["amount"] for row in record["points"] if row["kind"] == "closed"})
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_xlabel("clients")
 
 
 def _throughput(axes: Axes, record: Record) -> None:
     """Draw tokens/s; dashed: the same requests as one batch, without a server."""
-    curves = _curves(record)
-    for (engine, slots), look in _looks(list(curves)).items():
-        rows = curves[engine, slots]
+    for number, (name, rows) in enumerate(_curves(record).items()):
         rates = [row["median"]["tokens_per_s"] for row in rows]
-        label = f"{engine.replace(':', ' ')}, slots: {slots}"
-        axes.plot([row["amount"] for row in rows], rates, label=label, **look)
+        axes.plot([row["amount"] for row in rows], rates, marker=MARKERS[number], label=name)
         for batch in record["batches"]:
-            if (batch["engine"], batch["slots"]) == (engine, slots):
-                rate = batch["median"]["tokens_per_s"]
-                axes.axhline(rate, color=look["color"], ls="--", lw=1)
-    axes.set_ylim(bottom=0)
-    _by_clients(axes, record, "output, tokens/s (dashed: as one batch, without a server)")
+            if name == f"{batch['engine']}, slots: {batch['slots']}":
+                axes.axhline(batch["median"]["tokens_per_s"], color=f"C{number}", ls="--", lw=1)
+    axes.set(xscale="log", xlabel="clients", ylim=(0, None))
+    axes.set_title("output, tokens/s (dashed: as one batch, without a server)", fontsize=10)
 
 
 def _first_token(axes: Axes, record: Record) -> None:
     """Draw the median, and a band up to the 99th percentile."""
-    curves = _curves(record)
-    for name, look in _looks(list(curves)).items():
-        x = [row["amount"] for row in curves[name]]
-        ttft = [row["median"]["first_token_s"] for row in curves[name]]
+    for number, rows in enumerate(_curves(record).values()):
+        x = [row["amount"] for row in rows]
+        ttft = [row["median"]["first_token_s"] for row in rows]
         p50, p99 = ([spread[p] or float("nan") for spread in ttft] for p in ("p50", "p99"))
-        axes.plot(x, p50, **look)
-        axes.fill_between(x, p50, p99, color=look["color"], alpha=0.15, lw=0)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    _by_clients(axes, record, "TTFT, s (band: to p99)")
+        axes.plot(x, p50, marker=MARKERS[number])
+        axes.fill_between(x, p50, p99, alpha=0.15)
+    axes.set(xscale="log", yscale="log", xlabel="clients")
+    axes.set_title("TTFT, s (band: to p99)", fontsize=10)
 
 
 def _waits(axes: Axes, record: Record) -> None:
@@ -139,14 +105,15 @@ def _waits(axes: Axes, record: Record) -> None:
     figures, median = row["rounds"][0], row["median"]
     waits = figures.get("waits", figures.get("gaps"))
     for begin, end in figures["admissions"]:
-        axes.axvspan(begin, end, color="#b5b5b5", alpha=0.35, lw=0)
-    axes.plot([b for b, _ in waits], [1e3 * s for _, s in waits], ".", ms=4, color=COLOURS[0])
-    axes.axhline(1e3 * figures["idle_s"]["p50"], color="#6b6b6b", lw=0.8, ls=":")
-    title = f"waits of {median['streams']} streams for their next burst, ms\ndotted: idle median; "
-    title += f"grey: a prompt of {median['long_prompt']:,} tokens is prefilled"
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("s")
+        axes.axvspan(begin, end, color="#e0e0e0")
+    axes.plot([b for b, _ in waits], [1e3 * s for _, s in waits], ".")
+    axes.axhline(1e3 * figures["idle_s"]["p50"], color="gray", ls=":")
+    title = (
+        f"waits of {median['streams']:g} streams for their next burst, ms\ndotted: idle median; "
+    )
+    title += f"grey: a prompt of {median['long_prompt']:,g} tokens is prefilled"
+    axes.set_title(title, fontsize=10)
+    axes.set(xlabel="s", ylim=(0, None))
 
 
 if __name__ == "__main__":
