@@ -1,5 +1,6 @@
 """What machine this is: for the record, and to know what fits into its memory."""
 
+import contextlib
 import importlib.metadata
 import os
 import pathlib
@@ -7,29 +8,26 @@ import platform
 import re
 from typing import Any
 
-PACKAGES = ("jax", "jaxlib", "numpy", "torch", "transformers", "llama-cpp-python", "httpx")
+PACKAGES = {"jax", "jaxlib", "numpy", "torch", "transformers", "llama_cpp_python", "httpx"}
 
 
 def describe() -> dict[str, Any]:
-    """Return the processor, cores, memory and versions; None for a package that is not there."""
+    """Return the processor, cores, memory and versions of a record."""
+    found = importlib.metadata.distributions()
     return {
         "cpu": cpu_name(),
         "cores": cores(),
-        "memory_bytes": _meminfo("MemTotal"),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "os": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {own.name: own.version for own in found if own.name in PACKAGES},
     }
 
 
 def cpu_name() -> str:
     """Return the processor's model, as far as the system tells."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
+    found = _find("/proc/cpuinfo", r"model name\s*:\s*(.+)")
+    return found or platform.processor() or platform.machine()
 
 
 def cores() -> int:
@@ -44,26 +42,16 @@ def available_memory() -> int | None:
 
     None where the system does not tell: then everything is taken to fit.
     """
-    free = _meminfo("MemAvailable")
-    group = pathlib.Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
-    except (OSError, ValueError):  # no container, or "max": no limit
-        return free
-    left = limit - used + (int(cached[1]) if cached else 0)
-    return left if free is None else min(free, left)
+    free = _find("/proc/meminfo", r"MemAvailable:\s*(\d+) kB")
+    limits = [int(free) * 1024] if free else []
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max": no limit
+        limits.append(int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits, default=None)
 
 
-def _meminfo(name: str) -> int | None:
-    meminfo = pathlib.Path("/proc/meminfo")
-    found = meminfo.exists() and re.search(rf"{name}:\s*(\d+) kB", meminfo.read_text())
-    return int(found[1]) * 1024 if found else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _find(path: str, pattern: str) -> str | None:
+    """Return the part that a pattern finds in a file of the system; None: it has no such file."""
+    with contextlib.suppress(OSError):
+        if found := re.search(pattern, pathlib.Path(path).read_text()):
+            return found[1]
+    return None

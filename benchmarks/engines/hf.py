@@ -1,7 +1,7 @@
 """Hugging Face transformers in PyTorch: a plain loop of forward passes, at its best.
 
-No `generate`, whose work between steps is not the model's; keys and values are kept between runs
-and cut back. With `compile` the pass of one token runs through torch.compile on a static cache.
+No `generate`, whose work between steps is not the model's. With `compile` the pass of one token
+runs through torch.compile on a static cache.
 """
 
 import time
@@ -121,25 +121,21 @@ class HuggingFace:
 
     def _set_cache(self, batch: int, context: int) -> Any:
         """Return a cache that holds `context` tokens per slot, of no particular value."""
-        if self.compiled:
-            if self.batch != batch:
-                self.batch, self.cache = batch, None  # free the old one before the new is made
-                self.cache = StaticCache(self.config, max_cache_len=self.contexts[batch])
-                self.cache.early_initialization(
-                    batch, self.kv_heads, self.head_dim, self.dtype, torch.device(self.device)
-                )
-            for layer in self.cache.layers:
-                layer.cumulative_length.fill_(context)
-            return self.cache
-        if self.batch != batch or self.cache.get_seq_length() < context:
-            self.batch, self.cache = batch, None
-            self.cache = DynamicCache(config=self.config)
+        if not self.compiled:
+            shape = (batch, self.kv_heads, context, self.head_dim)
+            cache = DynamicCache(config=self.config)
             for layer in range(self.config.num_hidden_layers):
-                shape = (batch, self.kv_heads, context, self.head_dim)
-                slots = torch.zeros(shape, dtype=self.dtype, device=self.device)
-                self.cache.update(slots, slots.clone(), layer)
-        if (excess := self.cache.get_seq_length() - context) > 0:
-            self.cache.crop(-excess)
+                keys, values = torch.zeros((2, *shape), dtype=self.dtype, device=self.device)
+                cache.update(keys, values, layer)
+            return cache
+        if self.batch != batch:  # the compiled pass is of one cache's memory
+            self.batch, self.cache = batch, None  # free the old one before the new is made
+            self.cache = StaticCache(self.config, max_cache_len=self.contexts[batch])
+            self.cache.early_initialization(
+                batch, self.kv_heads, self.head_dim, self.dtype, torch.device(self.device)
+            )
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(context)
         return self.cache
 
     def _wait(self) -> None:
