@@ -8,9 +8,8 @@ The report goes to stdout, progress to stderr; figures and a plot go to files. E
 1 something failed while it was measured, 2 a mistake in the input. See benchmarks/README.md.
 """
 
+import pathlib
 import sys
-
-from absl import flags
 
 from benchmarks import command, machine
 from benchmarks.cases import PEERS, Case, Engine, make_plan, parse_peer
@@ -19,29 +18,21 @@ from benchmarks.measure import Run, measure_limits
 from benchmarks.report import make_report
 from llama_jax.errors import InputError
 
-FLAGS = command.make_flags("1b")
-command.add_checkpoint_flag(FLAGS)
-_TEXTS = {
-    "dtype": "Of weights and cache; each is measured.",
-    "batch": "Slots that decode together.",
-    "prompt_len": "Tokens of a prompt; empty: no prefill.",
-    "context": "Tokens in each slot's cache when decoding begins.",
-    "against": f"Peers to measure in turns with it: {', '.join(PEERS)}; in the first of --dtype, "
-    "or as hf:bfloat16.",
-}
-_DEFAULTS = {
-    "dtype": ["float16", "bfloat16"],
-    "batch": ["1", "8", "32"],
-    "prompt_len": ["128", "512", "2048"],
-    "context": ["128", "2048", "4000"],
-    "against": [],
-}
-for _name, _text in _TEXTS.items():
-    flags.DEFINE_list(_name, _DEFAULTS[_name], _text, flag_values=FLAGS)
-flags.DEFINE_integer("new_tokens", 32, "Tokens to decode in each slot.", flag_values=FLAGS)
-flags.DEFINE_integer("rounds", 3, "Times that each case is timed.", flag_values=FLAGS)
-flags.DEFINE_bool(
-    "warm_start", True, "Load ours again, to time compiling from cache.", flag_values=FLAGS
+FLAGS = command.make_flags(
+    "1b",
+    checkpoint=command.CHECKPOINT,
+    dtype=(["float16", "bfloat16"], "Of weights and cache; each is measured."),
+    batch=(["1", "8", "32"], "Slots that decode together."),
+    prompt_len=(["128", "512", "2048"], "Tokens of a prompt; empty: no prefill."),
+    context=(["128", "2048", "4000"], "Tokens in each slot's cache when decoding begins."),
+    against=(
+        [],
+        f"Peers to measure in turns with it: {', '.join(PEERS)}; in the first of --dtype, "
+        "or as hf:bfloat16.",
+    ),
+    new_tokens=(32, "Tokens to decode in each slot."),
+    rounds=(3, "Times that each case is timed."),
+    warm_start=(True, "Load ours again, to time compiling from cache."),
 )
 
 
@@ -49,7 +40,8 @@ def read_engines() -> list[Engine]:
     """Return ours in each dtype, then the peers."""
     if not FLAGS.dtype:
         raise InputError("--dtype is empty, expected float16, bfloat16 or float32")
-    ours = [Engine("ours", command.check_dtype(text)) for text in FLAGS.dtype]
+    command.check_dtypes(FLAGS.dtype)
+    ours = [Engine("ours", dtype) for dtype in FLAGS.dtype]
     peers = [parse_peer(text, FLAGS.dtype[0]) for text in FLAGS.against]
     return list(dict.fromkeys([*ours, *peers]))
 
@@ -59,7 +51,6 @@ def read_cases() -> list[Case]:
 
     Longer contexts come first: an engine that has to read a context cuts it back for the others.
     """
-    command.check_positive(FLAGS, "new_tokens", "rounds")
     prefill = [Case("prefill", tokens) for tokens in command.read_numbers(FLAGS, "prompt_len")]
     decode = [
         Case("decode", context, batch, FLAGS.new_tokens)
@@ -75,15 +66,14 @@ def run() -> int:
     """Measure what the flags say; return the exit status."""
     model, config, checkpoint = command.read_model(FLAGS)
     engines, cases = read_engines(), read_cases()
-    command.output_path(FLAGS, model)  # a mistake should show now
+    path = command.output_path(FLAGS, model)
     record = command.start_record("benchmarks", model, checkpoint)
     command.note("measuring the machine's limits")
     limits = [measure_limits(), measure_limits()]
     on_gpu = limits[0].backend != "cpu"
-    path = command.output_path(FLAGS, model, limits[0].device if on_gpu else machine.cpu_name())
     memory = limits[0].memory if on_gpu else machine.available_memory()
     plan, skipped = make_plan(config, engines, cases, memory)
-    log = path.with_name(f"{path.name}.log")
+    log = pathlib.Path(f"{path}.log")
     measured = Run(plan, config, checkpoint, FLAGS.rounds, FLAGS.warm_start, on_gpu, log)
     measured.measure()
     limits += [measure_limits(), measure_limits()]

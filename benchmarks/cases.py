@@ -4,7 +4,15 @@ import dataclasses
 from collections.abc import Sequence
 
 from benchmarks import command
-from benchmarks.model_cost import Cost, decode_cost, kv_bytes, prefill_cost, weight_bytes
+from benchmarks.limits import Limits
+from benchmarks.model_cost import (
+    ITEM_BYTES,
+    decode_cost,
+    kv_bytes,
+    matmul_limit,
+    prefill_cost,
+    weight_bytes,
+)
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError
 
@@ -47,13 +55,21 @@ class Case:
             return {"tokens": self.tokens}
         return {"context": self.tokens, "batch": self.batch, "new_tokens": self.new_tokens}
 
-    def cost(self, config: ModelConfig, dtype: str) -> Cost:
-        """Return the least work of the case."""
-        if self.op == "prefill":
-            return prefill_cost(config, dtype, tokens=self.tokens)
-        return decode_cost(
-            config, dtype, batch=self.batch, context=self.tokens, new_tokens=self.new_tokens
-        )
+    def figures(
+        self, config: ModelConfig, dtype: str, seconds: float, limits: Limits
+    ) -> dict[str, float]:
+        """Return what a record holds of the case, if it took so many seconds."""
+        least_work = prefill_cost if self.op == "prefill" else decode_cost
+        cost = least_work(config, dtype, **self.request())
+        least = cost.limit_seconds(limits.bandwidth, matmul_limit(limits.matmul, dtype))
+        return {
+            "seconds": seconds,
+            "tokens_per_s": self.counted / seconds,
+            "limit_tokens_per_s": self.counted / least,
+            "fraction_of_limit": least / seconds,
+            "flop_per_byte": cost.flops / cost.bytes,
+            "flop_per_s": cost.flops / seconds,
+        }
 
     def __str__(self) -> str:
         batch = f" batch {self.batch} context" if self.op == "decode" else ""
@@ -80,10 +96,10 @@ class Engine:
 def parse_peer(text: str, dtype: str) -> Engine:
     """Return the engine of one entry of --against: `hf`, or `hf:bfloat16` to choose its dtype."""
     kind, _, forced = text.partition(":")
-    if kind not in PEERS:
-        raise InputError(f"--against names {kind!r}, expected {', '.join(PEERS)}")
+    command.check_choices("--against", [kind], PEERS)
     command.check_modules(f"--against={kind}", PEERS[kind])
-    return Engine(kind, command.check_dtype(forced or dtype, "--against"))
+    command.check_choices(f"--against={kind}", [forced or dtype], ITEM_BYTES)
+    return Engine(kind, forced or dtype)
 
 
 def make_plan(
@@ -91,11 +107,7 @@ def make_plan(
 ) -> tuple[dict[Engine, list[Case]], list[dict[str, str]]]:
     """Return each engine's cases, and those left out with the reason.
 
-    Args:
-        config: the shape.
-        engines: what to measure; all are in memory at once, to take turns.
-        cases: of each engine.
-        memory: bytes available for weights and caches; None: unknown.
+    All engines are in memory at once, to take turns; `memory` is the bytes there for them.
 
     Raises:
         InputError: nothing can be measured.

@@ -10,7 +10,6 @@ Exit status: 0 done, 1 a step failed, 2 a mistake in the input.
 """
 
 import json
-import math
 import multiprocessing
 import os
 import pathlib
@@ -19,17 +18,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from tqdm import tqdm
 
 from benchmarks import command
-from benchmarks.report import number, table
-from benchmarks.shapes import load_shape
+from benchmarks.model_cost import weight_bytes
+from benchmarks.report import table
+from benchmarks.shapes import SHAPES, load_shape
 from benchmarks.worker import ROOT, EngineError
 from convert.export import write_hf
 from llama_jax.config import ModelConfig
@@ -38,11 +38,11 @@ from llama_jax.nn.transformer import param_shapes
 from llama_jax.weights.atomic_directory import check_absent
 from llama_jax.weights.shards import Tensor, by_path
 
-READ_BYTES = 2**32  # at most, to measure the disk by
-
-FLAGS = command.make_flags("7b")
-flags.DEFINE_list("dtype", ["float16"], "Of the source; and to convert to.", flag_values=FLAGS)
-flags.DEFINE_string("folder", None, "Where to make and convert weights.", flag_values=FLAGS)
+FLAGS = command.make_flags(
+    "7b",
+    dtype=(["float16"], "Of the source; and to convert to."),
+    folder=("", "Where to make and convert weights."),
+)
 
 
 def make_source(folder: pathlib.Path, config: ModelConfig, dtype: str) -> None:
@@ -60,16 +60,16 @@ def make_source(folder: pathlib.Path, config: ModelConfig, dtype: str) -> None:
 
 
 def read_speed(folder: pathlib.Path) -> float:
-    """Return the bytes/s at which large files of a folder come from the disk."""
+    """Return the bytes/s at which the weights of a folder come from the disk."""
     forget(folder)
-    buffer = bytearray(2**24)
-    done, began = 0, time.perf_counter()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and done < READ_BYTES:
-            with path.open("rb", buffering=0) as file:
-                while count := file.readinto(buffer):
-                    done += count
-    return done / (time.perf_counter() - began)
+    # A small buffer: a step's peak of memory begins at what this process has had.
+    buffer, paths = bytearray(2**24), list(folder.glob("*.safetensors"))
+    began = time.perf_counter()
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return sum(path.stat().st_size for path in paths) / (time.perf_counter() - began)
 
 
 def forget(folder: pathlib.Path) -> None:
@@ -81,8 +81,8 @@ def forget(folder: pathlib.Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def run_step(*arguments: str) -> dict[str, Any]:
-    """Run Python with arguments; return its seconds, its peak of memory and what it printed."""
+def run_step(*arguments: str) -> tuple[dict[str, float], str]:
+    """Run Python with arguments; return its seconds and peak of memory, and what it printed."""
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -93,44 +93,38 @@ def run_step(*arguments: str) -> dict[str, Any]:
         raise EngineError(f"{' '.join(arguments[:3])}: exit status {process.returncode}")
     unit = 1 if sys.platform == "darwin" else 1024
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * unit, "said": said.strip()}
+    return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * unit}, said
 
 
 def measure(folder: pathlib.Path, config: ModelConfig, dtypes: list[str]) -> dict[str, Any]:
     """Make, convert, verify, load and export a model beneath a folder."""
     source, stored, exported = (folder / name for name in ("source", "stored", "exported"))
-    # In a process of its own: a child's peak begins at what its parent has.
-    spawn = multiprocessing.get_context("spawn")
-    maker = spawn.Process(target=make_source, args=(source, config, dtypes[0]))
-    maker.start()
-    maker.join()
-    if maker.exitcode != 0:
-        raise EngineError(f"making the source: exit status {maker.exitcode}")
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(config)))
-    source_bytes, stored_bytes = (size * jnp.dtype(d).itemsize for d in (dtypes[0], dtypes[-1]))
+    # In a process of its own, as every step: what it takes must not count in theirs.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(make_source, source, config, dtypes[0]).result()
+    source_bytes, stored_bytes = (weight_bytes(config, d) for d in (dtypes[0], dtypes[-1]))
     speed = read_speed(source)
-    idle = run_step("-c", "import convert.__main__")
     steps = {}
 
-    def step(name: str, reads: pathlib.Path, *arguments: str) -> None:
+    def step(name: str, reads: pathlib.Path, *arguments: str) -> str:
         command.note(name)
         forget(reads)
-        steps[name] = run_step(*arguments)
-        steps[name]["said"] = steps[name]["said"].replace(f"{folder}{os.sep}", "")
+        steps[name], said = run_step(*arguments)
+        return said
 
     convert = ("-m", "convert")
+    step("import alone", source, "-c", "import convert.__main__")
     step("convert", source, *convert, "hf", str(source), str(stored), f"--dtype={dtypes[-1]}")
     step("verify", stored, *convert, "verify", str(stored))
     run = ["run.py", f"--checkpoint={stored}", "--prompt_tokens=1,5,7", "--max_tokens=1"]
-    step("load, one token", stored, *run, "--context=128", "--output=json")
-    load = json.loads(steps["load, one token"].pop("said"))["timings"]["load_s"]
+    said = step("load, one token", stored, *run, "--context=128", "--output=json")
+    load = json.loads(said)["timings"]["load_s"]
     shutil.rmtree(source)
     step("export", stored, *convert, "export-hf", str(stored), str(exported))
     return {
         "source_bytes": source_bytes,
         "stored_bytes": stored_bytes,
         "disk_bytes_per_s": speed,
-        "idle_peak_bytes": idle["peak_bytes"],
         "load_s": load,
         "load_fraction_of_disk": stored_bytes / load / speed,
         "steps": steps,
@@ -139,17 +133,14 @@ def measure(folder: pathlib.Path, config: ModelConfig, dtypes: list[str]) -> dic
 
 def make_report(record: dict[str, Any]) -> str:
     """Return the figures as text."""
-    columns = {
-        "step": lambda row: row[0],
-        "s": lambda row: number(row[1]["seconds"]),
-        "peak GB": lambda row: number(row[1]["peak_bytes"], 1e-9),
-        "above idle": lambda row: number(row[1]["peak_bytes"] - record["idle_peak_bytes"], 1e-9),
-    }
+    rows = [
+        {"step": name, "s": figures["seconds"], "peak GB": figures["peak_bytes"] / 1e9}
+        for name, figures in record["steps"].items()
+    ]
     return (
         f"{record['model']}: {' to '.join(record['dtypes'])}, "
         f"{record['stored_bytes'] / 1e9:.2f} GB stored; the disk reads "
-        f"{record['disk_bytes_per_s'] / 1e9:.2f} GB/s\n\n"
-        f"{table(columns, record['steps'].items())}\n\n"
+        f"{record['disk_bytes_per_s'] / 1e9:.2f} GB/s\n\n{table(rows)}\n\n"
         f"loading took {record['load_s']:.1f} s: {record['load_fraction_of_disk']:.0%} of the "
         "disk's speed"
     )
@@ -157,8 +148,10 @@ def make_report(record: dict[str, Any]) -> str:
 
 def run() -> int:
     """Measure and report; return the exit status."""
-    dtypes = [command.check_dtype(text) for text in FLAGS.dtype]
-    if FLAGS.folder is None or len(dtypes) not in (1, 2):
+    dtypes = FLAGS.dtype
+    command.check_dtypes(dtypes)
+    command.check_choices("--shape", [FLAGS.shape], SHAPES)
+    if not FLAGS.folder or len(dtypes) not in (1, 2):
         raise InputError(
             f"got --folder={FLAGS.folder} and --dtype={','.join(dtypes)}, expected a folder and "
             "one or two dtypes"

@@ -7,7 +7,7 @@ import pathlib
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from absl import flags, logging
@@ -20,28 +20,39 @@ from llama_jax.config import ModelConfig
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.errors import InputError
 
+CHECKPOINT = ("", "Folder written by `python -m convert`; replaces --shape.")
+"""Default and help of --checkpoint."""
+_COMMON = {
+    "shape": ("", f"{', '.join(SHAPES)}: with random weights, except for demo."),
+    "output": ("benchmarks/results", "Folder for the files to write."),
+    "name": ("", "Name of the files; default: what is measured, and the date."),
+}
 
-def make_flags(shape: str) -> flags.FlagValues:
-    """Return the flags that every command has: a set of its own, run.py has some of the names."""
+
+def make_flags(shape: str, **own: tuple[Any, str]) -> flags.FlagValues:
+    """Return the flags of a command: a set of its own, run.py has some of the names.
+
+    Args:
+        shape: default of --shape.
+        own: default and help of each further flag; its type is the default's, integers are > 0.
+    """
     values = flags.FlagValues()
-    text = f"Model shape: {', '.join(SHAPES)}; with random weights, except for demo."
-    flags.DEFINE_string("shape", shape, text, flag_values=values)
-    text = "Folder for the files to write."
-    flags.DEFINE_string("output", "benchmarks/results", text, flag_values=values)
-    text = "Name of the files; default: made of what is measured, processor and date."
-    flags.DEFINE_string("name", None, text, flag_values=values)
+    define: dict[type, Callable] = {
+        bool: flags.DEFINE_bool,
+        int: lambda *about, **to: flags.DEFINE_integer(*about, lower_bound=1, **to),
+        list: flags.DEFINE_list,
+        str: flags.DEFINE_string,
+    }
+    for name, (default, text) in (_COMMON | own).items():
+        define[type(default)](name, default, text, flag_values=values)
+    values.set_default("shape", shape)
     return values
-
-
-def add_checkpoint_flag(values: flags.FlagValues) -> None:
-    """Define --checkpoint."""
-    text = "Folder written by `python -m convert`; replaces --shape."
-    flags.DEFINE_string("checkpoint", None, text, flag_values=values)
 
 
 def read_model(values: flags.FlagValues) -> tuple[str, ModelConfig, str | None]:
     """Return the model's name, its shape and the folder of its weights; None: random ones."""
-    if values.checkpoint is None:
+    if not values.checkpoint:
+        check_choices("--shape", [values.shape], SHAPES)
         path = str(DEMO_CHECKPOINT) if values.shape == "demo" else None
         return values.shape, load_shape(values.shape), path
     if values["shape"].present:
@@ -64,11 +75,16 @@ def read_numbers(values: flags.FlagValues, flag: str) -> list[int]:
     return sorted({int(text) for text in texts})
 
 
-def check_positive(values: flags.FlagValues, *names: str) -> None:
-    """Raise InputError if a flag is below 1."""
-    wrong = [f"--{name} is {values[name].value}" for name in names if (values[name].value or 0) < 1]
-    if wrong:
-        raise InputError(f"{', '.join(wrong)}, expected 1 or more")
+def check_choices(flag: str, given: Collection[str], choices: Collection[str]) -> None:
+    """Raise InputError if a flag has a value that is no choice."""
+    for text in given:
+        if text not in choices:
+            raise InputError(f"{flag} has {text!r}, expected {', '.join(choices)}")
+
+
+def check_dtypes(given: Collection[str]) -> None:
+    """Raise InputError if --dtype has a value that is none."""
+    check_choices("--dtype", given, ITEM_BYTES)
 
 
 def check_room(config: ModelConfig, positions: int) -> None:
@@ -77,13 +93,6 @@ def check_room(config: ModelConfig, positions: int) -> None:
         raise InputError(
             f"{positions:,} positions are needed, the shape has {config.max_seq_len:,}"
         )
-
-
-def check_dtype(text: str, flag: str = "--dtype") -> str:
-    """Return a dtype given by a flag."""
-    if text not in ITEM_BYTES:
-        raise InputError(f"{flag} has the dtype {text!r}, expected {', '.join(ITEM_BYTES)}")
-    return text
 
 
 def check_modules(what: str, modules: tuple[str, ...]) -> None:
@@ -114,11 +123,8 @@ def execute(run: Callable[[], int], values: flags.FlagValues, argv: list[str]) -
         if extra:
             raise InputError(f"got the argument {extra[0]!r}, expected flags only")
         sys.exit(run())
-    except flags.Error as error:
-        note(f"error: {_one_line(error).removeprefix('ERROR:: ')}; see --help")
-        sys.exit(2)
-    except InputError as error:
-        note(f"error: {_one_line(error)}")
+    except (flags.Error, InputError) as error:
+        note(f"error: {' '.join(str(error).split())}; see --help")
         sys.exit(2)
     except EngineError as error:
         note(f"error: {error}")
@@ -126,10 +132,6 @@ def execute(run: Callable[[], int], values: flags.FlagValues, argv: list[str]) -
     except KeyboardInterrupt:
         note("\nstopped")
         sys.exit(130)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def command_line(module: str, arguments: list[str]) -> str:
@@ -151,8 +153,7 @@ def start_record(module: str, model: str, weights: str | None) -> dict[str, Any]
 
 def output_path(values: flags.FlagValues, *default: str) -> pathlib.Path:
     """Return the path of the files to write, without an ending; its folder exists then."""
-    text = " ".join([*default, str(datetime.date.today())]).lower()
-    name = values.name if values.name is not None else re.sub(r"[^a-z0-9.]+", "-", text).strip("-.")
+    name = values.name or "-".join([*default, str(datetime.date.today())])
     if not re.fullmatch(r"[\w.-]+", name):
         raise InputError(f"--name is {name!r}, expected letters, digits, dots and hyphens")
     folder = pathlib.Path(values.output)
@@ -165,8 +166,7 @@ def output_path(values: flags.FlagValues, *default: str) -> pathlib.Path:
 
 def write_record(record: dict[str, Any], path: pathlib.Path, *, plot: bool = True) -> None:
     """Write a record as PATH.json and, if matplotlib is installed, its plot as PATH.png."""
-    text = json.dumps(record, indent=1) + "\n"
-    path.with_name(f"{path.name}.json").write_text(text, encoding="utf-8")
+    pathlib.Path(f"{path}.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     note(f"\nwritten: {path}.json")
     if plot and importlib.util.find_spec("matplotlib") is None:
         note("no plot: matplotlib is not installed; pip install -e '.[bench]'")

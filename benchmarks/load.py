@@ -7,16 +7,20 @@ import asyncio
 import dataclasses
 import itertools
 import json
-import math
 import random
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.servers import SPECIAL, Server
+import numpy as np
+
+from benchmarks.engines.protocol import SPECIAL
+from benchmarks.servers import Server
 from llama_jax.errors import InputError
 
+TIMEOUT_S = 600.0
+"""Seconds for one answer; then it failed."""
 BURST_S = 0.001
 """Text that arrives within this of the text before belongs to the same burst."""
 
@@ -41,7 +45,7 @@ class Point:
 
     kind: str
     """closed: each of some clients waits for its answer; shared: so, with a shared prefix;
-    open: requests come at a rate, at random (Poisson) times."""
+    open: requests come at a rate, at random (Poisson) times; batch: all at once, no server."""
     amount: float
     """Clients, or requests a second."""
     requests: int
@@ -49,8 +53,8 @@ class Point:
     def __str__(self) -> str:
         if self.kind == "open":
             return f"{self.amount:g} requests/s"
-        prefix = ", shared prefix" if self.kind == "shared" else ""
-        return f"{self.amount:g} client{'s' * (self.amount != 1)}{prefix}"
+        ending = {"shared": ", shared prefix", "batch": " as one batch"}.get(self.kind, "")
+        return f"{self.amount:g} client{'s' * (self.amount != 1)}{ending}"
 
 
 def make_points(
@@ -76,8 +80,8 @@ class Answer:
     ended: float = 0.0
     texts: list[tuple[float, int]] = dataclasses.field(default_factory=list)
     """When text arrived, and its characters."""
-    prompt_tokens: int | None = None
-    """As counted by the server; None: it does not report them."""
+    prompt_tokens: int = 0
+    """As counted by the server; 0: it does not report them."""
     tokens: int = 0
     """As counted by the server; where it does not report them, the characters."""
     finished: bool = False
@@ -86,20 +90,19 @@ class Answer:
 
     def bursts(self) -> list[tuple[float, float]]:
         """Return when text came, joined where it came together, and its share of the tokens."""
-        bursts: list[tuple[float, int]] = []
-        last = -math.inf
-        for moment, count in self.texts:
-            if moment - last > BURST_S:
-                bursts.append((moment, 0))
-            bursts[-1] = (bursts[-1][0], bursts[-1][1] + count)
-            last = moment
         each = self.tokens / max(1, sum(count for _, count in self.texts))
-        return [(moment, count * each) for moment, count in bursts]
+        bursts: list[tuple[float, float]] = []
+        last = float("-inf")
+        for moment, count in self.texts:
+            begun, tokens = bursts.pop() if moment - last <= BURST_S else (moment, 0.0)
+            bursts.append((begun, tokens + count * each))
+            last = moment
+        return bursts
 
     def read(self, event: dict[str, Any]) -> None:
-        """Take in an event of the stream that has just arrived."""
+        """Take in an event of the stream that has just arrived; ValueError: it reports one."""
         if problem := event.get("error") or event.get("errors"):
-            self.error = f"reported in the stream: {str(problem)[:200]}"
+            raise ValueError(f"reported in the stream: {str(problem)[:200]}")
         usage = event.get("usage") or {}  # in more than one event, and perhaps of zeros
         if usage.get("completion_tokens"):
             self.prompt_tokens, self.tokens = usage["prompt_tokens"], usage["completion_tokens"]
@@ -109,17 +112,14 @@ class Answer:
                 self.texts.append((time.perf_counter(), len(choice["text"])))
 
 
-async def ask(
-    client: Any, body: dict[str, Any], timeout_s: float, answer: Answer | None = None
-) -> Answer:
+async def ask(client: Any, body: dict[str, Any], answer: Answer) -> None:
     """Send one request by an httpx.AsyncClient and read its answer; errors are in the answer."""
     import httpx
     import httpx_sse
 
-    answer = Answer(time.perf_counter()) if answer is None else answer
     try:
         async with (
-            asyncio.timeout(timeout_s),
+            asyncio.timeout(TIMEOUT_S),
             httpx_sse.aconnect_sse(client, "POST", "/v1/completions", json=body) as events,
         ):
             if events.response.status_code != 200:
@@ -128,15 +128,14 @@ async def ask(
             async for event in events.aiter_sse():
                 if event.data != "[DONE]":
                     answer.read(json.loads(event.data))
+        if not answer.finished:
+            raise ValueError("cut off: the stream has no finish_reason")
     except TimeoutError:
-        answer.error = f"no whole answer within {timeout_s:g} s"
+        answer.error = f"no whole answer within {TIMEOUT_S:g} s"
     except (httpx.HTTPError, ValueError) as error:
         answer.error = f"{type(error).__name__}: {error}"
     answer.ended = time.perf_counter()
     answer.tokens = answer.tokens or sum(count for _, count in answer.texts)
-    if answer.error is None and not answer.finished:
-        answer.error = "cut off: the stream has no finish_reason"
-    return answer
 
 
 def connect(server: Server) -> Any:
@@ -145,34 +144,6 @@ def connect(server: Server) -> Any:
 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     return httpx.AsyncClient(base_url=server.url, timeout=None, limits=limits, trust_env=False)
-
-
-Ask = Callable[[dict[str, Any], Answer | None], Any]
-
-
-async def closed_loop(ask: Ask, bodies: Sequence[dict], clients: int) -> list[Answer]:
-    """Let clients send requests, each its next one when its last is answered."""
-    answers: list[Answer] = []
-    waiting = iter(bodies)
-
-    async def client() -> None:
-        for body in waiting:
-            answers.append(await ask(body, None))
-
-    await asyncio.gather(*(client() for _ in range(min(clients, len(bodies)))))
-    return answers
-
-
-async def open_loop(ask: Ask, bodies: Sequence[dict], offsets: Sequence[float]) -> list[Answer]:
-    """Send each request so many seconds from now, whatever became of those before."""
-    began = time.perf_counter()
-
-    async def send(body: dict, offset: float) -> Answer:
-        due = began + offset
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        return await ask(body, Answer(due))
-
-    return await asyncio.gather(*itertools.starmap(send, zip(bodies, offsets, strict=True)))
 
 
 def poisson(rate: float, count: int, seed: int) -> list[float]:
@@ -184,37 +155,45 @@ def poisson(rate: float, count: int, seed: int) -> list[float]:
     return [0.0, *itertools.accumulate(draw(rate) for _ in range(count - 1))]
 
 
+async def _send_all(
+    server: Server, point: Point, bodies: Sequence[dict], on_answer: Callable[[], object]
+) -> list[Answer]:
+    """Send requests as a load says; return their answers.
+
+    In a closed loop, each of some clients sends its next request when its last is answered.
+    """
+    is_open, count = point.kind == "open", len(bodies)
+    offsets = poisson(point.amount, count, seed=0) if is_open else [0.0] * count
+    clients = asyncio.Semaphore(count if is_open else round(point.amount))
+    began = time.perf_counter()
+
+    async def send(client: Any, body: dict, offset: float) -> Answer:
+        due = began + offset
+        await asyncio.sleep(due - time.perf_counter())
+        async with clients:
+            answer = Answer(due if is_open else time.perf_counter())
+            await ask(client, body, answer)
+        on_answer()
+        return answer
+
+    async with connect(server) as client:
+        waiting = zip(bodies, offsets, strict=True)
+        return await asyncio.gather(*(send(client, *request) for request in waiting))
+
+
 def drive(
     server: Server,
     point: Point,
     prompts: Sequence[list[int]],
     new_tokens: int,
-    timeout_s: float,
     on_answer: Callable[[], object] = lambda: None,
 ) -> tuple[list[Answer], dict[str, Any]]:
     """Put load on a server; return the answers and their figures."""
     bodies = [server.launch.body(prompt, new_tokens) for prompt in prompts]
-    late = [0.0]
-
-    async def run() -> list[Answer]:
-        async with connect(server) as client:
-
-            async def send(body: dict, answer: Answer | None) -> Answer:
-                if answer is not None:
-                    late.append(time.perf_counter() - answer.began)
-                answered = await ask(client, body, timeout_s, answer)
-                on_answer()
-                return answered
-
-            if point.kind == "open":
-                return await open_loop(send, bodies, poisson(point.amount, len(bodies), seed=0))
-            return await closed_loop(send, bodies, round(point.amount))
-
     began, own_began = time.perf_counter(), time.process_time()
-    answers = asyncio.run(run())
+    answers = asyncio.run(_send_all(server, point, bodies, on_answer))
     seconds, own = time.perf_counter() - began, time.process_time() - own_began
-    figures = {"latest_send_s": max(late), "client_cores": own / seconds}
-    return answers, summarise(answers, seconds) | figures
+    return answers, summarise(answers, seconds) | {"client_cores": own / seconds}
 
 
 def spread(values: Iterable[float]) -> dict[str, float | None]:
@@ -223,10 +202,11 @@ def spread(values: Iterable[float]) -> dict[str, float | None]:
     The smallest value that such a share of all do not exceed. Of fewer than 100, the 99th
     percentile is the largest.
     """
-    ordered = sorted(values)
-    ranks = {name: math.ceil(s * len(ordered)) for name, s in (("p50", 0.5), ("p99", 0.99))}
-    ranks["max"] = len(ordered)
-    return {name: ordered[rank - 1] if ordered else None for name, rank in ranks.items()}
+    given, names = list(values), ("p50", "p99", "max")
+    if not given:
+        return dict.fromkeys(names)
+    found = np.percentile(given, (50, 99, 100), method="inverted_cdf")
+    return dict(zip(names, found.tolist(), strict=True))
 
 
 def summarise(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
@@ -244,11 +224,9 @@ def summarise(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
         "requests": len(answers),
         "errors": len(answers) - len(good),
         "seconds": seconds,
-        "prompt_tokens": sum(answer.prompt_tokens or 0 for answer in good),
+        "prompt_tokens": sum(answer.prompt_tokens for answer in good),
         "tokens": tokens,
         "tokens_per_s": tokens / seconds,
-        "requests_per_s": len(good) / seconds,
-        "tokens_per_burst": tokens / sum(map(len, bursts)) if any(bursts) else None,
         "first_token_s": spread(s[0][0] - a.began for a, s in zip(good, bursts, strict=True) if s),
         "per_token_s": spread(per_token),
         "per_burst_s": spread(wait for wait, _ in waits),

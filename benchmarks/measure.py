@@ -17,7 +17,7 @@ import tqdm
 from benchmarks import machine, worker
 from benchmarks.cases import Case, Engine, contexts
 from benchmarks.limits import Limits
-from benchmarks.model_cost import kv_bytes, matmul_limit, params_read, total_params
+from benchmarks.model_cost import total_params
 from benchmarks.worker import EngineError, Worker
 from llama_jax.config import ModelConfig
 
@@ -31,13 +31,11 @@ def measure_limits() -> Limits:
         [sys.executable, "-m", "benchmarks.limits"],
         cwd=worker.ROOT,
         env=os.environ | worker.jax_settings(),
-        capture_output=True,
-        text=True,
+        stdout=subprocess.PIPE,
     )
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        raise EngineError(f"measuring the limits failed: {lines[-1]}")
-    return Limits(**json.loads(done.stdout.splitlines()[-1]))
+        raise EngineError(f"measuring the limits ended with status {done.returncode}")
+    return Limits(**json.loads(done.stdout))
 
 
 @dataclasses.dataclass
@@ -59,7 +57,7 @@ class Run:
     engines: dict[Engine, Record] = dataclasses.field(default_factory=dict)
     """What an engine reported of itself: load_s, version, memory ..."""
     streaming: dict[Engine, list[dict[str, float]]] = dataclasses.field(default_factory=dict)
-    """Seconds of a request streamed, whole and bare, one dict per round."""
+    """Seconds of a request streamed and whole, one dict per round."""
     failures: list[str] = dataclasses.field(default_factory=list)
 
     def measure(self) -> None:
@@ -143,34 +141,23 @@ class Run:
         self.streaming.setdefault(process.engine, []).append(seconds)
 
     def _finish(self, process: Worker) -> None:
-        self.engines[process.engine] |= process.call("memory")
+        engine = process.engine
+        weights = engine.bytes_of(self.config)
+        most = max(engine.bytes_of(self.config, case) for case in self.plan[engine])
+        sizes = {"weights_bytes": weights, "cache_bytes": most - weights}
+        self.engines[engine] |= process.call("memory") | sizes
 
     def record(self, limits: Limits) -> Record:
         """Return the figures of a record, all made of the medians of the rounds."""
         config = self.config
-        shape = {
-            "parameters": total_params(config),
-            "parameters_read_per_token": params_read(config),
-        }
-        engines = {}
-        for engine, about in self.engines.items():
-            caches = [
-                case.batch * case.positions * kv_bytes(config, engine.dtype)
-                for case in self.plan[engine]
-            ]
-            sizes = {"weights_bytes": engine.bytes_of(config), "cache_bytes": max(caches)}
-            engines[str(engine)] = about | sizes
         streaming = {}
         for engine, rounds in self.streaming.items():
-            ratios = {
-                f"stream_over_{name}": statistics.median(s[way] / s["stream"] for s in rounds)
-                for name, way in (("whole", "generate"), ("programs", "programs"))
-            }
-            streaming[str(engine)] = {"rounds_s": rounds} | ratios
+            ratio = statistics.median(s["generate"] / s["stream"] for s in rounds)
+            streaming[str(engine)] = {"rounds_s": rounds, "stream_over_whole": ratio}
         return {
             "limits": dataclasses.asdict(limits),
-            "shape": shape,
-            "engines": engines,
+            "shape": {"parameters": total_params(config)},
+            "engines": {str(engine): about for engine, about in self.engines.items()},
             "cases": [self._row(case, engine, limits) for case, engine in self.seconds],
             "streaming": streaming,
             "failures": self.failures,
@@ -179,31 +166,14 @@ class Run:
     def _row(self, case: Case, engine: Engine, limits: Limits) -> Record:
         """Return one case in one engine."""
         rounds = self.seconds[case, engine]
-        seconds = statistics.median(rounds)
-        cost = case.cost(self.config, engine.dtype)
-        limit = cost.limit_seconds(limits.bandwidth, matmul_limit(limits.matmul, engine.dtype))
         ratios = {
             str(other): statistics.median(b / a for a, b in zip(times, rounds, strict=False))
             for (at, other), times in self.seconds.items()
             if at == case and other.kind == "ours" != engine.kind
         }
-        return {
-            **dataclasses.asdict(case),
-            "engine": str(engine),
-            "dtype": engine.dtype,
-            "rounds_s": rounds,
-            "seconds": seconds,
-            "counted_tokens": case.counted,
-            "tokens_per_s": case.counted / seconds,
-            "limit_s": limit,
-            "limit_tokens_per_s": case.counted / limit,
-            "fraction_of_limit": limit / seconds,
-            "flops": cost.flops,
-            "bytes": cost.bytes,
-            "flop_per_byte": cost.intensity,
-            "flop_per_s": cost.flops / seconds,
-            "ours_over_this": ratios,
-        }
+        figures = case.figures(self.config, engine.dtype, statistics.median(rounds), limits)
+        about = {"engine": str(engine), "dtype": engine.dtype, "rounds_s": rounds}
+        return dataclasses.asdict(case) | about | figures | {"ours_over_this": ratios}
 
 
 def _start(engine: Engine, log: BinaryIO, cache: str) -> Worker:

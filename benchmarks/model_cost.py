@@ -18,11 +18,6 @@ class Cost:
     bytes: float
     """Bytes that move between memory and the cores."""
 
-    @property
-    def intensity(self) -> float:
-        """FLOP per byte."""
-        return self.flops / self.bytes
-
     def limit_seconds(self, bandwidth: float, matmul_rate: float) -> float:
         """Return the least seconds it can take."""
         return max(self.bytes / bandwidth, self.flops / matmul_rate)

@@ -17,11 +17,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
-from benchmarks import command, machine
+from benchmarks import command
 from benchmarks.load import Answer, ask, connect, make_prompts, spread
-from benchmarks.report import number, table
+from benchmarks.report import number, scaled, table
 from benchmarks.serve import median
 from benchmarks.servers import Launch, Server, running
 from benchmarks.worker import EngineError
@@ -33,56 +31,55 @@ IDLE_BURSTS = 8
 """Bursts of each stream before the first of them, and after each."""
 STREAM_PROMPT = 16
 
-FLAGS = command.make_flags("300m")
-command.add_checkpoint_flag(FLAGS)
-flags.DEFINE_string("dtype", "float16", "Of weights and cache.", flag_values=FLAGS)
-flags.DEFINE_integer("slots", 8, "Of the server; all but one stream.", flag_values=FLAGS)
-flags.DEFINE_integer("prompt_len", 2000, "Tokens of the long prompts.", flag_values=FLAGS)
-flags.DEFINE_integer("rounds", 3, "Times that it is measured.", flag_values=FLAGS)
-flags.DEFINE_float("timeout_s", 600.0, "Seconds for one round.", flag_values=FLAGS)
+FLAGS = command.make_flags(
+    "300m",
+    checkpoint=command.CHECKPOINT,
+    dtype=("float16", "Of weights and cache."),
+    slots=(8, "Of the server; all but one stream."),
+    prompt_len=(2000, "Tokens of the long prompts."),
+    rounds=(3, "Times that it is measured."),
+)
 
 Wait = tuple[float, float]
 """When it began and when it ended."""
 
 
-async def measure(server: Server, prompt_len: int, timeout_s: float) -> dict[str, Any]:
+async def measure(server: Server, prompt_len: int) -> dict[str, Any]:
     """Return how long streams wait for bursts, in seconds: otherwise, and beside a long prompt."""
-    launch = server.launch
-    vocab_size = launch.config.vocab_size
+    launch, vocab_size = server.launch, server.launch.config.vocab_size
     new_tokens = launch.context - STREAM_PROMPT
     streams = [Answer(time.perf_counter()) for _ in range(launch.slots - 1)]
-    admissions = []
+    prompts = make_prompts(vocab_size, len(streams), STREAM_PROMPT)
+    admissions = [Answer(0.0) for _ in range(ADMISSIONS)]
 
     async def wait_for_bursts() -> None:
         targets = [len(stream.bursts()) + IDLE_BURSTS for stream in streams]
         while any(
-            len(stream.bursts()) < target and not task.done()
-            for stream, target, task in zip(streams, targets, tasks, strict=True)
+            len(stream.bursts()) < target and not stream.ended
+            for stream, target in zip(streams, targets, strict=True)
         ):
             await asyncio.sleep(0.005)
 
-    async with asyncio.timeout(timeout_s), connect(server) as client:
-        starts = zip(streams, make_prompts(vocab_size, len(streams), STREAM_PROMPT), strict=True)
+    async with connect(server) as client, asyncio.TaskGroup() as group:
         tasks = [
-            asyncio.create_task(ask(client, launch.body(prompt, new_tokens), timeout_s, stream))
-            for stream, prompt in starts
+            group.create_task(ask(client, launch.body(prompt, new_tokens), stream))
+            for stream, prompt in zip(streams, prompts, strict=True)
         ]
-        try:
+        await wait_for_bursts()
+        steady = time.perf_counter()
+        await wait_for_bursts()
+        long_prompts = make_prompts(vocab_size, ADMISSIONS, prompt_len)
+        for answer, prompt in zip(admissions, long_prompts, strict=True):
+            answer.began = time.perf_counter()
+            await ask(client, launch.body(prompt, 1), answer)
             await wait_for_bursts()
-            steady = time.perf_counter()
-            await wait_for_bursts()
-            for prompt in make_prompts(vocab_size, ADMISSIONS, prompt_len):
-                admissions.append(await ask(client, launch.body(prompt, 1), timeout_s))
-                await wait_for_bursts()
-            ended = min((s.ended for s in streams if s.ended), default=time.perf_counter())
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-    failed = [answer.error for answer in [*admissions, *streams] if answer.error]
+        ended = min((s.ended for s in streams if s.ended), default=time.perf_counter())
+        for task in tasks:
+            task.cancel()
     bursts = [[moment for moment, _ in stream.bursts()] for stream in streams]
     waits = [wait for moments in bursts for wait in itertools.pairwise(moments)]
     figures = compare(waits, steady, ended, [(a.began, a.ended) for a in admissions])
+    failed = [answer.error for answer in [*admissions, *streams] if answer.error]
     if failed or figures["max_ratio"] is None:
         reason = failed[0] if failed else "streams ended too soon, --prompt_len is too long"
         raise EngineError(f"{launch}: {reason}")
@@ -97,12 +94,10 @@ def compare(
     during = {wait for wait in counted if any(wait[0] < e and wait[1] > b for b, e in admissions)}
     idle = spread(e - b for b, e in counted if (b, e) not in during)
     beside = spread(e - b for b, e in counted if (b, e) in during)
-    base = idle["p50"]
     return {
         "idle_s": idle,
         "during_s": beside,
-        "p99_ratio": beside["p99"] / base if base and beside["p99"] else None,
-        "max_ratio": beside["max"] / base if base and beside["max"] else None,
+        "max_ratio": beside["max"] / idle["p50"] if idle["p50"] and beside["max"] else None,
         "first_token_s": spread(e - b for b, e in admissions)["p50"],
         "admissions": [[b - steady, e - steady] for b, e in admissions],
         "waits": sorted([b - steady, e - b] for b, e in counted),
@@ -111,15 +106,15 @@ def compare(
 
 def make_report(median: dict[str, Any]) -> str:
     """Return the medians of the rounds as text."""
-    columns = {
-        "waits for a burst": lambda row: row[0],
-        "p50 ms": lambda row: number(row[1]["p50"], 1e3),
-        "p99 ms": lambda row: number(row[1]["p99"], 1e3),
-        "max ms": lambda row: number(row[1]["max"], 1e3),
-    }
-    rows = [("otherwise", median["idle_s"]), ("beside a long prompt", median["during_s"])]
+    rows = [
+        {"waits for a burst": name} | {f"{p} ms": scaled(value, 1e3) for p, value in found.items()}
+        for name, found in (
+            ("otherwise", median["idle_s"]),
+            ("beside a long prompt", median["during_s"]),
+        )
+    ]
     return (
-        f"{table(columns, rows)}\n{median['streams']:g} streams; a prompt of "
+        f"{table(rows)}\n{median['streams']:g} streams; a prompt of "
         f"{median['long_prompt']:,g} tokens is prefilled in {number(median['first_token_s'])} s; "
         f"the longest wait is {number(median['max_ratio'])} times the median otherwise"
     )
@@ -129,25 +124,25 @@ def run() -> int:
     """Measure what the flags say; return the exit status."""
     command.check_modules("benchmarks.prefill_interference", ("httpx", "httpx_sse"))
     model, config, checkpoint = command.read_model(FLAGS)
-    command.check_positive(FLAGS, "prompt_len", "rounds", "timeout_s")
+    command.check_dtypes([FLAGS.dtype])
     command.check_room(config, FLAGS.prompt_len + 1)
     if FLAGS.slots < 2:
         raise InputError("--slots is below 2: one streams while another is prefilled")
-    path = command.output_path(FLAGS, "prefill-interference", model, machine.cpu_name())
+    path = command.output_path(FLAGS, "prefill-interference", model)
     record = command.start_record("benchmarks.prefill_interference", model, checkpoint)
     # Streams should outlast the long prompts.
     context = min(config.max_seq_len, max(2 * FLAGS.prompt_len, FLAGS.prompt_len + 1024))
-    dtype, rounds = command.check_dtype(FLAGS.dtype), []
+    rounds = []
     with (
         tempfile.TemporaryDirectory(prefix="benchmarks_") as name,
-        path.with_name(f"{path.name}.log").open("wb") as log,
+        pathlib.Path(f"{path}.log").open("wb") as log,
     ):
-        folder = pathlib.Path(name)
-        launch = Launch("ours", dtype, config, checkpoint, folder, FLAGS.slots, context)
+        sizes = (pathlib.Path(name), FLAGS.slots, context)
+        launch = Launch("ours", FLAGS.dtype, config, checkpoint, *sizes)
         launch.write()
         for _ in range(FLAGS.rounds):
             with running(launch, log) as server:
-                rounds.append(asyncio.run(measure(server, FLAGS.prompt_len, FLAGS.timeout_s)))
+                rounds.append(asyncio.run(measure(server, FLAGS.prompt_len)))
     row = {"engine": str(launch), "slots": FLAGS.slots, "median": median(rounds), "rounds": rounds}
     print(make_report(row["median"]))
     command.write_record(record | {"prefill_interference": [row]}, path)

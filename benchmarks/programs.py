@@ -62,18 +62,6 @@ def time_decode(
     return state, time.perf_counter() - began
 
 
-def answer(run: Executor, prompt: list[int], new_tokens: int) -> None:
-    """Answer a greedy request in slot 0, all dispatched before any token is read."""
-    state = run.admit(run.init_state(), 0, _greedy(run, prompt, new_tokens))
-    state, first = run.prefill(state, 0, prompt)
-    dispatched = [first.tokens]
-    for position in range(len(prompt), len(prompt) + new_tokens - 1, run.plan.decode_steps):
-        state, more, _ = run.decode(state, [0], position)
-        dispatched.append(more.tokens)
-    for tokens in dispatched:
-        np.asarray(tokens)
-
-
 def run_batch(llama: Llama, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:
     """Answer all prompts, as many at once as there are slots; return seconds, tokens and cores."""
     for _ in llama.engine.warm_up():

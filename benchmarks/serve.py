@@ -18,10 +18,9 @@ import sys
 import tempfile
 from typing import Any, BinaryIO
 
-from absl import flags
 from tqdm import tqdm
 
-from benchmarks import command, machine
+from benchmarks import command
 from benchmarks.cases import Engine
 from benchmarks.load import Point, drive, make_points, make_prompts
 from benchmarks.model_cost import total_params
@@ -31,27 +30,22 @@ from benchmarks.worker import EngineError, Worker
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError
 
-FLAGS = command.make_flags("300m")
-command.add_checkpoint_flag(FLAGS)
-for _name, _default, _text in (
-    ("slots", 8, "Of each server: answers decoded at once."),
-    ("prompt_len", 64, "Tokens of a prompt."),
-    ("new_tokens", 64, "Tokens to draw for each."),
-    ("requests", 128, "Of each load, at most; 16 for each client."),
-    ("rounds", 3, "Times that everything is measured."),
-    ("timeout_s", 300, "Seconds for one answer; then it failed."),
-):
-    flags.DEFINE_integer(_name, _default, _text, flag_values=FLAGS)
-for _name, _defaults, _text in (
-    ("clients", ["1", "4", "16", "64"], "Closed loops: each client waits for its answer."),
-    ("rate", [], "Open loops: requests a second, at random times."),
-    ("against", [], f"Peers to measure in turns with it: {', '.join(PEERS)}."),
-):
-    flags.DEFINE_list(_name, _defaults, _text, flag_values=FLAGS)
-flags.DEFINE_string("dtype", "float16", "Of weights and cache.", flag_values=FLAGS)
-flags.DEFINE_string("llama_server", "llama-server", "llama.cpp's program.", flag_values=FLAGS)
-flags.DEFINE_bool("shared", True, "Also: prompts with a shared prefix.", flag_values=FLAGS)
-flags.DEFINE_bool("batch", True, "Also: the requests without a server.", flag_values=FLAGS)
+FLAGS = command.make_flags(
+    "300m",
+    checkpoint=command.CHECKPOINT,
+    dtype=("float16", "Of weights and cache."),
+    slots=(8, "Of each server: answers decoded at once."),
+    prompt_len=(64, "Tokens of a prompt."),
+    new_tokens=(64, "Tokens to draw for each."),
+    requests=(128, "Of each load, at most; 16 for each client."),
+    rounds=(3, "Times that everything is measured."),
+    clients=(["1", "4", "16", "64"], "Closed loops: each client waits for its answer."),
+    rate=([], "Open loops: requests a second, at random times."),
+    against=([], f"Peers to measure in turns with it: {', '.join(PEERS)}."),
+    llama_server=("llama-server", "llama.cpp's program."),
+    shared=(True, "Also: prompts with a shared prefix."),
+    batch=(True, "Also: the requests without a server."),
+)
 
 Record = dict[str, Any]
 Rounds = list[Record | None]
@@ -60,21 +54,22 @@ Rounds = list[Record | None]
 
 def make_launches(config: ModelConfig, checkpoint: str | None, folder: str) -> list[Launch]:
     """Return the servers to start, ours first; their files are made up in `folder`."""
+    command.check_dtypes([FLAGS.dtype])
+    command.check_choices("--against", FLAGS.against, PEERS)
     for name in FLAGS.against:
-        if name not in PEERS:
-            raise InputError(f"--against names {name!r}, expected {', '.join(PEERS)}")
         command.check_modules(f"--against={name}", PEERS[name])
-    binary = shutil.which(FLAGS.llama_server)
-    if "llama-server" in FLAGS.against and binary is None:
+    if "llama-server" in FLAGS.against and shutil.which(FLAGS.llama_server) is None:
         raise InputError(f"--llama_server={FLAGS.llama_server} is no program; name llama.cpp's")
-    dtype, context = command.check_dtype(FLAGS.dtype), FLAGS.prompt_len + FLAGS.new_tokens
-    sizes = (pathlib.Path(folder), FLAGS.slots, context, binary)
-    ours = Launch("ours", dtype, config, checkpoint, *sizes)
-    peers = [Launch(name, dtype, config, None, *sizes) for name in dict.fromkeys(FLAGS.against)]
-    for launch in (ours, *peers):
+    context = FLAGS.prompt_len + FLAGS.new_tokens
+    sizes = (pathlib.Path(folder), FLAGS.slots, context, FLAGS.llama_server)
+    launches = [
+        Launch(name, FLAGS.dtype, config, checkpoint, *sizes)
+        for name in dict.fromkeys(["ours", *FLAGS.against])
+    ]
+    for launch in launches:
         command.note(f"writing weights for {launch}")
         launch.write()
-    return [ours, *peers]
+    return launches
 
 
 def serve_once(
@@ -85,15 +80,12 @@ def serve_once(
     with running(launch, log) as server:
         # Use every slot once, for prompts that are not asked again.
         warm_up = make_prompts(launch.config.vocab_size, launch.slots, FLAGS.prompt_len, seed=1)
-        drive(server, Point("closed", launch.slots, launch.slots), warm_up, 2, FLAGS.timeout_s)
+        drive(server, Point("closed", launch.slots, launch.slots), warm_up, 2)
         for point, own in prompts.items():
             bar.set_description(f"{launch}, {point}")
-            answers, figures[point] = drive(
-                server, point, own, FLAGS.new_tokens, FLAGS.timeout_s, bar.update
-            )
+            answers, figures[point] = drive(server, point, own, FLAGS.new_tokens, bar.update)
             errors = collections.Counter(a.error for a in answers if a.error is not None)
             failures += [f"{launch}, {point}: {n} requests: {error}" for error, n in errors.items()]
-            server.check()
     return figures, failures
 
 
@@ -125,11 +117,18 @@ def ratio(one: Rounds, other: Rounds) -> float | None:
     return statistics.median(ratios) if ratios else None
 
 
-def row(launch: Launch, rounds: Rounds) -> Record:
-    """Return what a record holds of one server under one load."""
-    done = [figures for figures in rounds if figures]
-    slots = launch.slots if launch.batches else 1
-    return {"engine": str(launch), "slots": slots, "median": median(rounds), "rounds": done}
+def row(launch: Launch, point: Point, rounds: Rounds, ours: Rounds) -> Record:
+    """Return what a record holds of one server under one load; `ours`: our server's rounds."""
+    return {
+        "engine": str(launch),
+        "slots": 1 if launch.program == "llamacpp" else launch.slots,
+        "load": str(point),
+        "kind": point.kind,
+        "amount": point.amount,
+        "median": median(rounds),
+        "rounds": [figures for figures in rounds if figures],
+        "ours_over_this": ratio(ours, rounds),
+    }
 
 
 def measure(launches: list[Launch], points: list[Point], log: pathlib.Path) -> Record:
@@ -138,16 +137,16 @@ def measure(launches: list[Launch], points: list[Point], log: pathlib.Path) -> R
     Returns:
         What a record holds of it: medians, every round, ratios and failures.
     """
-    vocab_size, failures = launches[0].config.vocab_size, []
+    ours, failures = launches[0], []
     prompts = {
         point: make_prompts(
-            vocab_size, point.requests, FLAGS.prompt_len, shared=point.kind == "shared"
+            ours.config.vocab_size, point.requests, FLAGS.prompt_len, shared=point.kind == "shared"
         )
         for point in points
     }
     saturated = [point for point in points if point.kind == "closed"][-1]
+    batch = dataclasses.replace(saturated, kind="batch")
     served: dict[tuple[Launch, Point], Rounds] = collections.defaultdict(list)
-    batches: Rounds = []
     with log.open("wb") as file, tqdm(unit="request", file=sys.stderr) as bar:
         for turn in range(FLAGS.rounds):
             for launch in launches if turn % 2 == 0 else launches[::-1]:
@@ -155,27 +154,20 @@ def measure(launches: list[Launch], points: list[Point], log: pathlib.Path) -> R
                 try:
                     figures, failed = serve_once(launch, prompts, file, bar)
                     failures += failed
-                    if launch.program == "ours" and FLAGS.batch:
-                        bar.set_description(f"{launch}, batch")
-                        batches.append(run_batch(launch, prompts[saturated], file))
+                    if launch == ours and FLAGS.batch:
+                        figures[batch] = run_batch(launch, prompts[saturated], file)
                 except (EngineError, OSError) as error:  # must not end the others' measurement
                     failures.append(f"{launch}: {error}")
-                for point in points:
+                for point in (*points, batch):
                     served[launch, point].append(figures.get(point))
-
-    ours = launches[0]
-    rows = []
-    for (launch, point), rounds in served.items():
-        over = None if launch == ours else ratio(served[ours, point], rounds)
-        load = {"load": str(point), "kind": point.kind, "amount": point.amount}
-        rows += [row(launch, rounds) | load | {"ours_over_this": over}] if any(rounds) else []
-    share = {"server_over_batch": None}
-    if len(batches) == FLAGS.rounds:
-        share = {"server_over_batch": ratio(served[ours, saturated], batches)}
+    rows = [
+        row(launch, point, rounds, served[ours, saturated if point == batch else point])
+        for (launch, point), rounds in served.items()
+        if any(rounds)
+    ]
     return {
-        "engines": {str(e): {"prompts": e.reads, "batches": e.batches} for e in launches},
-        "points": rows,
-        "batches": [row(ours, batches) | share] if batches else [],
+        "points": [row for row in rows if row["kind"] != "batch"],
+        "batches": [row for row in rows if row["kind"] == "batch"],
         # Paths are of this machine alone.
         "failures": [re.sub(r"(?<!\w)/[\w./-]+", "...", text) for text in failures],
     }
@@ -185,16 +177,15 @@ def run() -> int:
     """Measure what the flags say; return the exit status."""
     command.check_modules("benchmarks.serve", ("httpx", "httpx_sse"))
     model, config, checkpoint = command.read_model(FLAGS)
-    names = ("slots", "prompt_len", "new_tokens", "requests", "rounds", "timeout_s")
-    command.check_positive(FLAGS, *names)
     command.check_room(config, FLAGS.prompt_len + FLAGS.new_tokens)
     clients = command.read_numbers(FLAGS, "clients")
     points = make_points(clients, FLAGS.rate, FLAGS.requests, shared=FLAGS.shared)
-    path = command.output_path(FLAGS, "serve", model, machine.cpu_name())
-    log = path.with_name(f"{path.name}.log")
+    path = command.output_path(FLAGS, "serve", model)
+    log = pathlib.Path(f"{path}.log")
     record = command.start_record("benchmarks.serve", model, checkpoint)
+    names = ("prompt_len", "new_tokens", "rounds")
     record["settings"] = {name: FLAGS[name].value for name in names}
-    record["shape"] = dataclasses.asdict(config) | {"parameters": total_params(config)}
+    record["shape"] = {"parameters": total_params(config)}
     with tempfile.TemporaryDirectory(prefix="benchmarks_") as folder:
         record |= measure(make_launches(config, checkpoint, folder), points, log)
     print(make_serving_report(record))

@@ -5,7 +5,6 @@ from typing import Any
 
 from llama_jax.config import ModelConfig
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.errors import InputError
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 _FILES = {
@@ -17,19 +16,12 @@ _SIZES: dict[str, dict[str, Any]] = {
     "1b": {"dim": 2048, "ffn_dim": 5632, "num_layers": 22, "num_heads": 32, "num_kv_heads": 4},
     "300m": {"dim": 1024, "ffn_dim": 2816, "num_layers": 20, "num_heads": 16, "num_kv_heads": 16},
 }
+_COMMON: dict[str, Any] = {"vocab_size": 32000, "norm_eps": 1e-5, "rope_theta": 10000.0}
 SHAPES = tuple(sorted([*_FILES, *_SIZES]))
 
 
 def load_shape(name: str) -> ModelConfig:
-    """Return the shape of that name."""
+    """Return the shape of that name, one of SHAPES."""
     if name in _FILES:
         return ModelConfig.load(_FILES[name])
-    if name not in _SIZES:
-        raise InputError(f"--shape is {name!r}, expected one of {', '.join(SHAPES)}")
-    return ModelConfig(
-        vocab_size=32000,
-        norm_eps=1e-5,
-        rope_theta=10000.0,
-        max_seq_len=4096,
-        **_SIZES[name],
-    )
+    return ModelConfig(max_seq_len=4096, **_COMMON, **_SIZES[name])

@@ -1,6 +1,5 @@
-"""llama.cpp through its C interface, on a GGUF file of random weights; a batch of 1."""
+"""llama.cpp through llama-cpp-python, on a GGUF file of random weights; a batch of 1."""
 
-import ctypes
 import importlib.metadata
 import pathlib
 import tempfile
@@ -21,13 +20,13 @@ FILE_TYPES = {
 }
 
 
-def write_gguf(path: pathlib.Path, config: dict, dtype: str, pieces: Sequence[str] = ()) -> None:
-    """Write a Llama of random weights, and of a vocabulary if there are `pieces`.
+def write_gguf(path: pathlib.Path, config: dict, dtype: str) -> None:
+    """Write a Llama of random weights and the vocabulary of `protocol.pieces`.
 
     Norms are float32, as llama.cpp's own converter makes them. All matrices are views of one
     array, so that this takes the memory of one of them.
     """
-    dim, heads = config["dim"], config["num_heads"]
+    dim, heads, vocab_size = config["dim"], config["num_heads"], config["vocab_size"]
     kv_dim = dim // heads * config["num_kv_heads"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config["max_seq_len"])
@@ -39,10 +38,9 @@ def write_gguf(path: pathlib.Path, config: dict, dtype: str, pieces: Sequence[st
     writer.add_head_count(heads)
     writer.add_head_count_kv(config["num_kv_heads"])
     writer.add_layer_norm_rms_eps(config["norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-    _add_vocabulary(writer, pieces)
+    _add_vocabulary(writer, vocab_size)
 
-    shapes = {"token_embd": (config["vocab_size"], dim)}
+    shapes = {"token_embd": (vocab_size, dim)}
     if not config["tie_embeddings"]:
         shapes["output"] = shapes["token_embd"]
     for layer in range(config["num_layers"]):
@@ -55,11 +53,12 @@ def write_gguf(path: pathlib.Path, config: dict, dtype: str, pieces: Sequence[st
             f"blk.{layer}.ffn_up": (config["ffn_dim"], dim),
             f"blk.{layer}.ffn_down": (dim, config["ffn_dim"]),
         }
-    numbers = _random_bits(max(rows * columns for rows, columns in shapes.values()), dtype)
+    most = max(rows * columns for rows, columns in shapes.values())
+    numbers = 0.06 * np.random.default_rng(0).random(most, np.float32) - np.float32(0.03)
+    data = gguf.quantize(numbers, FILE_TYPES[dtype]).view(np.uint8)  # NumPy has no bfloat16
     for name, (rows, columns) in shapes.items():
-        matrix = numbers[: rows * columns].reshape(rows, columns)
-        if dtype == "bfloat16":  # which NumPy does not have: given as bytes
-            matrix = matrix.view(np.uint8)
+        row_bytes = columns * data.size // most
+        matrix = data[: rows * row_bytes].reshape(rows, row_bytes)
         writer.add_tensor(f"{name}.weight", matrix, raw_dtype=FILE_TYPES[dtype])
     norms = [f"blk.{i}.{n}_norm" for i in range(config["num_layers"]) for n in ("attn", "ffn")]
     for name in (*norms, "output_norm"):
@@ -70,28 +69,14 @@ def write_gguf(path: pathlib.Path, config: dict, dtype: str, pieces: Sequence[st
     writer.close()
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, pieces: Sequence[str]) -> None:
-    """Add the text of each id, of which the first three are special; none: only their number."""
-    writer.add_tokenizer_model("llama" if pieces else "none")
-    if pieces:
-        kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
-        writer.add_token_list(pieces)
-        writer.add_token_scores([0.0] * len(pieces))
-        writer.add_token_types([*kinds, *[gguf.TokenType.NORMAL] * (len(pieces) - 3)])
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        writer.add_add_bos_token(False)
-        writer.add_add_space_prefix(False)
-
-
-def _random_bits(count: int, dtype: str) -> np.ndarray:
-    """Return uniform numbers of a dtype; bfloat16 ones as their 16 bits."""
-    numbers = np.random.default_rng(0).random(count, np.float32)
-    numbers -= np.float32(0.5)
-    numbers *= np.float32(0.06)
-    if dtype == "bfloat16":
-        return (numbers.view(np.uint32) >> 16).astype(np.uint16)
-    return numbers.astype(dtype)
+def _add_vocabulary(writer: gguf.GGUFWriter, vocab_size: int) -> None:
+    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(protocol.pieces(vocab_size))
+    writer.add_token_scores([0.0] * vocab_size)
+    writer.add_token_types([*kinds, *[gguf.TokenType.NORMAL] * (vocab_size - 3)])
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
 
 
 class LlamaCpp:
@@ -114,71 +99,45 @@ class LlamaCpp:
             path = pathlib.Path(folder) / "model.gguf"
             write_gguf(path, config, dtype)
             began = time.perf_counter()
-            settings = llama_cpp.llama_model_default_params()
-            settings.n_gpu_layers = -1 if on_gpu else 0
-            self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
-            if not self.model:
-                raise RuntimeError("llama.cpp did not load the file; see the log")
+            self.model = llama_cpp.Llama(
+                str(path),
+                n_gpu_layers=-1 if on_gpu else 0,
+                n_ctx=contexts["1"],
+                n_threads=threads,
+                n_threads_batch=threads,
+                flash_attn=True,  # which llama.cpp chooses by itself, this binding does not
+                verbose=False,
+            )
             seconds = time.perf_counter() - began
-        options = llama_cpp.llama_context_default_params()
-        options.n_ctx = contexts["1"]
-        options.n_threads = options.n_threads_batch = threads
-        self.context = llama_cpp.llama_init_from_model(self.model, options)
-        if not self.context:
-            raise RuntimeError("llama.cpp made no context; see the log")
-        self.batch_size = llama_cpp.llama_n_batch(self.context)
-        self.filled = 0
         version = importlib.metadata.version("llama-cpp-python")
         return {"load_s": seconds, "version": f"llama-cpp-python {version}"}
 
     def prefill(self, tokens: int) -> float:
         """Return the seconds from a prompt to its first token, on the host."""
         prompt = protocol.prompt(tokens, self.vocab_size)
-        self._cut(0)
+        self.model.n_tokens = 0
         began = time.perf_counter()
-        self._eval(prompt)
-        self._argmax()
+        self._next(prompt)
         return time.perf_counter() - began
 
     def decode(self, context: int, batch: int, new_tokens: int) -> float:
         """Return the seconds of `new_tokens` further tokens; a longer context is read before."""
-        self._cut(context)
-        if self.filled < context:
-            self._eval(protocol.prompt(context - self.filled, self.vocab_size))
-        token = 3
+        self.model.n_tokens = min(self.model.n_tokens, context)
+        token = self._next(protocol.prompt(context - self.model.n_tokens, self.vocab_size))
         began = time.perf_counter()
         for _ in range(new_tokens):
-            self._eval([token])
-            token = self._argmax()
+            token = self._next([token])
         return time.perf_counter() - began
 
     def memory(self) -> dict[str, int]:
         """Return the peak bytes of this process; pages of the mapped file count."""
         return {"process_bytes": protocol.peak_rss()}
 
-    def _cut(self, length: int) -> None:
-        """Forget what the cache holds from `length` on."""
-        cache = llama_cpp.llama_get_memory(self.context)
-        llama_cpp.llama_memory_seq_rm(cache, -1, length, -1)
-        self.filled = min(self.filled, length)
-
-    def _eval(self, tokens: Sequence[int]) -> None:
-        """Read tokens, behind those in the cache; keep the logits of the last."""
-        for begin in range(0, len(tokens), self.batch_size):
-            part = tokens[begin : begin + self.batch_size]
-            array = (llama_cpp.llama_token * len(part))(*part)
-            status = llama_cpp.llama_decode(
-                self.context, llama_cpp.llama_batch_get_one(array, len(part))
-            )
-            if status:
-                raise RuntimeError(f"llama_decode returned {status}")
-        llama_cpp.llama_synchronize(self.context)
-        self.filled += len(tokens)
-
-    def _argmax(self) -> int:
-        logits = llama_cpp.llama_get_logits_ith(self.context, -1)
-        row = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float * self.vocab_size)).contents
-        return int(np.frombuffer(row, np.float32).argmax())
+    def _next(self, tokens: Sequence[int]) -> int:
+        """Read tokens, behind those in the cache; return the likeliest next one."""
+        self.model.eval(tokens)
+        logits = llama_cpp.llama_get_logits_ith(self.model.ctx, -1)
+        return int(np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())
 
 
 if __name__ == "__main__":

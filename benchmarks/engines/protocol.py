@@ -2,18 +2,18 @@
 
     {"op": "decode", "context": 128, "batch": 1, "new_tokens": 32}  ->  {"result": 0.71}
 
-An answer holds `result` or `error`. Standard
-library only: what is imported here counts in every engine's memory.
+An answer holds `result` or `error`. Standard library only: what is imported here counts in every
+engine's memory.
 """
 
 import json
 import os
-import pathlib
-import re
 import sys
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
+SPECIAL = ("<unk>", "<s>", "</s>")
 TIMED = ("prefill", "decode")
 """Operations that return seconds, and run once untimed before a case is first timed."""
 
@@ -27,11 +27,9 @@ def serve(engine: Any) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         call = getattr(engine, request.pop("op"))
+        case = (call.__name__, *request.values())
         try:
-            if (
-                call.__name__ in TIMED
-                and (case := (call.__name__, *request.values())) not in warmed
-            ):
+            if call.__name__ in TIMED and case not in warmed:
                 call(**request)
                 warmed.add(case)
             answer = {"result": call(**request)}
@@ -46,13 +44,21 @@ def prompt(length: int, vocab_size: int) -> list[int]:
     return [(i * 7919) % (vocab_size - 3) + 3 for i in range(length)]
 
 
+def text_of(tokens: Iterable[int]) -> str:
+    """Return ids as text of one character each, so that any text's length in tokens is known.
+
+    Random weights have this vocabulary: characters of CJK Extension B, none of which combine.
+    """
+    return "".join(chr(0x20000 + token) for token in tokens)
+
+
+def pieces(vocab_size: int) -> list[str]:
+    """Return the text of each id of that vocabulary."""
+    return [*SPECIAL, *text_of(range(len(SPECIAL), vocab_size))]
+
+
 def peak_rss() -> int:
-    """Return the most bytes of memory that this process has held so far."""
-    status = pathlib.Path("/proc/self/status")
-    if status.exists():
-        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
-        if found:
-            return int(found[1]) * 1024
+    """Return the most bytes of memory that this process, or what started it, has held so far."""
     import resource  # Windows has none
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -133,22 +133,22 @@ def test_limits_are_medians():
 
 
 def test_a_table_aligns_names_left_and_numbers_right():
-    text = table({"name": lambda row: row[0], "n": lambda row: row[1]}, [("x", 10), ("yy", 9)])
-    assert text == "name   n\nx     10\nyy     9"
+    text = table([{"name": "x", "n": 1000}, {"name": "yy", "n": 0.1234, "of": None}])
+    assert text == "name      n  of\nx     1,000\nyy    0.123"
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--shape=8b"], "--shape is '8b', expected one of 13b, 1b, 300m, 7b, demo"),
+        (["--shape=8b"], "--shape has '8b', expected 13b, 1b, 300m, 7b, demo"),
         (["--shape=1b", "--checkpoint=x"], "--shape is given with --checkpoint"),
         (["--checkpoint=none"], "--checkpoint=none has no config.json; name the folder"),
-        (["--dtype=int8"], "--dtype has the dtype 'int8', expected float32, float16, bfloat16"),
+        (["--dtype=int8"], "--dtype has 'int8', expected float32, float16, bfloat16"),
         (["--dtype="], "--dtype is empty"),
         (["--batch=0"], "--batch has '0', expected whole numbers from 1 on"),
         (["--prompt_len=", "--batch="], "nothing to do"),
-        (["--new_tokens=0"], "--new_tokens is 0, expected 1 or more"),
-        (["--against=vllm"], "--against names 'vllm', expected hf, hf-compile, llamacpp"),
+        (["--new_tokens=0"], "flag --new_tokens=0: "),
+        (["--against=vllm"], "--against has 'vllm', expected hf, hf-compile, llamacpp"),
         (["--name=a/b"], "--name is 'a/b', expected letters, digits, dots and hyphens"),
         (["--name=a", "--output=run.py"], "--output=run.py: File exists; name a folder"),
         (["--unknown"], "Unknown command line flag 'unknown'; see --help"),
@@ -169,9 +169,10 @@ def check_rows(record):
     """Every figure of a row follows from its rounds."""
     for row in record["cases"]:
         assert row["seconds"] == statistics.median(row["rounds_s"])
-        assert row["tokens_per_s"] == row["counted_tokens"] / row["seconds"]
-        assert row["fraction_of_limit"] == row["limit_s"] / row["seconds"]
-        assert row["flop_per_s"] == row["flops"] / row["seconds"]
+        counted = row["tokens"] if row["op"] == "prefill" else row["batch"] * row["new_tokens"]
+        assert row["tokens_per_s"] == counted / row["seconds"]
+        share = row["tokens_per_s"] / row["limit_tokens_per_s"]
+        assert row["fraction_of_limit"] == pytest.approx(share)
 
 
 @pytest.mark.slow
@@ -180,8 +181,7 @@ def test_end_to_end(tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "small.json").read_text("utf-8"))
     check_rows(record)
-    counted = [(row["op"], row["counted_tokens"]) for row in record["cases"]]
-    assert counted == [("prefill", 16), ("decode", 8)]
+    assert [row["op"] for row in record["cases"]] == ["prefill", "decode"]
     assert record["failures"] == record["skipped"] == []
     assert record["weights"] == "checkpoint"
     engine = record["engines"]["ours:float32"]
@@ -227,12 +227,11 @@ def test_the_ways_of_a_choice_differ_and_begin_with_the_plan(choice):
     assert (len(plans) > 1) == (choice not in ("hlo", "plan"))
 
 
-def test_operations_and_copies_of_a_program_are_counted():
+def test_operations_of_a_program_are_counted():
     compiled = jax.jit(lambda x: jnp.sort(x.T)).lower(jnp.ones((8, 4))).compile()
     counts = ablate.count_operations(compiled)
     assert counts["operations"]["sort"] == 1
     assert counts["bytes"]["argument"] == 8 * 4 * 4
-    assert sum(counts["copies"].values()) == counts["operations"].get("copy", 0)
 
 
 @pytest.mark.slow
@@ -262,6 +261,7 @@ def test_checkpoints_are_measured_at_every_step(tmp_path):
     text = (tmp_path / "out" / "it.json").read_text()
     assert str(tmp_path) not in text
     record = json.loads(text)
-    assert list(record["steps"]) == ["convert", "verify", "load, one token", "export"]
+    steps = ["import alone", "convert", "verify", "load, one token", "export"]
+    assert list(record["steps"]) == steps
     assert record["source_bytes"] == 2 * record["stored_bytes"]
     assert all(step["peak_bytes"] > 2**26 for step in record["steps"].values())
