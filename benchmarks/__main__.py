@@ -4,8 +4,7 @@
   python -m benchmarks --shape=300m --dtype=float16 --against=hf,llamacpp
   python -m benchmarks --checkpoint=DIR --batch=1 --context=128,4000
 
-The report goes to stdout, progress to stderr; figures and a plot go to files. Exit status: 0 done,
-1 something failed while it was measured, 2 a mistake in the input. See benchmarks/README.md.
+See benchmarks/README.md.
 """
 
 import pathlib

@@ -3,8 +3,7 @@
   python -m benchmarks.ablate --shape=1b --only=steps,attention
   XLA_FLAGS=--xla_gpu_enable_triton_gemm=false python -m benchmarks.ablate --only=plan
 
-The table goes to stdout, progress to stderr, every figure to OUTPUT/NAME.json. Exit status: 0 done,
-1 a way failed, 2 a mistake in the input. See benchmarks/README.md.
+See benchmarks/README.md.
 """
 
 import collections
@@ -153,8 +152,8 @@ def run() -> int:
     limits = measure_limits()
     path = command.output_path(FLAGS, "ablate", FLAGS.shape)
     record = command.start_record("benchmarks.ablate", FLAGS.shape, None)
-    record["xla_flags"] = os.environ.get("XLA_FLAGS", "")
     record |= {"limits": dataclasses.asdict(limits), "rows": [], "failures": []}
+    record["xla_flags"] = os.environ.get("XLA_FLAGS", "")
     for choice in dict.fromkeys(FLAGS.only):
         rows = [count_hlo(config)] if choice == "hlo" else time_plans(config, choice)
         for row in rows:

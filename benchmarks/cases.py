@@ -84,10 +84,9 @@ class Engine:
     """`ours` or one of PEERS."""
     dtype: str
 
-    def bytes_of(self, config: ModelConfig, case: Case | None = None) -> int:
-        """Return the bytes that its weights take, and the cache of a case."""
-        cache = case.batch * case.positions * kv_bytes(config, self.dtype) if case else 0
-        return weight_bytes(config, self.dtype) + cache
+    def cache_bytes(self, config: ModelConfig, case: Case) -> int:
+        """Return the bytes of keys and values of a case."""
+        return case.batch * case.positions * kv_bytes(config, self.dtype)
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.dtype}"
@@ -113,18 +112,18 @@ def make_plan(
         InputError: nothing can be measured.
     """
     skipped = []
-    others = {e: sum(o.bytes_of(config) + HEADROOM for o in engines if o != e) for e in engines}
+    held = sum(weight_bytes(config, engine.dtype) + HEADROOM for engine in engines)
     plan: dict[Engine, list[Case]] = {engine: [] for engine in engines}
     for engine in engines:
         for case in cases:
-            need = engine.bytes_of(config, case) + HEADROOM + others[engine]
+            need = held + engine.cache_bytes(config, case)
             reason = None
             if case.positions > config.max_seq_len:
                 reason = f"needs {case.positions:,} positions, of {config.max_seq_len:,}"
             elif engine.kind == "llamacpp" and case.batch > 1:
                 reason = "measured at batch 1 only"
             elif memory is not None and need > memory:
-                reason = f"needs {need / 1e9:.1f} GB beside the others, {memory / 1e9:.1f} are free"
+                reason = f"needs {need / 1e9:.1f} GB with all engines, {memory / 1e9:.1f} are free"
             if reason is None:
                 plan[engine].append(case)
             else:

@@ -5,8 +5,7 @@
 
 A source in the Hugging Face layout is made up first, of random weights. Every step is a process of
 its own and reads from the disk. --folder needs room for the weights as given and as stored; what is
-made there is removed. The table goes to stdout, progress to stderr, figures to OUTPUT/NAME.json.
-Exit status: 0 done, 1 a step failed, 2 a mistake in the input.
+made there is removed.
 """
 
 import json

@@ -9,7 +9,7 @@ hold memory that the engines need.
 import dataclasses
 import json
 import statistics
-import time
+import timeit
 from collections.abc import Callable
 from typing import Any
 
@@ -38,17 +38,14 @@ class Limits:
     """FLOP/s of a large matrix product, by dtype."""
 
 
-def best_seconds(call: Callable[[], Any], *, calls: int, budget: float = 0.5) -> float:
-    """Return the shortest time of a warm call, over at least 3 repeats."""
+def best_seconds(call: Callable[[], Any], *, calls: int) -> float:
+    """Return the shortest time of a warm call, over 10 repeats of some calls in flight."""
     jax.block_until_ready(call())
-    best, began = float("inf"), time.perf_counter()
-    repeats = 0
-    while repeats < 3 or time.perf_counter() - began < budget:
-        start = time.perf_counter()
+
+    def run() -> None:
         jax.block_until_ready([call() for _ in range(calls)])
-        best = min(best, (time.perf_counter() - start) / calls)
-        repeats += 1
-    return best
+
+    return min(timeit.repeat(run, number=1, repeat=10)) / calls
 
 
 def measure_bandwidth(on_cpu: bool) -> float:

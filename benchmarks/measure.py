@@ -17,7 +17,7 @@ import tqdm
 from benchmarks import machine, worker
 from benchmarks.cases import Case, Engine, contexts
 from benchmarks.limits import Limits
-from benchmarks.model_cost import total_params
+from benchmarks.model_cost import total_params, weight_bytes
 from benchmarks.worker import EngineError, Worker
 from llama_jax.config import ModelConfig
 
@@ -141,10 +141,11 @@ class Run:
         self.streaming.setdefault(process.engine, []).append(seconds)
 
     def _finish(self, process: Worker) -> None:
-        engine = process.engine
-        weights = engine.bytes_of(self.config)
-        most = max(engine.bytes_of(self.config, case) for case in self.plan[engine])
-        sizes = {"weights_bytes": weights, "cache_bytes": most - weights}
+        engine, config = process.engine, self.config
+        sizes = {
+            "weights_bytes": weight_bytes(config, engine.dtype),
+            "cache_bytes": max(engine.cache_bytes(config, case) for case in self.plan[engine]),
+        }
         self.engines[engine] |= process.call("memory") | sizes
 
     def record(self, limits: Limits) -> Record:

@@ -14,9 +14,9 @@ class Cost:
     """The work of one measured case."""
 
     flops: float
-    """Floating point operations; a multiplication and an addition are two."""
+    """Operations; a multiplication and an addition are two."""
     bytes: float
-    """Bytes that move between memory and the cores."""
+    """Those that move between memory and the cores."""
 
     def limit_seconds(self, bandwidth: float, matmul_rate: float) -> float:
         """Return the least seconds it can take."""

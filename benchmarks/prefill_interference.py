@@ -4,8 +4,7 @@
 
 All slots but one draw long answers. Three long prompts come in, one after the other; each stream's
 waits for its next burst of text are compared with the median of those when nothing is prefilled.
-The table goes to stdout; figures and a plot go to files. Exit status: 0 done, 1 it failed while it
-was measured, 2 a mistake in the input. See benchmarks/README.md.
+See benchmarks/README.md.
 """
 
 import asyncio

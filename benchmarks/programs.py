@@ -63,22 +63,19 @@ def time_decode(
 
 
 def run_batch(llama: Llama, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:
-    """Answer all prompts, as many at once as there are slots; return seconds, tokens and cores."""
+    """Answer all prompts, as many at once as there are slots; return seconds and tokens."""
+    wanted = {"max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
     for _ in llama.engine.warm_up():
         pass
-
-    def run(some: list[list[int]], length: int) -> int:
-        wanted = {"max_tokens": length, "temperature": 0, "ignore_eos": True}
-        requests = ({"prompt_tokens": tokens, **wanted} for tokens in some)
-        return sum(len(result.tokens) for result in llama.generate_all(requests))
-
-    # Touch the memory of every slot, by prompts that begin otherwise than those timed.
-    run([tokens[::-1] for tokens in prompts[: llama.executor.batch]], 2)
-    began, cpu_began = time.perf_counter(), time.process_time()
-    tokens = run(prompts, new_tokens)
+    # Untimed first, to touch the memory of every slot: prompts that begin otherwise.
+    backwards = [tokens[::-1] for tokens in prompts[: llama.executor.batch]]
+    for _ in llama.generate_all({"prompt_tokens": tokens, **wanted} for tokens in backwards):
+        pass
+    began = time.perf_counter()
+    requests = ({"prompt_tokens": tokens, **wanted} for tokens in prompts)
+    tokens = sum(len(result.tokens) for result in llama.generate_all(requests))
     seconds = time.perf_counter() - began
-    cores = (time.process_time() - cpu_began) / seconds
-    return {"seconds": seconds, "tokens": tokens, "cores": cores, "tokens_per_s": tokens / seconds}
+    return {"seconds": seconds, "tokens": tokens, "tokens_per_s": tokens / seconds}
 
 
 def compile_decode(

@@ -3,8 +3,7 @@
   python -m benchmarks.serve --shape=300m
   python -m benchmarks.serve --shape=1b --rate=0.5,1 --against=llamacpp,hf
 
-The tables go to stdout, progress to stderr; figures and a plot go to files. Exit status: 0 done,
-1 something failed while it was measured, 2 a mistake in the input. See benchmarks/README.md.
+See benchmarks/README.md.
 """
 
 import collections

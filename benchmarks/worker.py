@@ -11,7 +11,6 @@ from typing import Any, BinaryIO
 from benchmarks.cases import Engine
 
 ROOT = pathlib.Path(__file__).parent.parent
-MODULES = {"ours": "ours", "hf": "hf", "hf-compile": "hf", "llamacpp": "llamacpp"}
 
 
 class EngineError(Exception):
@@ -24,7 +23,7 @@ class Worker:
     def __init__(self, engine: Engine, log: BinaryIO, environment: dict[str, str] | None = None):
         self.engine = engine
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"benchmarks.engines.{MODULES[engine.kind]}"],
+            [sys.executable, "-m", f"benchmarks.engines.{engine.kind.removesuffix('-compile')}"],
             cwd=ROOT,
             env=os.environ | jax_settings() | (environment or {}),
             stdin=subprocess.PIPE,

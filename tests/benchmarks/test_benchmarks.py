@@ -103,7 +103,7 @@ def test_cases_that_do_not_fit_are_skipped_with_a_reason():
     assert plan == {ours: cases[2:], cpp: cases[3:]}
     reasons = {(skip["engine"], skip["case"]): skip["reason"] for skip in skipped}
     assert reasons[str(ours), str(cases[0])] == "needs 4,122 positions, of 4,096"
-    assert reasons[str(ours), str(cases[1])] == "needs 96.7 GB beside the others, 40.0 are free"
+    assert reasons[str(ours), str(cases[1])] == "needs 96.7 GB with all engines, 40.0 are free"
     assert reasons[str(cpp), str(cases[2])] == "measured at batch 1 only"
     assert contexts(plan[ours]) == {1: 129, 2: 160}
 
