@@ -202,7 +202,8 @@ def _read(
             if not source.same_bits(array, arrays[0]):
                 raise InputError(
                     f"{row.meta} of {part['file']} differs from that of {parts[0]['file']}, "
-                    "expected a copy: the shards belong to different models; download the whole folder again"
+                    "expected a copy: the shards belong to different models; download the whole "
+                    "folder again"
                 )
         return arrays[0], parts
     array = np.concatenate(arrays, row.shard_axis) if len(arrays) > 1 else arrays[0]
