@@ -1,7 +1,6 @@
 """Conversion from Hugging Face's layout, the command line, and what both readers share."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -18,10 +17,8 @@ from llama_jax.nn.transformer import param_shapes
 from llama_jax.weights.checkpoint import load_checkpoint
 from tests.helpers import ROOT
 from tests.helpers.sources import (
-    CORRUPTION,
     GQA,
     TIED,
-    assert_corruption_is_named,
     assert_same,
     flat,
     hf_name,
@@ -205,31 +202,6 @@ def test_long_lists_are_abbreviated(tmp_path, weights):
     assert str(caught.value).count("weight") == 8
 
 
-def test_index_must_agree_with_its_files(tmp_path, weights):
-    folder = write_hf(tmp_path / "hf", weights, 2)
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    moved, lost = "model.norm.weight", "lm_head.weight"
-    files = sorted(set(index["weight_map"].values()))
-    actual = index["weight_map"][moved]
-    (other,) = set(files) - {actual}
-    index["weight_map"][moved] = other
-    holder = index["weight_map"].pop(lost)
-    path.write_text(json.dumps(index))
-    with pytest.raises(InputError) as caught:
-        huggingface.open_source(folder)
-    assert f"{moved} is not in {other}" in str(caught.value)
-    assert f"{actual} holds {moved}, which the index places in {other}" in str(caught.value)
-    assert f"{holder} holds {lost}, which the index places in no file" in str(caught.value)
-
-
-def test_missing_shard_is_named(tmp_path, weights):
-    folder = write_hf(tmp_path / "hf", weights, 3)
-    (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(InputError, match=r"missing: model-00002-of-00003\.safetensors;"):
-        huggingface.open_source(folder)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -293,8 +265,9 @@ def test_cli_converts_and_says_what_it_wrote(tmp_path, hf, tokenizer):
     )
     assert done.returncode == 0, done.stderr
     count = sum(array.size for array in random_weights(GQA).values())
-    assert f"wrote {count:,} parameters, float16, " in done.stdout
-    assert f"python run.py --checkpoint={tmp_path / 'out'} " in done.stdout
+    (line,) = done.stdout.splitlines()  # and none of rounding: all is exact in float16
+    assert line.startswith(f"wrote {count:,} parameters, float16, ")
+    assert f"python run.py --checkpoint={tmp_path / 'out'} " in line
     assert "warning" not in done.stderr
     checkpoint = load_checkpoint(tmp_path / "out")
     assert checkpoint.dtype == "float16"
@@ -309,8 +282,9 @@ def test_debug_shows_the_traceback(tmp_path):
 
 def test_destination_is_checked_before_the_work(tmp_path, hf, capsys, monkeypatch):
     monkeypatch.setattr(huggingface, "open_source", None)
-    assert main(["hf", str(hf), str(hf)]) == 2
-    assert "already exists; remove it or name another" in capsys.readouterr().err
+    for command in ("hf", "export-hf"):
+        assert main([command, str(hf), str(hf)]) == 2
+        assert "already exists; remove it or name another" in capsys.readouterr().err
     assert main(["hf", str(hf), str(hf / "config.json" / "out")]) == 2
     assert "is no folder that you can write to" in capsys.readouterr().err
     monkeypatch.setattr(os, "access", lambda path, mode: False)
@@ -333,19 +307,6 @@ def test_tokenizer_must_fit_the_embedding(tmp_path, hf, tokenizer, capsys):
     (hf / "tokenizer.model").rename(other / "tokenizer.model")
     assert main(["hf", str(other), str(tmp_path / "out")]) == 2
     assert "has 300 pieces, the model's vocab_size is 400" in capsys.readouterr().err
-
-
-@CORRUPTION
-def test_corrupted_weights_are_named(hf, content, message):
-    assert_corruption_is_named(hf / "model.safetensors", read_hf, content, message)
-
-
-def test_an_html_page_is_one_line_and_exit_2(hf, tmp_path, capsys):
-    (hf / "model.safetensors").write_text("<!DOCTYPE html><html>log in</html>")
-    assert main(["hf", str(hf), str(tmp_path / "out")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert "model.safetensors is an HTML page, not weights" in line
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model"])

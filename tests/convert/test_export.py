@@ -2,11 +2,8 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +15,7 @@ from convert.__main__ import main
 from llama_jax import Llama
 from llama_jax.weights import manifest
 from llama_jax.weights.checkpoint import Tensor, load_checkpoint, save_checkpoint
-from tests.helpers import ROOT
+from tests.helpers.commands import run_py
 from tests.helpers.sources import CONFIG_JSON, GQA, MHA, TIED, hf_name, random_weights
 from tests.helpers.stories import BOS, PUBLISHED
 
@@ -162,15 +159,6 @@ def test_stories260k_goes_around_unchanged(assets, tmp_path):
     assert tokenizer.decode(tokens[0], skip_special_tokens=True).strip() == PUBLISHED
 
 
-def test_an_existing_folder_is_never_written_to(tmp_path, capsys):
-    first = saved(tmp_path / "first")
-    out = tmp_path / "out"
-    out.mkdir()
-    assert run("export-hf", first, out) == 2
-    assert f"{out} already exists" in capsys.readouterr().err
-    assert not list(out.iterdir())
-
-
 def test_corruption_is_named_and_nothing_exported(tmp_path, capsys):
     bad = corrupted(saved(tmp_path / "bad"))
     load_checkpoint(bad)  # sizes and small files are right
@@ -198,17 +186,8 @@ def test_run_verifies_when_asked(tmp_path, harm):
     path = saved(tmp_path / "first")
     if harm:
         corrupted(path)
-    done = subprocess.run(
-        [
-            *(sys.executable, "run.py", f"--checkpoint={path}", "--verify", "--prompt_tokens=1,5"),
-            *("--max_tokens=2", "--temperature=0", "--ignore_eos", "--output=json"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={k: v for k, v in os.environ.items() if k != "LLAMA_JAX_CHECKPOINT"},
-    )
+    request = ("--prompt_tokens=1,5", "--max_tokens=2", "--ignore_eos", "--output=json")
+    done = run_py(f"--checkpoint={path}", "--verify", *request)
     if harm:
         assert (done.returncode, done.stdout) == (2, "")
         (line,) = done.stderr.splitlines()

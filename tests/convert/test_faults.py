@@ -1,6 +1,5 @@
 """What goes wrong around a checkpoint: a kill, a full disk, a second writer, changed bytes."""
 
-import collections
 import dataclasses
 import hashlib
 import json
@@ -227,19 +226,8 @@ checkpoint.write_manifest = write
         assert f"TypeError: a bug in a {bug}" in err
 
 
-def test_what_a_killed_conversion_left_counts_as_room(hf, tmp_path, monkeypatch, capsys):
-    left = tmp_path / ".out.partial" / "out" / "params"
-    left.mkdir(parents=True)
-    (left / "half").write_bytes(bytes(10**6))
-    usage = collections.namedtuple("usage", "free")
-    monkeypatch.setattr(commands.shutil, "disk_usage", lambda path: usage(0))
-    assert convert("hf", hf, tmp_path / "other") == 2
-    assert "make room" in capsys.readouterr().err
-    assert convert("hf", hf, tmp_path / "out") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
-
-
 def test_room_is_checked_beforehand(hf, tmp_path, monkeypatch, capsys):
+    """What a killed conversion left counts as room."""
     size = sum(array.nbytes for array in random_weights(GQA).values())
     usage = types.SimpleNamespace(free=size - 1)
     monkeypatch.setattr(commands.shutil, "disk_usage", lambda path: usage)
@@ -248,8 +236,11 @@ def test_room_is_checked_beforehand(hf, tmp_path, monkeypatch, capsys):
     assert f"out needs {size:,} bytes, but its disk has {size - 1:,} left" in said
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert convert("hf", hf, tmp_path / "half", "--dtype=float16") == 0
-    usage.free = size
+    left = tmp_path / ".out.partial" / "out" / "params"
+    left.mkdir(parents=True)
+    (left / "half").write_bytes(b"1")
     assert convert("hf", hf, tmp_path / "out") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half", "hf", "out"]
 
 
 # A checkpoint changed.
@@ -290,18 +281,6 @@ def test_a_flipped_byte_in_any_file_is_refused_by_name(saved, monkeypatch):
     assert ", ..." in refused(saved, verify_checkpoint)  # names tensors too
 
 
-def test_a_shard_cut_short_or_gone_is_named(saved):
-    shard = saved / "params" / "00001"
-    file = max(shard.rglob("*"), key=lambda file: file.stat().st_size * file.is_file())
-    content = file.read_bytes()
-    file.write_bytes(content[:-100])
-    assert f"{file.relative_to(saved)} has {len(content) - 100} of {len(content)} bytes" in refused(
-        saved, load_checkpoint
-    )
-    shutil.rmtree(shard)
-    assert f"{file.relative_to(saved)} is missing" in refused(saved, load_checkpoint)
-
-
 def rewrite(saved: pathlib.Path, weights: dict[str, np.ndarray], config=GQA) -> pathlib.Path:
     """Save other tensors under the manifest's old rows: the sizes fit, the digests do not."""
     other = saved.with_name("other")
@@ -320,11 +299,6 @@ def test_a_tensor_of_another_shape_is_named(saved):
     other = rewrite(saved, random_weights(config), config)
     for read in (verify_checkpoint, load_checkpoint):
         assert "params/0000" in refused(other, read)
-
-
-def test_another_models_tokenizer_is_refused(saved, assets):
-    shutil.copyfile(assets / "llama2-tokenizer/tokenizer.model", saved / "tokenizer.model")
-    assert "tokenizer.model has 499723 of " in refused(saved, load_checkpoint)
 
 
 def test_our_own_bug_is_not_called_corruption(saved, tmp_path, monkeypatch):
@@ -378,35 +352,28 @@ def test_a_corrupted_shard_is_named(tmp_path, weights, write, files, index):
             read_hf(folder)
         assert "\n" not in str(caught.value)
     file.unlink()
-    with pytest.raises(InputError, match=f"{index} names files that are missing: {file.name}"):
+    with pytest.raises(InputError, match=f"{index} names files that are missing: {file.name};"):
         read_hf(folder)
 
 
 @pytest.mark.parametrize(("write", "files", "index"), KINDS)
-def test_a_tensor_in_another_shard_is_named(tmp_path, weights, write, files, index):
+def test_a_tensor_where_the_index_does_not_place_it_is_named(
+    tmp_path, weights, write, files, index
+):
     folder = write(tmp_path / "hf", weights, 2)
     values = json.loads((folder / index).read_text())
-    placed = values["weight_map"]
-    held, (other,) = placed["lm_head.weight"], set(placed.values()) - {placed["lm_head.weight"]}
-    placed["lm_head.weight"] = other
+    placed, moved, lost = values["weight_map"], "lm_head.weight", "model.norm.weight"
+    held, (other,) = placed[moved], set(placed.values()) - {placed[moved]}
+    placed[moved], holder = other, placed.pop(lost)
     (folder / index).write_text(json.dumps(values))
-    with pytest.raises(InputError, match=rf"lm_head\.weight is not in {other}.*{held} holds lm_h"):
-        read_hf(folder)
-
-
-@pytest.mark.parity
-def test_wrong_tensors_of_a_pickle_are_in_one_error(tmp_path, weights):
-    del weights["layer_1/attention/q"]
-    weights["layer_0/feed_forward/up"] = np.zeros((3, 4), np.float32)
-    weights["model.extra.bias"] = np.zeros(3, np.float32)
     with pytest.raises(InputError) as caught:
-        read_hf(write_bin(tmp_path / "hf", weights))
-    for part in (
-        "missing: model.layers.1.self_attn.q_proj.weight;",
-        "unexpected: model.extra.bias;",
-        "model.layers.0.mlp.up_proj.weight is [3, 4], expected [176, 64]",
+        read_hf(folder)
+    for expected in (
+        f"{moved} is not in {other}",
+        f"{held} holds {moved}, which the index places in {other}",
+        f"{holder} holds {lost}, which the index places in no file",
     ):
-        assert part in str(caught.value)
+        assert expected in str(caught.value)
 
 
 def test_a_flipped_byte_in_a_header_is_refused_or_without_effect(hf, weights):
@@ -443,14 +410,8 @@ def test_published_sums(tmp_path):
         (tmp_path / name).write_bytes(name.encode() * 1000)
     path = write_list(tmp_path, "checklist.chk", "a.pth", "b.pth", "params.json")
     assert published.check_list(path) == 3
-    path.write_text(
-        path.read_text()
-        .replace("  ", " *")
-        .upper()
-        .replace("A.PTH", "a.pth")
-        .replace("B.PTH", "b.pth")
-        .replace("PARAMS.JSON", "params.json")
-    )
+    sums = [line.split() for line in path.read_text().splitlines()]
+    path.write_text("".join(f"{md5.upper()} *{name}\n" for md5, name in sums))
     assert published.check_list(path) == 3  # as md5sum --binary writes it
 
     content = bytearray((tmp_path / "a.pth").read_bytes())

@@ -1,28 +1,20 @@
 """Conversion from Meta's layout, which needs PyTorch."""
 
 import dataclasses
-import pathlib
-import pickle
-import subprocess
 import sys
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import huggingface, meta
+from convert import meta
 from convert.__main__ import main
 from llama_jax.errors import InputError
 from llama_jax.weights.checkpoint import load_checkpoint
-from tests.helpers import ROOT
 from tests.helpers.sources import (
-    CORRUPTION,
     GQA,
     MHA,
-    assert_corruption_is_named,
     assert_same,
-    flat,
     random_weights,
     read_all,
 )
@@ -48,46 +40,10 @@ def test_meta_shards_give_the_same_tree(tmp_path, config, shards, dtype):
     assert_same(got, weights)
 
 
-def test_both_layouts_give_the_same_checkpoint(tmp_path, weights, hf):
-    folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, 2))
-    assert main(["meta", str(folder), str(tmp_path / "a"), "--max_seq_len=64"]) == 0
-    assert main(["hf", str(hf), str(tmp_path / "b")]) == 0
-    a, b = load_checkpoint(tmp_path / "a"), load_checkpoint(tmp_path / "b")
-    assert a.config == b.config == GQA
-    assert a.dtype == b.dtype == "float32"
-    for checkpoint in (a, b):
-        assert_same(jax.tree.map(np.asarray, flat(checkpoint.params)), weights)
-
-
 def test_non_contiguous_tensors_are_read_right(tmp_path, weights):
     (rank,) = meta_shards(weights, GQA, 1)
     rank["output.weight"] = rank["output.weight"].T.contiguous().T
     assert_same(read_meta(write_meta(tmp_path / "meta", [rank]))[1], weights)
-
-
-@CORRUPTION
-def test_corrupted_weights_are_named(tmp_path, weights, content, message):
-    folder = write_meta(tmp_path / "src", meta_shards(weights, GQA, 1))
-    assert_corruption_is_named(folder / "consolidated.00.pth", read_meta, content, message)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, zipped):
-    marker = tmp_path / "ran"
-
-    class Evil:
-        def __reduce__(self):
-            return pathlib.Path.touch, (marker,)
-
-    folder = write_meta(tmp_path / "meta", [])
-    file = folder / "consolidated.00.pth"
-    if zipped:
-        torch.save({"tok_embeddings.weight": Evil()}, file)
-    else:
-        file.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(InputError, match=r"consolidated\.00\.pth .*download it again"):
-        read_meta(folder)
-    assert not marker.exists()
 
 
 @pytest.mark.parametrize(
@@ -134,20 +90,19 @@ def test_params_the_model_cannot_honour_are_refused(tmp_path, weights, setting, 
         read_meta(folder)
 
 
-@pytest.mark.parametrize(("shards", "gone"), [(4, 0), (4, 2), (2, 0)])
-def test_gap_in_the_shards_is_named(tmp_path, weights, shards, gone):
+@pytest.mark.parametrize(
+    ("shards", "gone", "message"),
+    [
+        (4, 0, r"missing consolidated\.00\.pth"),
+        (4, 2, r"missing consolidated\.02\.pth"),
+        (2, 0, r"missing consolidated\.00\.pth"),
+        (4, 3, r"has 132 outputs in all shards.*make 176; a shard is missing"),
+    ],
+)
+def test_missing_shard_is_noticed(tmp_path, weights, shards, gone, message):
     folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, shards))
     (folder / f"consolidated.{gone:02}.pth").unlink()
-    with pytest.raises(InputError, match=rf"missing consolidated\.{gone:02}\.pth"):
-        read_meta(folder)
-
-
-def test_missing_last_shard_is_noticed(tmp_path, weights):
-    folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, 4))
-    (folder / "consolidated.03.pth").unlink()
-    with pytest.raises(
-        InputError, match=r"has 132 outputs in all shards.*make 176; a shard is missing"
-    ):
+    with pytest.raises(InputError, match=message):
         read_meta(folder)
 
 
@@ -196,19 +151,6 @@ def test_without_pytorch_the_extra_is_named(tmp_path, weights, monkeypatch):
         read_meta(folder)
 
 
-def test_cli_error_is_one_line_and_exit_2(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "convert", "meta", tmp_path / "none", tmp_path / "out"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {tmp_path / 'none'} does not exist; expected a folder with ")
-
-
 @pytest.mark.parametrize(
     ("layout", "looked_for"),
     [
@@ -244,15 +186,6 @@ def test_assumed_context_and_missing_tokenizer_are_reported(tmp_path, weights, c
     assert load_checkpoint(tmp_path / "b").config.max_seq_len == 64
     with pytest.raises(SystemExit, match="2"):
         main(["meta", str(folder), str(tmp_path / "c"), "--max_seq_len=0"])
-
-
-def test_stories260k_is_the_same_from_both_layouts(assets):
-    folder = assets / "stories260k"
-    opened = huggingface.open_source(folder / "hf")
-    config, expected = read_all(opened)
-    got_config, got = read_all(meta.open_source(folder / "meta", config.max_seq_len))
-    assert got_config == config
-    assert_same(got, expected)
 
 
 def test_tokenizer_beside_the_folder_is_found(tmp_path, weights, tokenizer, capsys):

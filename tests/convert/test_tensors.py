@@ -215,14 +215,6 @@ def test_rounding_is_counted(tmp_path, capsys, case):
     assert summary == [f"in {target}, of {total:,} values: {listed}; by tensor in manifest.json"]
 
 
-@pytest.mark.parametrize("target", DTYPES)
-def test_what_is_exact_has_no_rounding(tmp_path, hf, capsys, target):
-    rows = converted(hf, tmp_path / "out", f"--dtype={target}")["tensors"]
-    assert not [path for path, row in rows.items() if "rounding" in row]
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("wrote ")
-
-
 # The manifest.
 
 

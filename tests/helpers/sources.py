@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-import pytest
 import safetensors.numpy
 
 from convert import huggingface, source
 from llama_jax.config import ModelConfig
-from llama_jax.errors import InputError
 from llama_jax.nn.transformer import param_shapes
 
 GQA = ModelConfig(
@@ -142,26 +140,6 @@ def assert_same(got: Weights, expected: Weights):
         assert got[path].dtype == array.dtype, path
         assert got[path].shape == array.shape, path
         assert got[path].tobytes() == array.tobytes(), path
-
-
-CORRUPTION = pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is empty"),
-        (b"\n<!DOCTYPE html><html>" + b"x" * 99, "is an HTML page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab", "is a git-lfs pointer"),
-        (None, "cut short"),
-    ],
-    ids=["empty", "html", "lfs", "truncated"],
-)
-
-
-def assert_corruption_is_named(file: pathlib.Path, read, content: bytes | None, message: str):
-    """Corrupt one file of a good source (None: cut its end off) and read the source again."""
-    file.write_bytes(file.read_bytes()[:-1000] if content is None else content)
-    with pytest.raises(InputError, match=f"{file.name} .*{message}") as caught:
-        read(file.parent)
-    assert "\n" not in str(caught.value)
 
 
 BIN_INDEX = "pytorch_model.bin.index.json"
