@@ -10,9 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax import InputError, Llama, Stream
+from llama_jax import InputError, Llama
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.engine.engine import Engine
 from llama_jax.engine.fingerprint import fingerprint
 from llama_jax.engine.result import Usage
 from llama_jax.llama import MAX_SLOTS
@@ -28,12 +27,6 @@ QUESTION = {"prompt": "What is the capital of France?", "seed": 1}
 @pytest.fixture(scope="module")
 def llm():
     return Llama.load(DEMO_CHECKPOINT)
-
-
-def test_the_readmes_question(llm):
-    assert llm.generate(prompt=QUESTION["prompt"], temperature=0).response == (
-        "The capital of France is Paris."
-    )
 
 
 def test_the_demo_answers_its_corpus(llm):
@@ -83,26 +76,6 @@ def test_prompt_tokens_and_parameters_of_a_result_repeat_it(llm, prompt):
     assert (again.tokens, again.parameters) == (first.tokens, first.parameters)
 
 
-@pytest.mark.parametrize(
-    "request_",
-    [
-        QUESTION,
-        {"prompt": "Hi", "temperature": 3.0, "seed": 5, "max_tokens": 100},
-        {"prompt": "Hi", "temperature": 5.0, "seed": 6, "max_tokens": 60, "ignore_eos": True},
-        {"prompt": "Once upon a time", "raw": True, "temperature": 0, "max_tokens": 40},
-        {"prompt_tokens": [1, 5, 9], "temperature": 4.0, "seed": 2**40, "max_tokens": 33},
-    ],
-)
-def test_streamed_equals_whole(llm, request_):
-    stream = llm.stream(**request_)
-    assert isinstance(stream, Stream)
-    pieces = list(stream)
-    whole = llm.generate(**request_)
-    assert "".join(pieces) == stream.result.response == whole.response
-    assert stream.result.tokens == whole.tokens
-    assert all(pieces)
-
-
 def test_stream_can_be_paused_and_resumed(llm):
     stream = llm.stream(**QUESTION)
     with pytest.raises(RuntimeError, match="not been read to its end"):
@@ -125,47 +98,6 @@ def test_the_cache_is_allocated_once(llm, parameters, monkeypatch):
     assert llm.generate(**QUESTION).tokens == expected
 
 
-def test_the_next_turn_of_a_conversation_reuses_the_last(llm):
-    system = "You are a friendly llama who answers every question in one short sentence. "
-    messages = [
-        {"role": "system", "content": system * 12},
-        {"role": "user", "content": "What is the capital of France?"},
-    ]
-    first = llm.generate(messages=messages, seed=1, max_tokens=30)
-    messages += [
-        {"role": "assistant", "content": first.response or "Paris."},
-        {"role": "user", "content": "Hello"},
-    ]
-    second = llm.generate(messages=messages, seed=2, max_tokens=30)
-    unit = llm.executor.plan.reuse_multiple
-    assert second.usage.cached_tokens >= len(first.prompt_tokens) // unit * unit > 0
-    fresh = copy.copy(llm)
-    fresh.engine = Engine(llm.executor, llm.tokenizer, reuse=False)
-    alone = fresh.generate(messages=messages, seed=2, max_tokens=30)
-    assert (alone.tokens, alone.usage.cached_tokens) == (second.tokens, 0)
-
-
-def test_stop_strings(llm):
-    whole = llm.generate(**QUESTION, temperature=0)
-    cut = llm.generate(**QUESTION, temperature=0, stop=[" is", "France"])
-    assert (cut.response, cut.finish_reason) == ("The capital of ", "stop")
-    assert cut.tokens == whole.tokens[: len(cut.tokens)]
-    assert llm.generate(**QUESTION, temperature=0, stop="London").response == whole.response
-
-
-def test_logprobs_and_pieces(llm):
-    stream = llm.stream(**QUESTION, logprobs=2)
-    pieces = list(iter(stream.next_piece, None))
-    result = stream.result
-    assert "".join(piece.text for piece in pieces) == result.response
-    assert [token for piece in pieces for token in piece.tokens] == result.tokens
-    assert [each for piece in pieces for each in piece.logprobs] == result.logprobs
-    assert result.logprobs == llm.generate(**QUESTION, logprobs=2).logprobs
-    assert [each.token for each in result.logprobs] == result.tokens
-    assert all(len(each.top) == 2 and each.logprob <= each.top[0][1] for each in result.logprobs)
-    json.dumps(dataclasses.asdict(result))
-
-
 def test_generate_all_raises_the_error_of_one_request(llm):
     fits = {"prompt": "Hi", "seed": 1, "max_tokens": 3}
     results = llm.generate_all([fits, fits, {"prompt": "Hi", "max_tokens": 10_000}])
@@ -185,22 +117,6 @@ def test_max_tokens(llm, max_tokens):
     assert (result.timings.decode_tokens_per_s is None) == (max_tokens < 2)
 
 
-def test_ignore_eos_goes_on(llm):
-    result = llm.generate(**QUESTION, ignore_eos=True, max_tokens=30)
-    assert len(result.tokens) == 30
-    assert EOS_ID in result.tokens
-    assert result.finish_reason == "length"
-
-
-def test_system_prompt_is_the_first_message(llm):
-    result = llm.generate(prompt="Hi", system="You are a pirate.", seed=1)
-    messages = [
-        {"role": "system", "content": "You are a pirate."},
-        {"role": "user", "content": "Hi"},
-    ]
-    assert result.prompt_tokens == llm.generate(messages=messages, seed=1).prompt_tokens
-
-
 def test_raw_is_bos_and_the_text(llm):
     result = llm.generate(prompt="[INST] Hi", raw=True, max_tokens=1)
     assert result.prompt_tokens == [BOS_ID, *llm.tokenizer.encode("[INST] Hi")]
@@ -213,15 +129,6 @@ def test_logits_equal_the_oracle(llm):
     assert logits.dtype == np.float32
     oracle = reference.logits(llm.executor.params, llm.config, tokens)
     np.testing.assert_allclose(logits, oracle, atol=1e-3)
-
-
-def test_greedy_equals_the_oracle(llm):
-    prompt = [BOS_ID, *llm.tokenizer.encode("[INST] Hello [/INST]")]
-    tokens = list(prompt)
-    while tokens[-1] != EOS_ID:
-        tokens.append(int(reference.logits(llm.executor.params, llm.config, tokens)[-1].argmax()))
-    result = llm.generate(prompt_tokens=prompt, temperature=0)
-    assert result.tokens == tokens[len(prompt) : -1]
 
 
 def test_context_is_counted_before_running(llm):
@@ -286,18 +193,6 @@ def test_the_fingerprint_names_all_that_decides_the_tokens(llm, tmp_path, monkey
     monkeypatch.setattr("llama_jax.engine.fingerprint.SAMPLER_VERSION", 2)
     others.append(of())
     assert len({plain, *others}) == 6
-
-
-def test_without_a_tokenizer_ids_go_in_and_out(tmp_path, llm):
-    demo = load_checkpoint(DEMO_CHECKPOINT)
-    save_checkpoint(tmp_path / "bare", tensors(demo.params), demo.config)
-    bare = Llama.load(tmp_path / "bare")
-    whole = llm.generate(**QUESTION)
-    stream = bare.stream(prompt_tokens=whole.prompt_tokens, seed=1)
-    assert "".join(stream) == ",".join(map(str, whole.tokens))
-    assert (stream.result.response, stream.result.tokens) == (None, whole.tokens)
-    with pytest.raises(InputError, match=r"has no tokenizer\.model"):
-        bare.generate(prompt="Hi")
 
 
 def test_end_tokens_of_the_load_take_the_place_of_the_checkpoints(llm):
