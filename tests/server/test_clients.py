@@ -73,46 +73,36 @@ def test_cloudflare_run(native, llm, asking):
         "seed": 7,
         "fingerprint": expected.fingerprint,
     }
-
-
-@pytest.mark.parametrize("asking", [{"prompt": QUESTION}, {"messages": [ASKING]}])
-def test_cloudflare_stream(native, asking):
-    streaming = native.ai.with_streaming_response
-    with streaming.run(MODEL, account_id=ACCOUNT, stream=True, **asking) as response:
+    fields |= {"account_id": ACCOUNT, "stream": True}
+    with native.ai.with_streaming_response.run(MODEL, **asking, **fields) as response:
         assert "event-stream" in response.headers["content-type"]
         lines = [line for line in response.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
     events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
     assert len(events) > 1
-    assert "".join(event["response"] for event in events) == ANSWER
-    assert events[-1]["usage"]["completion_tokens"] == 7
+    assert "".join(event["response"] for event in events) == expected.response
+    assert events[-1]["usage"] == native_usage(expected)
 
 
 def test_cloudflare_errors(native, server):
     import cloudflare
 
-    def refusal(kind, model=MODEL, client=native, **fields):
+    def check(kind, status, code, text, model=MODEL, client=native, **fields):
         with pytest.raises(kind) as caught:
             client.ai.run(model, account_id=ACCOUNT, **{"prompt": QUESTION, **fields})
         [error] = caught.value.errors
-        return caught.value.status_code, error.code, error.message
+        assert (caught.value.status_code, error.code) == (status, code)
+        assert text in error.message
 
-    status, code, text = refusal(cloudflare.BadRequestError, temperature=9)
-    assert (status, code) == (400, 5006)
-    assert "'/temperature' must be <= 5" in text
-    status, code, text = refusal(cloudflare.BadRequestError, model="@cf/x/y")
-    assert (status, code) == (400, 5007)
-    assert "No such model @cf/x/y" in text
-    status, code, text = refusal(cloudflare.APIStatusError, max_tokens=5000)
-    assert (status, code) == (413, 5021)
-    assert "(5014) exceeded this model context window limit (512)" in text
+    check(cloudflare.BadRequestError, 400, 5006, "'/temperature' must be <= 5", temperature=9)
+    check(cloudflare.BadRequestError, 400, 5007, "No such model @cf/x/y", model="@cf/x/y")
+    too_long = "(5014) exceeded this model context window limit (512)"
+    check(cloudflare.APIStatusError, 413, 5021, too_long, max_tokens=5000)
     with cloudflare_client(server, "wrong") as other:
-        refused = refusal(cloudflare.AuthenticationError, client=other)
-    assert refused == (401, 10000, "Authentication error")
+        text = "Authentication error"
+        check(cloudflare.AuthenticationError, 401, 10000, text, client=other)
     with server.full():
-        status, code, text = refusal(cloudflare.RateLimitError)
-    assert (status, code) == (429, 3040)
-    assert "try again" in text
+        check(cloudflare.RateLimitError, 429, 3040, "try again")
 
 
 def test_cloudflare_models(native):
@@ -209,29 +199,23 @@ def test_openai_models(openai_client):
 def test_openai_errors(openai_client, server, stream):
     import openai
 
-    def refusal(kind, client=openai_client, **fields):
+    def check(kind, status, code, text, client=openai_client, **fields):
         with pytest.raises(kind) as caught:
             client.chat.completions.create(**chat(stream=stream, **fields))
         error = caught.value
         assert error.type.endswith("_error")
-        return error.status_code, error.code, str(error)
+        assert (error.status_code, error.code) == (status, code)
+        assert text in str(error)
 
-    status, code, text = refusal(openai.BadRequestError, top_p=9)
-    assert (status, code) == (400, "5006")
-    assert "'/top_p' must be <= 2" in text
-    status, code, text = refusal(openai.BadRequestError, tools=[{"type": "function"}])
-    assert (status, code) == (400, "5006")
-    assert "tools is not supported, leave it out" in text
-    status, code, text = refusal(openai.APIStatusError, max_completion_tokens=5000, max_tokens=5000)
-    assert (status, code) == (413, "5021")
-    assert "exceeded this model context window limit (512)" in text
+    check(openai.BadRequestError, 400, "5006", "'/top_p' must be <= 2", top_p=9)
+    unsupported = "tools is not supported, leave it out"
+    check(openai.BadRequestError, 400, "5006", unsupported, tools=[{"type": "function"}])
+    too_long = "exceeded this model context window limit (512)"
+    check(openai.APIStatusError, 413, "5021", too_long, max_completion_tokens=5000, max_tokens=5000)
     with openai_at(server, token="wrong") as other:
-        status, code, text = refusal(openai.AuthenticationError, client=other)
-    assert (status, code) == (401, "10000")
-    assert "Authentication error" in text
+        check(openai.AuthenticationError, 401, "10000", "Authentication error", client=other)
     with server.full():
-        status, code, text = refusal(openai.RateLimitError)
-    assert (status, code) == (429, "3040")
+        check(openai.RateLimitError, 429, "3040", "try again")
 
 
 def test_openai_async(server, llm):
