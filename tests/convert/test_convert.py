@@ -1,6 +1,7 @@
 """Conversion from Hugging Face's layout, the command line, and what both readers share."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
