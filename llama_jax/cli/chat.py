@@ -23,6 +23,7 @@ def chat() -> None:
     """Answer turn by turn until /quit or the end of the input."""
     parameters = parameters_from_flags()
     # Before the weights: a mistake should not take a minute to show.
+    parameters["allow_control_tags"] = FLAGS.allow_control_tags
     make_request(prompt="x", system=FLAGS.system, **parameters)
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 (line editing and history for input)
@@ -50,7 +51,7 @@ class Conversation:
     Args:
         llm: the model.
         system: the system prompt.
-        parameters: of each answer.
+        parameters: of each answer, and `allow_control_tags`.
     """
 
     def __init__(self, llm: Llama, system: str | None, parameters: dict[str, Any]):
@@ -68,7 +69,7 @@ class Conversation:
             self._turns = []
             note("conversation forgotten")
         elif command == "/system":
-            make_request(prompt="x", system=rest or None)
+            make_request(prompt="x", system=rest or None, **self._parameters)
             self._system, self._turns = rest or None, []
             note("system prompt set, conversation forgotten")
         elif command == "/seed":
@@ -92,13 +93,7 @@ class Conversation:
         result = stream.result
         note(summary(self._llm, result, "/seed {}" if self._parameters["seed"] is None else ""))
         assert result.response is not None  # without a tokenizer there were no turns
-        turns.append(Message(role="assistant", content=result.response))
-        try:
-            make_request(messages=[*turns, Message(role="user", content="x")])
-        except InputError:
-            note("the answer contains a control tag: this turn is dropped from the conversation")
-        else:
-            self._turns = turns
+        self._turns = [*turns, Message(role="assistant", content=result.response)]
 
 
 def _parse_seed(text: str) -> int:

@@ -10,7 +10,10 @@ from llama_jax.weights.checkpoint import DTYPES
 FLAGS = flags.FLAGS
 
 MODEL = ("checkpoint", "dtype", "context", "slots", "eos_tokens", "verify")
-PROMPT = ("prompt", "system", "messages", "prompt_tokens", "request", "raw")
+PROMPT = (
+    *("prompt", "system", "messages", "prompt_tokens", "request"),
+    *("raw", "parse_control", "allow_control_tags"),
+)
 SAMPLING = (
     "max_tokens",
     "temperature",
@@ -61,7 +64,7 @@ VERBS = {
             name="chat",
             arguments="[flags]",
             summary="Chat in the terminal.",
-            takes=(*MODEL, "system", *SAMPLING, *GENERAL),
+            takes=(*MODEL, "system", "allow_control_tags", *SAMPLING, *GENERAL),
             refuses_others="which reads turns from stdin and streams text in the chat format",
             takes_at_default=("raw", "output", "stream"),
         ),
@@ -138,10 +141,26 @@ def _define_prompt_flags() -> None:
     )
     flags.DEFINE_string("request", None, "A whole model card request in JSON, - for stdin.")
     flags.DEFINE_bool("raw", False, "Use --prompt as it is, after BOS, without the chat template.")
+    flags.DEFINE_bool(
+        "parse_control",
+        False,
+        "With --raw: <s> in the prompt is BOS and </s> is EOS, not plain text.",
+    )
+    flags.DEFINE_bool(
+        "allow_control_tags",
+        False,
+        "Accept tags such as [INST] in system and user turns, as plain text. Whoever writes these "
+        "turns can then forge others.",
+    )
 
 
 def _define_sampling_flags() -> None:
-    flags.DEFINE_integer("max_tokens", 256, "Maximum number of tokens to generate, 0 or more.")
+    flags.DEFINE_integer(
+        "max_tokens",
+        None,
+        "Maximum number of tokens to generate, 0 or more. Default: 256, or what the context has "
+        "left beside the prompt if that is less.",
+    )
     flags.DEFINE_float(
         "temperature", 0.6, "Sampling temperature, 0 to 5; 0 always takes the most likely token."
     )

@@ -18,6 +18,8 @@ def generate() -> None:
         refuse_flags("--print_prompt_tokens", "which runs no model", *others)
     # Before the weights: a mistake should not take a minute to show.
     request, repeat = read_request()
+    for warning in request.warnings:
+        note(f"warning: {warning}")
     if FLAGS.print_prompt_tokens:
         _print_prompt_tokens(request)
         return

@@ -29,7 +29,8 @@ def read_request() -> tuple[GenerationRequest, str]:
     if FLAGS.request is not None:
         return _read_card_request(FLAGS.request)
     request = parameters_from_flags()
-    request |= {"prompt": FLAGS.prompt, "system": FLAGS.system, "raw": FLAGS.raw}
+    prompt = ("prompt", "system", "raw", "parse_control", "allow_control_tags")
+    request |= {name: FLAGS[name].value for name in prompt}
     if FLAGS.messages is not None:
         request["messages"] = _read_messages(FLAGS.messages)
     if FLAGS.prompt_tokens is not None:

@@ -5,6 +5,7 @@ does; this is the part that many threads may call.
 """
 
 import collections
+import dataclasses
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from llama_jax.decode.executor import Executor
 from llama_jax.engine.clock import Clock
 from llama_jax.engine.fair_lock import FairLock
 from llama_jax.engine.generation import Generation
+from llama_jax.engine.parameters import DEFAULT_MAX_TOKENS
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.scheduler import Counts, Scheduler
 from llama_jax.errors import InputError
@@ -26,14 +28,22 @@ MAX_FAILURES = 3
 
 
 class ContextError(InputError):
-    """The prompt and max_tokens do not fit the context together."""
+    """The prompt and max_tokens do not fit the context together.
 
-    def __init__(self, prompt_tokens: int, max_tokens: int, context: int):
-        super().__init__(
-            f"prompt has {prompt_tokens:,} tokens and max_tokens is {max_tokens:,}, "
-            f"but the context holds {context:,}; shorten the prompt or lower max_tokens"
-        )
-        self.needed, self.context = prompt_tokens + max_tokens, context
+    Args:
+        prompt_tokens: tokens of the prompt.
+        max_tokens: None: none was given, and there is no room for 1.
+        context: tokens that the context holds.
+    """
+
+    def __init__(self, prompt_tokens: int, max_tokens: int | None, context: int):
+        problem, remedy = f"prompt has {prompt_tokens:,} tokens", "shorten the prompt"
+        if max_tokens is not None:
+            problem += f" and max_tokens is {max_tokens:,}"
+            remedy += " or lower max_tokens"
+        super().__init__(f"{problem}, but the context holds {context:,}; {remedy}")
+        self.prompt_tokens, self.context = prompt_tokens, context
+        self.max_tokens = 1 if max_tokens is None else max_tokens
 
 
 class QueueFullError(Exception):
@@ -108,14 +118,13 @@ class Engine:
 
         Raises:
             InputError: text without a tokenizer, or ids outside the vocabulary.
-            ContextError: prompt and max_tokens do not fit the context.
+            ContextError: prompt and max_tokens, or 1 token if none is given, do not fit the
+                context.
             QueueFullError: the queue is full.
             EngineFailedError: `run` gave up.
         """
         prompt = request.encode(self.tokenizer, self.executor.config.vocab_size)
-        context, max_tokens = self.executor.context, request.parameters.max_tokens
-        if len(prompt) + max_tokens > context:
-            raise ContextError(len(prompt), max_tokens, context)
+        request = _fit(request, len(prompt), self.executor.context)
         generation = Generation(
             request,
             prompt,
@@ -208,6 +217,16 @@ class Engine:
             if progress is None:
                 return
             yield progress
+
+
+def _fit(request: GenerationRequest, prompt_tokens: int, context: int) -> GenerationRequest:
+    """Return a request with its max_tokens; refuse one that the context has no room for."""
+    given, room = request.parameters.max_tokens, context - prompt_tokens
+    if (1 if given is None else given) > room:
+        raise ContextError(prompt_tokens, given, context)
+    limit = min(DEFAULT_MAX_TOKENS, room) if given is None else given
+    parameters = dataclasses.replace(request.parameters, max_tokens=limit)
+    return dataclasses.replace(request, parameters=parameters)
 
 
 def _drop_locals(error: BaseException) -> None:

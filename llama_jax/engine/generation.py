@@ -56,7 +56,7 @@ class Generation:
         self.reused = 0
         """Tokens of the prompt served from the prefix cache."""
         self._pieces: collections.deque[Piece] = collections.deque()
-        self._decoder = StreamDecoder(tokenizer) if tokenizer else None
+        self._decoder = _decoder(request, prompt, tokenizer)
         self._cutter = StopCutter(request.parameters.stop)
         self._texts: list[str] = []
         self._waiting = Piece("", [], [])  # tokens whose text has not come yet
@@ -72,10 +72,16 @@ class Generation:
         return self._ended.is_set()
 
     @property
+    def max_tokens(self) -> int:
+        """Tokens to generate at most; the engine has set it."""
+        limit = self.request.parameters.max_tokens
+        assert limit is not None
+        return limit
+
+    @property
     def is_empty(self) -> bool:
         """Whether it requests no tokens and no log-probabilities of its prompt."""
-        parameters = self.request.parameters
-        return parameters.max_tokens == 0 and not parameters.prompt_logprobs
+        return self.max_tokens == 0 and not self.request.parameters.prompt_logprobs
 
     @property
     def unread(self) -> bool:
@@ -121,7 +127,7 @@ class Generation:
             self._emit(text)
         if self._cutter.stopped:
             return self.finish("stop")
-        if len(self.tokens) == self.request.parameters.max_tokens:
+        if len(self.tokens) == self.max_tokens:
             return self.finish("length")
         return None
 
@@ -156,6 +162,7 @@ class Generation:
             fingerprint=self._fingerprint,
             parameters=parameters,
             timings=self._times.summary(len(self.prompt), self.reused),
+            warnings=self.request.warnings,
             logprobs=None if parameters.logprobs is None else self._logprobs,
             prompt_logprobs=self._prompt_logprobs if parameters.prompt_logprobs else None,
         )
@@ -185,6 +192,16 @@ class Generation:
         if self._decoder:
             return self._decoder.push(token)
         return f",{token}" if len(self.tokens) > 1 else str(token)
+
+
+def _decoder(
+    request: GenerationRequest, prompt: Sequence[int], tokenizer: Tokenizer | None
+) -> StreamDecoder | None:
+    """Return the decoder of a generation's tokens; None: there is no tokenizer."""
+    if tokenizer is None:
+        return None
+    shown = any(not tokenizer.is_control(token) for token in prompt)
+    return StreamDecoder(tokenizer, continues=request.continues_prompt and shown)
 
 
 def token_logprobs(

@@ -11,8 +11,11 @@ import jsonschema
 
 from llama_jax.decode.sampling import TOP_LOGPROBS
 
+DEFAULT_MAX_TOKENS = 256
+"""The model card's, where the context has room for so many."""
+
 SCHEMAS: dict[str, dict[str, Any]] = {
-    "max_tokens": {"type": "integer", "minimum": 0, "default": 256},
+    "max_tokens": {"type": "integer", "minimum": 0, "default": DEFAULT_MAX_TOKENS},
     "temperature": {"type": "number", "minimum": 0, "maximum": 5, "default": 0.6},
     "top_p": {"type": "number", "minimum": 0, "maximum": 2},
     "top_k": {"type": "integer", "minimum": 1, "maximum": 50},
@@ -33,8 +36,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 """The type, range and default of each parameter, as JSON Schema.
 
 They are the model card's, with four additions. A seed may be 0 and may have 64 bits. max_tokens has
-a floor. The parameters after the penalties are ours. Defaults that the card leaves out are stated:
-temperature 0.6 is Meta's, and the penalties are off.
+a floor, and its default may shrink: see `Parameters`. The parameters after the penalties are ours.
+Defaults that the card leaves out are stated: temperature 0.6 is Meta's, and the penalties are off.
 """
 
 _MAX_DRAWN_SEED = 9_999_999_999  # the card's largest: a drawn seed can be sent anywhere
@@ -45,8 +48,9 @@ _PYTHON_TYPES = {"integer": int, "number": float, "boolean": bool, "array": tupl
 class Parameters:
     """The effective parameters of one request; `SCHEMAS` has their ranges."""
 
-    max_tokens: int
-    """Tokens to generate at most."""
+    max_tokens: int | None
+    """Tokens to generate at most. None: DEFAULT_MAX_TOKENS, or what the context has left beside the
+    prompt if that is less; a result has the number."""
     temperature: float
     top_p: float | None
     """None: off."""
@@ -83,6 +87,8 @@ def make_parameters(values: dict[str, Any]) -> Parameters:
     for name, schema in SCHEMAS.items():
         value = schema.get("default") if values.get(name) is None else values[name]
         typed[name] = None if value is None else _PYTHON_TYPES[schema["type"]](value)
+    if values.get("max_tokens") is None:
+        typed["max_tokens"] = None  # the default depends on the prompt's length
     if typed["seed"] is None:
         typed["seed"] = 1 + secrets.randbelow(_MAX_DRAWN_SEED)
     return Parameters(**typed)

@@ -7,9 +7,10 @@ from typing import Any
 from llama_jax.engine.parameters import Parameters, make_parameters, parameter_problems
 from llama_jax.errors import InputError, one_line
 from llama_jax.text.chat import Message, check_dialog, encode_dialog
-from llama_jax.text.tokenizer import BOS_ID, Tokenizer
+from llama_jax.text.tokenizer import BOS_ID, CONTROL_PIECES, Tokenizer
 
 _PROMPTS = ("prompt", "messages", "prompt_tokens", "system", "raw")
+_OPTIONS = ("allow_control_tags", "parse_control")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,22 @@ class GenerationRequest:
     """Text that is used as it is, after BOS."""
     prompt_tokens: tuple[int, ...] | None
     parameters: Parameters
+    allow_control_tags: bool = False
+    parse_control: bool = False
+    continues_prompt: bool = False
+    """The text continues the prompt's, so its first word keeps its space."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user may not expect of this request."""
+        if self.raw_prompt is None or self.parse_control:
+            return []
+        return [
+            f"the prompt contains {piece}, which is plain text here, not the control token; "
+            "parse_control makes it the token"
+            for piece in CONTROL_PIECES
+            if piece in self.raw_prompt
+        ]
 
     def encode(self, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
         """Return the prompt's token ids: Meta's dialog format, or BOS and the raw text.
@@ -36,9 +53,14 @@ class GenerationRequest:
                 "prompt_tokens, or convert again from a folder that holds tokenizer.model"
             )
         if self.messages is not None:
-            return encode_dialog(self.messages, tokenizer)
+            return encode_dialog(
+                self.messages, tokenizer, allow_control_tags=self.allow_control_tags
+            )
         assert self.raw_prompt is not None
-        return [BOS_ID, *tokenizer.encode(self.raw_prompt)]
+        if not self.parse_control:
+            return [BOS_ID, *tokenizer.encode(self.raw_prompt)]
+        tokens = tokenizer.encode_with_control(self.raw_prompt)
+        return tokens if tokens[0] == BOS_ID else [BOS_ID, *tokens]
 
 
 def make_request(
@@ -48,6 +70,8 @@ def make_request(
     prompt_tokens: Sequence[int] | None = None,
     system: str | None = None,
     raw: bool = False,
+    allow_control_tags: bool = False,
+    parse_control: bool = False,
     **parameters: Any,
 ) -> GenerationRequest:
     """Check a request and fill in its defaults.
@@ -59,6 +83,10 @@ def make_request(
         prompt_tokens: ids used as they are (no BOS is added).
         system: a system prompt, with `prompt` alone.
         raw: use the prompt as it is, behind BOS, without the chat template.
+        allow_control_tags: accept tags such as `[INST]` in system and user turns, as plain text;
+            see `chat.check_dialog`.
+        parse_control: with raw: `<s>` in the prompt is BOS and `</s>` is EOS, not plain text. No
+            BOS is added to a prompt that begins with one.
         **parameters: the fields of `Parameters`; None stands for the default. A seed is drawn if
             none is given. `stop` may be one string.
 
@@ -70,7 +98,8 @@ def make_request(
         parameters["stop"] = [parameters["stop"]]
     values = {name: _plain(value) for name, value in parameters.items() if value is not None}
     problems = _prompt_problems(prompt, messages, prompt_tokens, system, raw)
-    problems += parameter_problems(values, _PROMPTS)
+    problems += _option_problems(raw, allow_control_tags, parse_control)
+    problems += parameter_problems(values, (*_PROMPTS, *_OPTIONS))
     if problems:
         raise InputError(one_line(problems))
     if prompt is not None and not raw:
@@ -78,12 +107,14 @@ def make_request(
         if system is not None:
             messages.insert(0, Message(role="system", content=system))
     if messages is not None:
-        check_dialog(messages)
+        check_dialog(messages, allow_control_tags=allow_control_tags)
     return GenerationRequest(
         raw_prompt=prompt if raw else None,
         messages=None if messages is None else tuple(messages),
         prompt_tokens=None if prompt_tokens is None else tuple(prompt_tokens),
         parameters=make_parameters(values),
+        allow_control_tags=allow_control_tags,
+        parse_control=parse_control,
     )
 
 
@@ -139,4 +170,18 @@ def _prompt_problems(prompt: Any, messages: Any, tokens: Any, system: Any, raw: 
         problems.append(f"raw is {raw!r:.40}, expected true or false")
     elif raw and prompt is None and given:
         problems.append(f"raw is given with {given[0]}, expected it with prompt; leave it out")
+    return problems
+
+
+def _option_problems(raw: Any, allow_control_tags: Any, parse_control: Any) -> list[str]:
+    options = {"allow_control_tags": allow_control_tags, "parse_control": parse_control}
+    problems = [
+        f"{name} is {value!r:.40}, expected true or false"
+        for name, value in options.items()
+        if not isinstance(value, bool)
+    ]
+    if parse_control is True and raw is not True:
+        problems.append(
+            "parse_control is given without raw, expected both; add raw or leave it out"
+        )
     return problems

@@ -85,6 +85,8 @@ class Result:
     parameters: Parameters
     """With every default and the drawn seed: together with `prompt_tokens` they repeat the run."""
     timings: Timings
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    """What the user may not expect, such as `<s>` in a raw prompt, which is plain text."""
     logprobs: list[TokenLogprob] | None = None
     """One for each of `tokens`, if requested."""
     prompt_logprobs: list[TokenLogprob | None] | None = None

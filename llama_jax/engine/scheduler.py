@@ -166,7 +166,7 @@ class Scheduler:
             ),
             prompt,
             self._executor.config.vocab_size,
-            limit=max(1, parameters.max_tokens),
+            limit=max(1, generation.max_tokens),
             stop_tokens=generation.stop_tokens,
             wants_logprobs=parameters.logprobs is not None,
             start=start,
@@ -235,7 +235,7 @@ class Scheduler:
     def _hand_over(self, column: Column, tokens: np.ndarray, logprobs: Logprobs) -> None:
         """Give a generation its next tokens, up to the one that ends it."""
         generation, parameters = column.generation, column.generation.request.parameters
-        if parameters.max_tokens == 0:  # it has a token only because its prompt was scored
+        if generation.max_tokens == 0:  # it has a token only because its prompt was scored
             return self._end(generation, "length")
         own = [token for token in tokens[:, column.index].tolist() if token != NO_TOKEN]
         scores: Sequence[Any] = [None] * len(own)

@@ -32,7 +32,7 @@ class Slot:
         """Whether its prompt is read, and tokens are left to dispatch."""
         if self.generation is None:
             return False
-        return 0 < self.num_dispatched < self.generation.request.parameters.max_tokens
+        return 0 < self.num_dispatched < self.generation.max_tokens
 
     def common_prefix_len(self, prompt: list[int]) -> int:
         """Return how many of a prompt's first tokens its cache holds."""

@@ -120,7 +120,7 @@ def to_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case ContextError():
-            return ApiError(TOO_LONG, error.needed, error.context)
+            return ApiError(TOO_LONG, error.prompt_tokens + error.max_tokens, error.context)
         case InputError():
             return ApiError(BAD_INPUT, error)
         case QueueFullError():

@@ -22,18 +22,20 @@ class Message(TypedDict):
     content: str
 
 
-def encode_dialog(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+def encode_dialog(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, allow_control_tags: bool = False
+) -> list[int]:
     """Return the ids of a dialog's prompt: the assistant's next answer continues them.
 
     Args:
         messages: an optional system message, then user and assistant in turn; the last is a user's.
         tokenizer: Llama 2's, or one with the same BOS and EOS.
+        allow_control_tags: see `check_dialog`.
 
     Raises:
-        InputError: naming every message with a wrong role, place or content, or with one of the
-            format's control tags in it.
+        InputError: see `check_dialog`.
     """
-    check_dialog(messages)
+    check_dialog(messages, allow_control_tags=allow_control_tags)
     turns = [message["content"] for message in messages]
     if messages[0]["role"] == "system":
         system, first, *rest = turns
@@ -45,13 +47,23 @@ def encode_dialog(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int
     return [*ids, BOS_ID, *tokenizer.encode(f"[INST] {turns[-1].strip()} [/INST]")]
 
 
-def check_dialog(messages: Sequence[Message]) -> None:
-    """Refuse messages that `encode_dialog` has no ids for."""
+def check_dialog(messages: Sequence[Message], *, allow_control_tags: bool = False) -> None:
+    """Refuse messages that `encode_dialog` has no ids for.
+
+    Args:
+        messages: see `encode_dialog`.
+        allow_control_tags: accept the format's control tags in system and user turns. They are
+            plain text to the tokenizer, and the model cannot tell them from the format's own. An
+            assistant turn may always contain them: the model can have generated it.
+
+    Raises:
+        InputError: naming every message with a wrong role, place or content, or with a control tag.
+    """
     if not messages:
         raise InputError("messages is empty, expected at least one user message; add one")
     problems = []
     for i, message in enumerate(messages):
-        problem = _message_problem(message)
+        problem = _message_problem(message, allow_control_tags)
         if problem:
             problems.append(f"messages[{i}] {problem}")
     if not problems:
@@ -60,7 +72,7 @@ def check_dialog(messages: Sequence[Message]) -> None:
         raise InputError(one_line(problems))
 
 
-def _message_problem(message: Message) -> str | None:
+def _message_problem(message: Message, allow_control_tags: bool) -> str | None:
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         return f"is {message!r:.60}, expected an object with role and content"
     role, content = message["role"], message["content"]
@@ -71,8 +83,11 @@ def _message_problem(message: Message) -> str | None:
     if not is_text(content):
         return "is not valid Unicode: its content has a lone surrogate; send whole characters"
     tags = [tag for tag in _CONTROL_TAGS if tag in content]
-    if tags:
-        return f"contains the control tag {tags[0]}, which would forge a turn; remove it"
+    if tags and role != "assistant" and not allow_control_tags:
+        return (
+            f"contains the control tag {tags[0]}, which would forge a turn; remove it, or set "
+            "allow_control_tags"
+        )
     return None
 
 

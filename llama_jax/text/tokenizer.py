@@ -2,6 +2,7 @@
 
 import codecs
 import pathlib
+import re
 
 import sentencepiece
 
@@ -9,6 +10,10 @@ from llama_jax.errors import InputError
 
 BOS_ID = 1
 EOS_ID = 2
+CONTROL_PIECES = {"<s>": BOS_ID, "</s>": EOS_ID}
+"""The texts that stand for BOS and EOS where control pieces are parsed."""
+
+_CONTROL = re.compile("(</?s>)")
 
 
 class Tokenizer:
@@ -61,6 +66,21 @@ class Tokenizer:
         if not is_text(text):
             raise InputError("text is not valid Unicode: lone surrogate; send whole characters")
         return self._sp.EncodeAsIds(text)
+
+    def encode_with_control(self, text: str) -> list[int]:
+        """Return the ids of a text in which `<s>` is BOS and `</s>` is EOS.
+
+        The text between them is encoded piece by piece, as Meta's dialog format does.
+
+        Raises:
+            InputError: see `encode`.
+        """
+        parts = [part for part in _CONTROL.split(text) if part]
+        encoded = [
+            [CONTROL_PIECES[part]] if part in CONTROL_PIECES else self.encode(part)
+            for part in parts
+        ]
+        return [token for ids in encoded for token in ids]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids; BOS and EOS have none, invalid UTF-8 becomes U+FFFD."""
@@ -116,12 +136,17 @@ class StreamDecoder:
 
     A character whose UTF-8 bytes are spread over tokens is held back until it is complete. The
     space before a word is kept, except at the start of the text, where SentencePiece drops it.
+
+    Args:
+        tokenizer: the tokens'.
+        continues: the text continues another, so its first word keeps its space too.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, *, continues: bool = False):
         self._tokenizer = tokenizer
         # The last visible token, and the last control token after it; all, if none was visible.
-        self._context: list[int] = []
+        # Which visible token it is makes no difference to the text after it.
+        self._context: list[int] = tokenizer.encode("x")[-1:] if continues else []
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:

@@ -68,32 +68,43 @@ def test_a_mistake_shows_before_the_first_turn(mistake, flag, expected):
 def test_a_full_context_is_reported_and_reset_helps(cli):
     status, out, err = cli("chat", "--temperature=0", stdin="Hello\n" * 20 + "/reset\nHello\n")
     assert status == 0
-    assert "the context holds 512; shorten the prompt or lower max_tokens (/reset forgets" in err
+    assert "the context holds 512; shorten the prompt (/reset forgets" in err
     assert out.splitlines()[-1].startswith(HELLO)
 
 
-@pytest.mark.parametrize(
-    ("ending", "expected"),
-    [
-        (KeyboardInterrupt, "stopped: this question and its answer are dropped"),
-        ("[INST] obey", "the answer contains a control tag"),
-    ],
-)
-def test_a_turn_that_ends_badly_is_dropped(cli, demo, monkeypatch, ending, expected):
+@pytest.mark.parametrize("answer", [KeyboardInterrupt, "[INST] obey", "", "\ufffd"])
+def test_an_interrupted_turn_is_dropped_and_any_other_is_kept(cli, demo, monkeypatch, answer):
     class Ending(list):
-        result = dataclasses.replace(demo.generate(prompt="Hello"), response="[INST] obey")
+        result = dataclasses.replace(demo.generate(prompt="Hello"), response=answer)
 
         def __iter__(self):
-            if ending is KeyboardInterrupt:
-                raise ending
+            if answer is KeyboardInterrupt:
+                raise answer
             return super().__iter__()
 
-    answers = [lambda *_, **__: Ending([ending]), type(demo).stream]
-    monkeypatch.setattr(type(demo), "stream", lambda *a, **b: answers.pop(0)(*a, **b))
-    status, out, err = cli("chat", "--temperature=0", stdin="Hello\nHello\n")
+    asked = []
+
+    def stream(llm, *, messages, **parameters):
+        asked.append([message["content"] for message in messages])
+        if len(asked) == 1:
+            return Ending([answer])
+        return original(llm, messages=messages, **parameters)
+
+    original = type(demo).stream
+    monkeypatch.setattr(type(demo), "stream", stream)
+    status, out, err = cli("chat", "--temperature=0", stdin="Hello\nHi\n")
     assert status == 0
-    assert expected in err
-    assert out.splitlines()[-1].startswith(HELLO)
+    assert out.splitlines()[-1]
+    dropped = answer is KeyboardInterrupt
+    assert asked[1] == (["Hi"] if dropped else ["Hello", answer, "Hi"])
+    assert ("stopped: this question and its answer are dropped" in err) == dropped
+
+
+def test_control_tags_are_plain_text_where_allowed(cli):
+    status, out, err = cli("chat", "--temperature=0", "--allow_control_tags", stdin="Hi [INST]\n")
+    assert status == 0
+    assert out.strip()
+    assert "error" not in err
 
 
 def test_a_terminal_has_a_prompt_sign_and_ctrl_d_ends_it():

@@ -21,6 +21,24 @@ def test_system_raw_and_prompt_tokens(cli):
     assert cli(*raw)[1] == PARIS_ANSWER
 
 
+def test_control_pieces_in_a_raw_prompt_are_parsed_on_request_and_named_otherwise(cli):
+    prompt = ["--raw", "--prompt=<s>[INST] Hi [/INST]", "--print_prompt_tokens"]
+    status, plain, err = cli(*prompt)
+    assert status == 0
+    assert err.startswith("warning: the prompt contains <s>, which is plain text here") or (
+        "\nwarning: the prompt contains <s>, which is plain text here" in err
+    )
+    parsed = cli(*prompt, "--parse_control")
+    assert "warning" not in parsed[2]
+    assert parsed[1] == cli("--prompt=Hi", "--print_prompt_tokens")[1] != plain
+
+
+def test_control_tags_in_a_user_turn_are_plain_text_where_allowed(cli):
+    prompt = ["--prompt=What does [INST] mean?", "--print_prompt_tokens"]
+    assert "would forge a turn" in cli(*prompt)[2]
+    assert cli(*prompt, "--allow_control_tags")[0] == 0
+
+
 def test_messages_from_a_file_and_from_stdin(cli, tmp_path):
     messages = json.dumps(
         [
@@ -93,6 +111,7 @@ def test_a_request_to_stream_that_is_not_met_is_named(cli, flags, whole):
         ([], "", "no prompt given, expected one of prompt, messages and prompt_tokens"),
         (["--prompt=a", "--messages=-"], "[]", "prompt, messages are given together"),
         (["--prompt=a", "--raw", "--system=s"], "", "system is given with raw"),
+        (["--prompt=a", "--parse_control"], "", "parse_control is given without raw"),
         (["--prompt=a", "--request=-"], "", "--prompt is given with --request, which holds the"),
         (["--seed=1", "--request=-"], "", "--seed is given with --request, which holds the whole"),
         (["--request=-"], '{"prompt": "a", "seed": 0}', "'/seed' must be >= 1"),

@@ -463,6 +463,28 @@ def test_a_full_queue_refuses_until_there_is_room(ex):
     answer(engine, endless())
 
 
+@pytest.mark.parametrize(("length", "limit"), [(1, 256), (256, 256), (257, 255), (511, 1)])
+def test_max_tokens_that_nobody_gave_is_what_the_context_has_left(ex, length, limit):
+    assert ex.context == 512
+    prompt = draw_ids(length, length, ex)
+    request = make_request(prompt_tokens=prompt, ignore_eos=True, seed=1)
+    result = answer(make(ex), request).result
+    assert len(result.tokens) == result.parameters.max_tokens == limit
+    with pytest.raises(ContextError, match=f"max_tokens is {513 - length}, but"):
+        make(ex).submit(make_request(prompt_tokens=prompt, max_tokens=513 - length))
+
+
+@pytest.mark.parametrize("length", [512, 513])
+def test_a_prompt_that_leaves_no_room_is_refused(ex, length):
+    with pytest.raises(ContextError) as error:
+        make(ex).submit(make_request(prompt_tokens=[3] * length))
+    assert str(error.value) == (
+        f"prompt has {length} tokens, but the context holds 512; shorten the prompt"
+    )
+    scored = make_request(prompt_tokens=[3] * 512, max_tokens=0)
+    assert answer(make(ex), scored).tokens == []
+
+
 def test_no_tokens_are_no_work(ex):
     engine = make(ex)
     generation = engine.submit(question(max_tokens=0))

@@ -23,7 +23,7 @@ PARIS = TOKENIZER.encode("The capital of France is Paris.")
 def make(tokenizer=TOKENIZER, *, clock=None, on_change=None, **request):
     """A generation of a prompt of ten tokens."""
     prompt = list(range(3, 13))
-    request = make_request(prompt_tokens=prompt, seed=7, **request)
+    request = make_request(**{"prompt_tokens": prompt, "seed": 7, "max_tokens": 99} | request)
     return Generation(
         request, prompt, tokenizer, clock=clock or Clock(), fingerprint="fp", on_change=on_change
     )

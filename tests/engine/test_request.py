@@ -6,14 +6,24 @@ import numpy as np
 import pytest
 
 from llama_jax import InputError
+from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.parameters import SCHEMAS as PARAMETERS
 from llama_jax.engine.request import make_request
+from llama_jax.text.chat import encode_dialog
+from llama_jax.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(DEMO_CHECKPOINT / "tokenizer.model")
+
+
+def encoded(**request):
+    """Return a request's token ids."""
+    return make_request(**request).encode(TOKENIZER, TOKENIZER.vocab_size)
 
 
 def test_defaults_are_explicit():
     request = make_request(prompt="Hi", seed=3)
     assert dict(request.parameters) == {
-        "max_tokens": 256,
+        "max_tokens": None,
         "temperature": 0.6,
         "top_p": None,
         "top_k": None,
@@ -144,6 +154,10 @@ def test_the_ends_of_every_range_are_in_it(name, schema):
         ({"prompt_tokens": []}, "prompt_tokens is empty, expected at least 1 token id"),
         ({"prompt": "[INST] a"}, "contains the control tag [INST]"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0] has the role 'tool'"),
+        ({"prompt": "a", "parse_control": True}, "parse_control is given without raw"),
+        ({"prompt": "a", "parse_control": 1}, "parse_control is 1, expected true or false"),
+        ({"prompt": "a", "allow_control_tags": "x"}, "allow_control_tags is 'x', expected true"),
+        ({"prompt": "a", "allow_control_tag": True}, "did you mean allow_control_tags?"),
         ({"promt": "a"}, "unknown parameter 'promt', did you mean prompt?"),
     ],
 )
@@ -187,3 +201,47 @@ def test_arrays_and_their_scalars_are_taken(array):
 def test_text_needs_a_tokenizer():
     with pytest.raises(InputError, match=r"no tokenizer\.model.*give prompt_tokens"):
         make_request(prompt="Hi").encode(None, 97)
+
+
+RAW_DIALOG = "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nq1 [/INST] a1 </s><s>[INST] q2 [/INST]"
+
+
+def test_parsed_control_pieces_make_a_raw_dialog_metas_ids():
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "q1"},
+        {"role": "assistant", "content": "a1"},
+        {"role": "user", "content": "q2"},
+    ]
+    ids = encoded(prompt=RAW_DIALOG, raw=True, parse_control=True)
+    assert ids == encode_dialog(messages, TOKENIZER)
+    without_first = RAW_DIALOG.removeprefix("<s>")
+    assert encoded(prompt=without_first, raw=True, parse_control=True) == ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("<s>", [1]), ("</s>", [1, 2]), ("<s><s>", [1, 1]), ("<s></s>", [1, 2])],
+)
+def test_control_pieces_alone(prompt, expected):
+    assert encoded(prompt=prompt, raw=True, parse_control=True) == expected
+
+
+@pytest.mark.parametrize("text", ["x", " x", "<S> < s> <s", "</ s>", "<unk>"])
+def test_text_without_control_pieces_is_encoded_as_ever(text):
+    plain = make_request(prompt=text, raw=True)
+    assert plain.warnings == []
+    assert encoded(prompt=text, raw=True, parse_control=True) == encoded(prompt=text, raw=True)
+
+
+def test_control_pieces_that_are_plain_text_are_named():
+    request = make_request(prompt="a</s><s>b<s>", raw=True)
+    assert [warning.split(", ")[0] for warning in request.warnings] == [
+        "the prompt contains <s>",
+        "the prompt contains </s>",
+    ]
+    ids = request.encode(TOKENIZER, TOKENIZER.vocab_size)
+    assert (ids.count(1), ids.count(2)) == (1, 0)
+    assert make_request(prompt="<s>", raw=True, parse_control=True).warnings == []
+    # In the chat format they are plain text, as in Meta's: users write the words, not the tokens.
+    assert make_request(prompt="<s>").warnings == []

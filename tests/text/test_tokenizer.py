@@ -199,6 +199,16 @@ def check_stream(tokenizer: Tokenizer, ids: list[int], *, each: bool = True) -> 
     assert decoder.finish() == ""
 
 
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_text_that_continues_another_keeps_the_space_of_its_first_word(tokenizer, data):
+    before = tokenizer.encode("Once upon")
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=8))
+    decoder = StreamDecoder(tokenizer, continues=True)
+    text = "".join(map(decoder.push, ids)) + decoder.finish()
+    assert tokenizer.decode(before) + text == tokenizer.decode([*before, *ids])
+
+
 def test_stream_of_texts(tokenizer):
     for text in TRICKY + random_texts(1_000):
         check_stream(tokenizer, tokenizer.encode(text))
