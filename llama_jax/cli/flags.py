@@ -28,7 +28,10 @@ SAMPLING = (
 )
 OUTPUT = ("output", "stream", "logprobs", "print_prompt_tokens")
 BATCH = ("input",)
-SERVE = ("host", "port", "api_token", "insecure", "allowed_origins", "max_queue", "timeout_s")
+SERVE = (
+    *("host", "port", "api_token", "insecure", "allowed_origins"),
+    *("served_model_name", "max_queue", "timeout_s"),
+)
 GENERAL = ("debug",)
 
 PARAMETERS = (*SAMPLING, "logprobs")
@@ -223,6 +226,12 @@ def _define_serve_flags() -> None:
         [],
         "Origins whose pages may call the server, such as https://example.com; * is any. "
         "Default: none.",
+    )
+    flags.DEFINE_multi_string(
+        "served_model_name",
+        [],
+        "Names by which clients may call the model, separated by commas; also repeatable. "
+        "Default: the model card's name.",
     )
     flags.DEFINE_integer(
         "max_queue",

@@ -14,6 +14,8 @@ def serve() -> None:
     except ImportError as error:
         raise InputError(f"{error.name} is not installed; pip install 'llama_jax[serve]'") from None
     token = FLAGS.api_token
+    names = [name.strip() for value in FLAGS.served_model_name for name in value.split(",")]
+    own_names = {"models": tuple(names)} if names else {}
     server.serve(
         lambda: load_model(slots=8, max_queue=FLAGS.max_queue),
         host=FLAGS.host,
@@ -23,4 +25,5 @@ def serve() -> None:
         allowed_origins=tuple(FLAGS.allowed_origins),
         insecure=FLAGS.insecure,
         timeout_s=FLAGS.timeout_s,
+        **own_names,
     )

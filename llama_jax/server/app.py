@@ -102,7 +102,7 @@ def _routes() -> list[Route]:
 
 async def playground(request: Request) -> Response:
     """GET /: the playground page."""
-    return page.reply(workers_ai.service_of(request).settings.model)
+    return page.reply(workers_ai.service_of(request).settings.models[0])
 
 
 async def healthz(request: Request) -> Response:
@@ -125,14 +125,14 @@ async def metrics(request: Request) -> Response:
 
 async def openapi_json(request: Request) -> Response:
     """GET /openapi.json: the OpenAPI document."""
-    return CompactJSONResponse(_document(workers_ai.service_of(request).settings.model))
+    return CompactJSONResponse(_document(workers_ai.service_of(request).settings.models))
 
 
 _document = functools.cache(openapi.document)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
-    raise errors.ApiError(errors.NO_ROUTE)
+    raise errors.ApiError(errors.NO_ROUTE, request.method, request.url.path)
 
 
 async def _wrong_method(request: Request, error: Exception) -> Response:

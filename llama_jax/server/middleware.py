@@ -58,9 +58,9 @@ class RequestMiddleware:
         except ClientDisconnectedError:
             log.disconnected = True
         except Exception as error:
-            refusal = log.fail(error)
+            log.fail(error)
             if log.status is None:
-                await refusal.reply(log.id)(scope, receive, send_logged)
+                await log.error_reply()(scope, receive, send_logged)
             elif not isinstance(error, TimeoutError):
                 raise  # the response has begun: it can only be cut off
         finally:

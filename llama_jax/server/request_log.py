@@ -2,15 +2,19 @@
 
 import dataclasses
 import logging
+import re
 import time
 import uuid
 
+from starlette.responses import Response
 from starlette.types import Scope
 
 from llama_jax.engine.result import Result
 from llama_jax.server.errors import INTERNAL, ApiError, to_api_error
+from llama_jax.server.types import Error
 
 _LOGGER = logging.getLogger("llama_jax.server")
+_OPENAI_PATHS = re.compile(r"(/client/v4/accounts/[^/]+/ai)?/v1(/.*)?")
 
 
 @dataclasses.dataclass
@@ -61,12 +65,25 @@ class RequestLog:
         if self.first_text_s is None:
             self.first_text_s = self.last_text_s
 
-    def fail(self, error: Exception) -> ApiError:
-        """Record an exception and return the error for the client; a bug is logged."""
+    def fail(self, error: Exception) -> None:
+        """Record an exception as the error for the client; a bug is logged."""
         self.error = to_api_error(error)
         if self.error.kind is INTERNAL:
             _LOGGER.error("request %s failed", self.id, exc_info=error)
-        return self.error
+
+    def error_body(self) -> Error:
+        """Return the body for the recorded error, in the form of the request's route."""
+        assert self.error is not None
+        return self.error.body(self.id, self._is_openai)
+
+    def error_reply(self) -> Response:
+        """Return the response for the recorded error, in the form of the request's route."""
+        assert self.error is not None
+        return self.error.reply(self.id, self._is_openai)
+
+    @property
+    def _is_openai(self) -> bool:
+        return _OPENAI_PATHS.fullmatch(self.path) is not None
 
 
 def request_log_of(scope: Scope) -> RequestLog:

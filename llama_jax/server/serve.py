@@ -199,7 +199,7 @@ def _ready_line(service: Service, listener: socket.socket) -> str:
     host = f"[{host}]" if ":" in host else host
     llm = service.llm
     return (
-        f"serving {service.settings.model} at http://{host}:{port} "
+        f"serving {service.settings.models[0]} at http://{host}:{port} "
         f"({llm.executor.batch} slots, context {llm.context})"
     )
 

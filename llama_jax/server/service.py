@@ -168,6 +168,11 @@ class Answers:
         """The token ids of each prompt."""
         return [generation.prompt for generation in self._generations]
 
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each."""
+        return [generation.request.parameters.seed for generation in self._generations]
+
     def cancel(self) -> None:
         """Cancel them; each frees its slot at the engine's next turn."""
         self._cancelled = True

@@ -11,8 +11,8 @@ from llama_jax.errors import InputError, one_line
 class Settings:
     """The settings of one server."""
 
-    model: str = card.MODEL
-    """Name of the model served."""
+    models: tuple[str, ...] = (card.MODEL,)
+    """Names of the model served; all mean the same model."""
     api_token: str | None = None
     """Token that clients must send; None: no authentication."""
     local_only: bool = False
@@ -25,6 +25,8 @@ class Settings:
     """Time that requests in flight have to end when the server shuts down."""
     allowed_origins: tuple[str, ...] = ()
     """Origins such as `https://example.com` whose pages may use this server; `*`: any origin."""
+    keep_alive_s: float = 15.0
+    """Silence in a stream after which a comment is sent, so that no proxy takes it for dead."""
     warm_up: bool = True
     """Compile all programs before the first request; otherwise each at its first use."""
 
@@ -35,11 +37,11 @@ class Settings:
             for origin in self.allowed_origins
             if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+", origin)
         ]
-        if not self.model:
-            problems.append("model is empty, expected the name of the model to serve")
+        if not (self.models and all(name.strip() for name in self.models)):
+            problems.append(f"models is {self.models!r:.80}, expected names of the model to serve")
         if self.api_token is not None and not self.api_token.strip():
             problems.append("api_token is empty, expected a secret; leave it out for no token")
-        for name in ("max_body_bytes", "timeout_s", "drain_s"):
+        for name in ("max_body_bytes", "timeout_s", "keep_alive_s", "drain_s"):
             value = getattr(self, name)
             if not value >= 0 or (name != "drain_s" and value == 0):
                 problems.append(f"{name} is {value!r}, expected a positive number")

@@ -128,7 +128,7 @@ class OpenAIError(TypedDict):
     message: str
     type: str
     param: str | None
-    code: str
+    code: str | None
 
 
 class Error(TypedDict):

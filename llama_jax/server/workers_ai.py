@@ -17,13 +17,13 @@ from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.errors import NO_MODEL, ApiError
 from llama_jax.server.request_log import request_log_of
 from llama_jax.server.service import Answers, Service
-from llama_jax.server.sse import DONE, Events, event, start_stream
+from llama_jax.server.sse import DONE, Events, EventStream, event
 from llama_jax.server.types import Metadata, ModelEntry, Note, ResultInfo, RunResult
 
 MAX_PAGE = 2**31
 MAX_PER_PAGE = 100
 
-_IGNORED_CODE = 1000
+_NOTE_CODE = 1000
 _TASK = "Text Generation"
 
 
@@ -33,27 +33,32 @@ async def run(request: Request) -> Response:
     check_model(service, request.path_params["model"])
     body = await request.body()
     parsed, generation = await asyncio.to_thread(_parse, body)
-    notes = [_ignored(name) for name in parsed.ignored]
+    notes = [
+        _note(f"{name} is not in this model's input schema: it was ignored")
+        for name in parsed.ignored
+    ]
+    notes += map(_note, generation.warnings)
     answers = await service.answer(log, [generation])
     if parsed.stream:
-        return await start_stream(log, _events(answers, notes), [generation])
+        return EventStream(log, answers, _events(answers, notes), service.settings.keep_alive_s)
     [result] = await answers.results()
     whole: RunResult = {"response": result.response, "tool_calls": [], **_metadata(result)}
     return envelope(whole, notes)
 
 
 async def search_models(request: Request) -> Response:
-    """GET .../ai/models/search: the one model, if it matches the query."""
+    """GET .../ai/models/search: the model by each of its names that match the query."""
     query = _SearchQuery(request.query_params)
-    model = _describe(service_of(request))
-    found = [model] if query.matches(model) else []
+    service = service_of(request)
+    models = [_describe(service, name) for name in service.settings.models]
+    found = [model for model in models if query.matches(model)]
     shown = found[(query.page - 1) * query.per_page :][: query.per_page]
     info: ResultInfo = {
         "count": len(shown),
         "page": query.page,
         "per_page": query.per_page,
         "total_count": len(found),
-        "total_pages": len(found),
+        "total_pages": -(-len(found) // query.per_page),
     }
     return envelope(shown, [], result_info=info)
 
@@ -76,7 +81,7 @@ def service_of(request: Request) -> Service:
 
 def check_model(service: Service, name: str) -> None:
     """Refuse a model that is not served."""
-    if name != service.settings.model:
+    if name not in service.settings.models:
         raise ApiError(NO_MODEL, name, param="model")
 
 
@@ -92,9 +97,8 @@ def _parse(body: bytes) -> tuple[contract.CardRequest, GenerationRequest]:
     return parsed, parsed.request()
 
 
-def _ignored(name: str) -> Note:
-    text = f"{name} is not in this model's input schema: it was ignored"
-    return {"code": _IGNORED_CODE, "message": text}
+def _note(text: str) -> Note:
+    return {"code": _NOTE_CODE, "message": text}
 
 
 async def _events(answers: Answers, notes: list[Note]) -> Events:
@@ -122,12 +126,12 @@ def _metadata(result: Result) -> Metadata:
     }
 
 
-def _describe(service: Service) -> ModelEntry:
-    """Return the model's entry in the list of models."""
+def _describe(service: Service, name: str) -> ModelEntry:
+    """Return the model's entry in the list of models, by one of its names."""
     return {
         "id": "llama_jax",
         "source": 1,
-        "name": service.settings.model,
+        "name": name,
         "description": "Llama 2 chat, served by llama_jax.",
         "task": {"id": "text-generation", "name": _TASK, "description": "Continues a dialog."},
         "created_at": "2023-07-18 00:00:00.000",

@@ -140,6 +140,15 @@ class ServerProcess:
         self._lines += iter(self.process.stderr.readline, "")
 
 
+def read_first(stream: http.client.HTTPResponse) -> bytes:
+    """Read a stream up to its first event, that is up to its first token."""
+    read = b""
+    while not (line := stream.readline()).startswith(b"data: "):
+        assert line, "the stream ended"
+        read += line
+    return read + line
+
+
 def endless(answers: int) -> dict[str, Any]:
     """Return the body of a completion that asks for so many endless answers."""
     return {**ENDLESS, "prompt": ["x"] * answers}

@@ -23,6 +23,9 @@ CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
+COMMENT = ": keep-alive\n\n"
+"""What a stream begins with, and what is sent in silences."""
+
 ASKING = {"role": "user", "content": QUESTION}
 
 
@@ -48,9 +51,10 @@ def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
 
 
 def events_of(text: str) -> list[Any]:
-    """Return the parsed events of a whole stream, `[DONE]` as it is."""
+    """Return the parsed events of a whole stream, `[DONE]` as it is, without its comments."""
+    assert text.startswith(COMMENT)
     assert text.endswith("\n\n")
-    lines = text.removesuffix("\n\n").split("\n\n")
+    lines = text.replace(COMMENT, "").removesuffix("\n\n").split("\n\n")
     assert all(line.startswith("data: ") and "\n" not in line for line in lines), text
     values = [line.removeprefix("data: ") for line in lines]
     return [value if value == "[DONE]" else json.loads(value) for value in values]

@@ -5,9 +5,11 @@ They are imported within the tests: what they warn of, at import and later, is t
 
 import asyncio
 import contextlib
+import functools
 import gc
 import itertools
 import json
+import operator
 import os
 import shutil
 import subprocess
@@ -20,6 +22,9 @@ import pytest
 from llama_jax import Llama
 from llama_jax.card import schemas as card
 from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.server.openai.parameters import IGNORED, PARAMETERS, REFUSED
+from llama_jax.server.openai.requests import ChatRequest, CompletionRequest
+from tests.helpers import ROOT
 from tests.helpers.server_process import TOKEN, served
 from tests.helpers.serving import ANSWER, ASKING, MODEL, QUESTION, native_usage
 
@@ -76,7 +81,7 @@ def test_cloudflare_run(native, llm, asking):
     fields |= {"account_id": ACCOUNT, "stream": True}
     with native.ai.with_streaming_response.run(MODEL, **asking, **fields) as response:
         assert "event-stream" in response.headers["content-type"]
-        lines = [line for line in response.iter_lines() if line]
+        lines = [line for line in response.iter_lines() if line and not line.startswith(":")]
     assert lines[-1] == "data: [DONE]"
     events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
     assert len(events) > 1
@@ -148,8 +153,81 @@ def test_openai_chat(server, llm, base):
     choices = [choice for chunk in stream for choice in chunk.choices]
     assert "".join(choice.delta.content or "" for choice in choices) == expected.response
     assert [c.finish_reason for c in choices if c.finish_reason] == [expected.finish_reason]
-    assert stream[-1].usage.total_tokens == whole.usage.total_tokens
+    assert stream[0].choices[0].delta.role == "assistant"
     assert {chunk.id for chunk in stream} == {stream[0].id}
+
+
+def strictly(model, value):
+    """Validate a response or chunk by the package's own model: no type coerced, none missing."""
+    return model.model_validate(value, strict=True)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_responses_are_openais_by_its_own_models(server, counted, logprobs):
+    from openai.types import Completion, Model
+    from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+    options = {"stream": True} | ({"stream_options": {"include_usage": True}} if counted else {})
+    body = chat(n=2, seed=3) | ({"logprobs": True, "top_logprobs": 2} if logprobs else {})
+    status, whole = server.post("/v1/chat/completions", body)
+    assert status == 200
+    parsed = strictly(ChatCompletion, whole)
+    assert {"usage", "system_fingerprint"} <= parsed.model_fields_set
+    chunks = chunks_of(server, "/v1/chat/completions", body | options)
+    for chunk in chunks:
+        parsed = strictly(ChatCompletionChunk, chunk)
+        assert ("usage" in parsed.model_fields_set) == counted
+        for choice in parsed.choices:
+            assert {"finish_reason", "logprobs"} <= choice.model_fields_set
+    assert {chunk["id"] for chunk in chunks} != {whole["id"]}
+    body = {"model": MODEL, "prompt": "Tell", "n": 2, "seed": 3, "temperature": 2, "max_tokens": 9}
+    body |= {"logprobs": 2} if logprobs else {}
+    strictly(Completion, server.post("/v1/completions", body)[1])
+    for chunk in chunks_of(server, "/v1/completions", body | options):
+        assert ("usage" in chunk) == counted
+        for choice in chunk["choices"]:
+            # Null until the last, in OpenAI's streams too; its model is of whole choices.
+            choice["finish_reason"] = choice["finish_reason"] or "stop"
+        strictly(Completion, chunk)
+    with server.ask("GET", "/v1/models") as response:
+        for model in json.loads(response.read())["data"]:
+            strictly(Model, model)
+
+
+def chunks_of(server, path, body):
+    with server.ask("POST", path, body) as response:
+        text = response.read().decode()
+    *events, done, _ = text.split("\n\n")
+    assert done == "data: [DONE]"
+    return [json.loads(event[6:]) for event in events if not event.startswith(":")]
+
+
+def test_every_field_of_openais_schemas_is_taken_or_refused_on_purpose():
+    from openai.types import completion_create_params as completion
+    from openai.types.chat import completion_create_params as chat
+
+    documented = (ROOT / "docs" / "api.md").read_text()
+    for params, request in ((chat, ChatRequest), (completion, CompletionRequest)):
+        fields = params.CompletionCreateParamsStreaming.__annotations__.keys()
+        fields |= params.CompletionCreateParamsBase.__annotations__.keys()
+        assert len(fields) > 15
+        for field in fields:
+            known = (request.model_fields, PARAMETERS, REFUSED, IGNORED)
+            assert sum(field in names for names in known) == 1, field
+            assert f"`{field}`" in documented, field
+    roles = ("developer", "system", "user", "assistant", "tool", "function")
+    assert all(f"`{role}`" in documented for role in roles)
+
+
+def test_openai_accumulated_stream_can_be_sent_back(openai_client):
+    asking = {"model": MODEL, "temperature": 0, "max_tokens": 16}
+    create = openai_client.chat.completions.create
+    with openai_client.chat.completions.stream(**asking, messages=[ASKING]) as stream:
+        message = stream.get_final_completion().choices[0].message
+    assert (message.role, message.content) == ("assistant", ANSWER)
+    again = create(**asking, messages=[ASKING, message, ASKING])
+    assert again.choices[0].message.content == ANSWER
 
 
 def test_openai_logprobs(openai_client):
@@ -207,15 +285,19 @@ def test_openai_errors(openai_client, server, stream):
         assert (error.status_code, error.code) == (status, code)
         assert text in str(error)
 
-    check(openai.BadRequestError, 400, "5006", "'/top_p' must be <= 2", top_p=9)
+    check(openai.BadRequestError, 400, "invalid_value", "top_p is 9, expected a", top_p=9)
     unsupported = "tools is not supported, leave it out"
-    check(openai.BadRequestError, 400, "5006", unsupported, tools=[{"type": "function"}])
-    too_long = "exceeded this model context window limit (512)"
-    check(openai.APIStatusError, 413, "5021", too_long, max_completion_tokens=5000, max_tokens=5000)
+    tools = [{"type": "function"}]
+    check(openai.BadRequestError, 400, "unsupported_parameter", unsupported, tools=tools)
+    too_long = "maximum context length is 512 tokens"
+    asking = {"max_completion_tokens": 5000, "max_tokens": 5000}
+    check(openai.BadRequestError, 400, "context_length_exceeded", too_long, **asking)
+    check(openai.NotFoundError, 404, "model_not_found", "gpt-4", model="gpt-4")
     with openai_at(server, token="wrong") as other:
-        check(openai.AuthenticationError, 401, "10000", "Authentication error", client=other)
+        wrong = "Incorrect API key"
+        check(openai.AuthenticationError, 401, "invalid_api_key", wrong, client=other)
     with server.full():
-        check(openai.RateLimitError, 429, "3040", "try again")
+        check(openai.RateLimitError, 429, "rate_limit_exceeded", "")
 
 
 def test_openai_async(server, llm):
@@ -270,8 +352,14 @@ def test_litellm(server, llm, monkeypatch, provider):
     texts = [chunk.choices[0].delta.content or "" for chunk in stream]
     assert "".join(texts) == expected.response
     assert len(texts) > 1
-    with pytest.raises(litellm.AuthenticationError, match="Authentication error"):
+    with pytest.raises(litellm.AuthenticationError, match="Incorrect API key"):
         litellm.completion(**{**asking, "api_key": "wrong"})
+    with pytest.raises(litellm.NotFoundError, match="does not exist"):
+        litellm.completion(**{**asking, "model": f"{provider}/other"})
+    # Its provider for Cloudflare knows no error for a full context.
+    error = {"openai": litellm.ContextWindowExceededError, "cloudflare": litellm.BadRequestError}
+    with pytest.raises(error[provider], match="maximum context length"):
+        litellm.completion(**{**asking, "max_tokens": 5000})
 
 
 def test_langchain(server, llm):
@@ -292,7 +380,11 @@ def test_langchain(server, llm):
     assert whole.content == expected.response
     assert whole.response_metadata["finish_reason"] == "length"
     assert whole.usage_metadata["output_tokens"] == 12
-    assert "".join(part.content for part in model.stream(FREE)) == expected.response
+    parts = list(model.stream(FREE, stream_usage=True))
+    assert "".join(part.content for part in parts) == expected.response
+    total = functools.reduce(operator.add, parts)
+    assert total.usage_metadata["total_tokens"] == whole.usage_metadata["total_tokens"]
+    assert total.response_metadata["finish_reason"] == "length"
 
 
 TASK = """

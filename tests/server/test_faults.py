@@ -20,7 +20,7 @@ import pytest
 
 from llama_jax import Llama
 from llama_jax.demo import DEMO_CHECKPOINT
-from tests.helpers.server_process import ENDLESS, QUEUE, SLOTS, TOKEN, served
+from tests.helpers.server_process import ENDLESS, QUEUE, SLOTS, TOKEN, read_first, served
 from tests.helpers.serving import (
     ANSWER,
     COMPLETIONS,
@@ -86,7 +86,7 @@ def read_all(client):
 def test_a_killed_client_frees_its_slot(server):
     before = server.metrics()["generation_tokens_total"]
     with server.ask("POST", COMPLETIONS, LONG) as response:
-        assert response.readline().startswith(b"data: ")
+        read_first(response)
         assert server.in_use() == 1
     server.wait_until_idle()
     assert server.metrics()["generation_tokens_total"] - before < 500
@@ -272,7 +272,7 @@ def test_sigterm_under_load_answers_running_requests_and_exits_0():
     with served() as server:
         assert server.post(COMPLETIONS, body)[0] == 200
         with server.ask("POST", COMPLETIONS, LONG) as stream:
-            assert stream.readline()
+            read_first(stream)
             threads = [threading.Thread(target=ask, args=(server, i)) for i in range(12)]
             for thread in threads:
                 thread.start()

@@ -17,7 +17,7 @@ from llama_jax.engine.engine import MAX_FAILURES
 from llama_jax.server import serve as server
 from llama_jax.server.serve import serve
 from tests.helpers import ROOT
-from tests.helpers.server_process import TOKEN, endless, served
+from tests.helpers.server_process import TOKEN, endless, read_first, served
 from tests.helpers.serving import COMPLETIONS, MODEL, QUESTION, RUN, events_of, wait_until
 
 
@@ -31,8 +31,9 @@ def test_sigterm_drains_requests_and_exits_0():
             re.MULTILINE,
         )
         assert server.post(RUN, {"prompt": "x"}, Authorization="Bearer other")[0] == 401
-        with server.ask("POST", COMPLETIONS, endless(8)) as running:
-            first = running.readline()
+        body = endless(8) | {"stream_options": {"include_usage": True}}
+        with server.ask("POST", COMPLETIONS, body) as running:
+            first = read_first(running)
             server.process.send_signal(signal.SIGTERM)
             events = events_of((first + running.read()).decode())
         assert events[-1] == "[DONE]"
@@ -49,7 +50,7 @@ def test_requests_beyond_the_drain_time_end_by_an_error(number):
         served(max_queue=None, drain_s=0.1) as server,
         server.ask("POST", COMPLETIONS, endless(128)) as running,
     ):
-        first = running.readline()
+        first = read_first(running)
         server.process.send_signal(number)
         events = events_of((first + running.read()).decode())
         assert events[-1]["errors"][0]["code"] == 5001
@@ -63,7 +64,7 @@ def test_second_signal_ends_the_drain():
         served(max_queue=None, drain_s=3600) as server,
         server.ask("POST", COMPLETIONS, endless(128)) as running,
     ):
-        first = running.readline()
+        first = read_first(running)
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: not connects(server.port))
         server.process.send_signal(signal.SIGTERM)

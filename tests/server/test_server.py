@@ -21,6 +21,7 @@ from tests.helpers.serving import (
     ANSWER,
     ASKING,
     CHAT,
+    COMMENT,
     COMPLETIONS,
     MODEL,
     NATIVE,
@@ -52,7 +53,12 @@ def client(llm):
 def check_error(response, status, code, text, *, front_door=False):
     """Compare a response with the contract's envelope and the object beside it."""
     assert response.status_code == status, response.text
-    body = response.json()
+    check_error_body(response, response.json(), code, text, front_door)
+    assert response.json()["error"]["code"] == str(code)
+    assert response.json()["error"]["message"] == response.json()["errors"][0]["message"]
+
+
+def check_error_body(response, body, code, text, front_door=False):
     [error] = body["errors"]
     assert error["code"] == code
     if front_door:
@@ -64,8 +70,6 @@ def check_error(response, status, code, text, *, front_door=False):
     assert body["success"] is False
     assert body["result"] == (None if front_door else {})
     assert body["messages"] == []
-    assert body["error"]["message"] == error["message"]
-    assert body["error"]["code"] == str(code)
     assert body.keys() == {"errors", "success", "result", "messages", "error"}
 
 
@@ -114,7 +118,7 @@ def test_stream(client):
     *texts, ending, done = events_of(response.text)
     assert done == "[DONE]"
     assert all(event.keys() == {"response"} and event["response"] for event in texts)
-    assert response.text.startswith('data: {"response":"The')  # compact
+    assert response.text.startswith(COMMENT + 'data: {"response":"The')  # compact
     assert '": ' not in response.text
     whole = client.post(RUN, json=body).json()["result"]
     assert "".join(event["response"] for event in texts) == whole["response"]
@@ -195,11 +199,8 @@ def test_a_body_against_the_schema_is_5006(client, body, text, stream):
         (b'{"prompt": "x", "max_tokens": -1}', "max_tokens is -1"),
     ],
 )
-@pytest.mark.parametrize("path", [RUN, CHAT])
-def test_invalid_requests_are_5006(client, path, body, part):
-    if path == CHAT and body.startswith((b'{"messages', b'{"prompt": "')):
-        body = body.replace(b"{", f'{{"model": "{MODEL}", '.encode(), 1)
-    response = client.post(path, content=body)
+def test_invalid_requests_are_5006(client, body, part):
+    response = client.post(RUN, content=body)
     assert part in response.json()["errors"][0]["message"]
     text = response.json()["errors"][0]["message"].removeprefix("AiError: ").rpartition(" (")[0]
     assert text.startswith("Bad input: Error: ")
@@ -225,13 +226,13 @@ def test_too_many_tokens_are_5021(client, llm, stream):
 
 
 def test_no_route_and_wrong_method(client):
-    for path in ("/nope", f"{NATIVE}/nope", f"{NATIVE}/run", "/v1/chat/completions/"):
+    for path in ("/nope", f"{NATIVE}/nope", f"{NATIVE}/run"):
         check_error(client.get(path), 404, 7000, "No route for that URI", front_door=True)
-    for method, path in [("GET", RUN), ("DELETE", RUN), ("GET", CHAT), ("POST", "/v1/models")]:
-        response = client.request(method, path)
+    for method in ("GET", "DELETE"):
+        response = client.request(method, RUN)
         text = f"{method} not supported for requested URI."
         check_error(response, 405, 7001, text, front_door=True)
-        assert ("POST" in response.headers["allow"]) == (path != "/v1/models")
+        assert "POST" in response.headers["allow"]
 
 
 def test_a_full_queue_is_429(client, llm, monkeypatch):
@@ -246,13 +247,15 @@ def test_a_full_queue_is_429(client, llm, monkeypatch):
     assert client.post(RUN, json={"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_takes_too_long_is_408(llm, stream):
+def test_a_request_that_takes_too_long_is_408(llm):
     with serving(llm, timeout_s=0.05) as client:
         with paused(llm):
-            response = client.post(RUN, json={"prompt": "x", "stream": stream})
+            response = client.post(RUN, json={"prompt": "x"})
             check_error(response, 408, 3007, "Ai: Request timeout")
             assert response.headers["x-should-retry"] == "false"
+            response = client.post(RUN, json={"prompt": "x", "stream": True})
+            [error] = events_of(response.text)
+            check_error_body(response, error, 3007, "Ai: Request timeout")
         wait_until(lambda: llm.engine.running == llm.engine.queued == 0)
 
 
@@ -290,9 +293,13 @@ def test_a_bug_is_500_and_logged(client, llm, monkeypatch, caplog):
         raise RuntimeError("a secret of the implementation")
 
     monkeypatch.setattr(llm.executor, "prefill_chunk", broken)
-    for body in ({"prompt": "x"}, {"prompt": "x", "stream": True}):
-        response = client.post(RUN, json=body)
-        check_error(response, 500, 5000, "Ai: Internal server error")
+    for stream in (False, True):
+        response = client.post(RUN, json={"prompt": "x", "stream": stream})
+        if stream:
+            [error] = events_of(response.text)
+            check_error_body(response, error, 5000, "Ai: Internal server error")
+        else:
+            check_error(response, 500, 5000, "Ai: Internal server error")
         [record] = [r for r in caplog.records if r.name == "llama_jax.server"]
         assert "a secret" in caplog.text
         assert response.headers["x-request-id"] in record.getMessage()
@@ -314,6 +321,76 @@ def test_an_error_in_midstream_ends_it_without_done(client, llm, monkeypatch):
     assert response.headers["x-request-id"] in error["errors"][0]["message"]
     assert error["success"] is False
     assert "secret" not in response.text
+
+
+# Streams and proxies.
+
+
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        (RUN, {"prompt": QUESTION}),
+        (CHAT, {"model": MODEL, "messages": [ASKING]}),
+        (COMPLETIONS, {"model": MODEL, "prompt": "x"}),
+    ],
+)
+def test_a_stream_begins_at_once_and_is_kept_alive_while_it_waits(llm, url, body):
+    async def run():
+        app = make_app(llm, keep_alive_s=0.01)
+        async with app.router.lifespan_context(app):
+            await asyncio.to_thread(wait_until, lambda: app.state.service.ready)
+            call = RawCall(url, body | {"stream": True, "temperature": 0, "max_tokens": 3})
+            with paused(llm):
+                answering = asyncio.create_task(call.run(app))
+                await asyncio.wait_for(call.came.wait(), 20)
+                assert call.sent[0]["status"] == 200
+                while len(call.sent) < 5:
+                    await asyncio.sleep(0.01)
+            await asyncio.wait_for(answering, 20)
+        return [message["body"].decode() for message in call.sent[1:]]
+
+    parts = asyncio.run(run())
+    assert parts[:4] == [COMMENT] * 4
+    assert events_of("".join(parts))[-1] == "[DONE]"
+    assert len(parts) > 6
+
+
+@pytest.mark.parametrize("url", [RUN, CHAT])
+def test_what_is_wrong_before_the_queue_is_an_ordinary_error_of_a_stream_too(
+    client, llm, monkeypatch, url
+):
+    body = {"model": MODEL, "messages": [ASKING], "stream": True}
+    for fields, status in (({"temperature": 9}, 400), ({"max_tokens": 5000}, (413, 400))):
+        response = client.post(url, json=body | fields)
+        expected = status if isinstance(status, int) else status[url == CHAT]
+        assert response.status_code == expected
+        assert response.headers["content-type"] == "application/json"
+    monkeypatch.setattr(llm.engine, "max_queue", 0)
+    with paused(llm):
+        waiting = [llm.engine.submit(make_request(prompt="x", max_tokens=1)) for _ in range(4)]
+        assert client.post(url, json=body).status_code == 429
+    wait_until(lambda: all(generation.done for generation in waiting))
+
+
+def test_a_client_that_leaves_a_silent_stream_frees_its_place(llm):
+    async def run():
+        app = make_app(llm, keep_alive_s=0.01)
+        async with app.router.lifespan_context(app):
+            await asyncio.to_thread(wait_until, lambda: app.state.service.ready)
+            for comments in (1, 3):
+                call = RawCall(RUN, {"prompt": "x", "stream": True, "max_tokens": 400})
+                with paused(llm):
+                    answering = asyncio.create_task(call.run(app))
+                    while len(call.sent) < 1 + comments:
+                        await asyncio.sleep(0.001)
+                    call.hang_up.set()
+                    await asyncio.wait_for(answering, 20)
+                ended = lambda: llm.engine.running == llm.engine.queued == 0  # noqa: E731
+                await asyncio.to_thread(wait_until, ended)
+
+    before = llm.engine.counts.ended.get("cancelled", 0)
+    asyncio.run(run())
+    assert llm.engine.counts.ended["cancelled"] == before + 2
 
 
 # Tokens.
@@ -338,7 +415,7 @@ def test_an_error_in_midstream_ends_it_without_done(client, llm, monkeypatch):
 )
 def test_requests_without_the_token_are_refused(llm, headers, status, code, text):
     with serving(llm, api_token="s3cret") as client:
-        for method, path in [("POST", RUN), ("GET", "/metrics"), ("GET", "/v1/models")]:
+        for method, path in [("POST", RUN), ("GET", "/metrics")]:
             response = client.request(method, path, headers=headers)
             body = response.json()
             chain = body["errors"][0].pop("error_chain", None)
@@ -347,6 +424,35 @@ def test_requests_without_the_token_are_refused(llm, headers, status, code, text
                 text_6111 = "Invalid format for Authorization header"
                 assert chain == [{"code": 6111, "message": text_6111}]
             check_error(response, status, code, text, front_door=True)
+
+
+@pytest.mark.parametrize("path", [CHAT, f"{NATIVE}/v1/completions", "/v1/models"])
+def test_openais_routes_refuse_in_openais_words(llm, path):
+    method = "GET" if path.endswith("models") else "POST"
+    with serving(llm, api_token="s3cret", max_body_bytes=500) as client:
+
+        def refused(path=path, method=method, content=b"", **headers):
+            response = client.request(method, path, content=content, headers=headers)
+            error = response.json()["error"]
+            assert error["param"] is None
+            assert "AiError" not in error["message"]
+            assert "AiError" in str(response.json()["errors"]) or response.json()["result"] is None
+            return response.status_code, error["type"], error["code"]
+
+        invalid = "invalid_request_error"
+        assert refused() == (401, invalid, "invalid_api_key")
+        assert refused(Authorization="Basic x") == (401, invalid, "invalid_api_key")
+        assert refused(Authorization="Bearer x") == (401, invalid, "invalid_api_key")
+        key = {"Authorization": "Bearer s3cret"}
+        assert refused(method="DELETE", **key) == (405, invalid, "method_not_supported")
+        assert refused(path="/v1/nope", **key) == (404, invalid, "unknown_url")
+        assert refused(content=b"x" * 501, **key) == (413, invalid, "request_too_large")
+        if method == "POST":
+            assert refused(content=b"{", **key) == (400, invalid, "invalid_value")
+            client.app.state.service.drain()
+            body = json.dumps({"model": MODEL, "messages": [ASKING], "prompt": "x"}).encode()
+            status = (503, "server_error", "service_unavailable")
+            assert refused(content=body, **key) == status
 
 
 @pytest.mark.parametrize(
@@ -402,7 +508,7 @@ def test_without_a_token_only_local_and_allowed_origins_are_answered(llm, origin
 )
 def test_without_a_token_only_local_host_names_are_answered(llm, host, local):
     with serving(llm, local_only=True) as client:
-        response = client.get("/v1/models", headers={"Host": host})
+        response = client.get(f"{NATIVE}/models/search", headers={"Host": host})
         if local:
             assert response.status_code == 200
         else:
@@ -737,7 +843,7 @@ def test_access_log_has_no_prompt_answer_or_secret(llm, caplog):
 def test_responses_are_as_described(client):
     """For each route and outcome: the status is documented, and the body meets its schema."""
     document = client.get("/openapi.json").json()
-    assert document == openapi.document(MODEL)
+    assert document == openapi.document((MODEL,))
     native = "/client/v4/accounts/{account}/ai"
     chat = {"model": MODEL, "messages": [ASKING], "max_tokens": 3}
     scored = {"model": MODEL, "prompt": "x", "logprobs": 2, "echo": True, "max_tokens": 2}
@@ -782,5 +888,5 @@ def test_page_policy_allows_only_its_own_script_and_style(client):
 
 
 def test_page_names_the_served_model(llm):
-    with serving(llm, model='my "own" model') as client:
+    with serving(llm, models=('my "own" model', "b")) as client:
         assert 'data-model="my &quot;own&quot; model"' in client.get("/").text

@@ -6,6 +6,7 @@ the whole choice.
 
 import itertools
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from llama_jax.server.openai.logprobs import chat_logprobs, completion_logprobs
 from llama_jax.server.openai.requests import ParsedRequest
 from llama_jax.server.openai.types import (
     ChatChoice,
+    ChatLogprobs,
     CompletionChoice,
     CompletionLogprobs,
     CompletionUsage,
@@ -24,41 +26,34 @@ from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
 class ChatChoices:
     """The choices of a chat completion."""
 
-    whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
+    whole_object, chunk_object, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def __init__(self, parsed: ParsedRequest, tokenizer: Tokenizer | None):
         self._parsed, self._tokenizer = parsed, tokenizer
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """Return the chunk before the first piece: none."""
-        return None
+    def opening(self, index: int) -> dict[str, Any]:
+        """Return the choice in the chunk before the first piece: the role."""
+        return _delta(index, {"role": "assistant", "content": ""})
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
-        """Return the chunk of a piece; None if it adds nothing."""
+        """Return the choice in the chunk of a piece; None if it adds nothing."""
         wanted = self._parsed.requests[index].parameters.logprobs is not None
         if not (piece.text or wanted):
             return None
-        choice: dict[str, Any] = {"index": index, "delta": {"content": piece.text}}
-        if wanted:
-            choice["logprobs"] = chat_logprobs(piece.logprobs, self._tokenizer)
-        return choice
+        logprobs = chat_logprobs(piece.logprobs, self._tokenizer) if wanted else None
+        return _delta(index, {"content": piece.text}, logprobs)
 
     def ending(self, index: int, result: Result) -> dict[str, Any]:
-        """Return the last chunk of a choice."""
-        return {
-            "index": index,
-            "delta": {},
-            "finish_reason": result.finish_reason,
-            "seed": result.seed,
-        }
+        """Return the choice in its last chunk."""
+        return _delta(index, {}) | {"finish_reason": result.finish_reason, "seed": result.seed}
 
     def whole(self, index: int, result: Result) -> ChatChoice:
         """Return a whole choice."""
-        choice = self.chunk(index, _all(result)) or {}
+        wanted = result.logprobs is not None
         return {
             "index": index,
             "message": {"role": "assistant", "content": result_text(result), "refusal": None},
-            "logprobs": choice.get("logprobs"),
+            "logprobs": chat_logprobs(result.logprobs or [], self._tokenizer) if wanted else None,
             "finish_reason": result.finish_reason,
             "stop_reason": None,
             "seed": result.seed,
@@ -75,6 +70,7 @@ class CompletionChoices:
     """
 
     whole_object = chunk_object = "text_completion"
+    id_prefix = "cmpl"
 
     def __init__(
         self, parsed: ParsedRequest, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]]
@@ -83,11 +79,11 @@ class CompletionChoices:
         self._texts = [_CompletionText(prompt, tokenizer, parsed.echo) for prompt in prompts]
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """Return a chunk with the prompt if it is echoed."""
+        """Return the choice in a chunk with the prompt, if it is echoed."""
         return self._choice(index, self._prompt(index)) if self._parsed.echo else None
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
-        """Return the chunk of a piece; None if it adds nothing."""
+        """Return the choice in the chunk of a piece; None if it adds nothing."""
         texts = self._texts[index]
         text = texts.leading_separator(piece.tokens) + piece.text
         if self._parsed.requests[index].parameters.logprobs is None:
@@ -97,7 +93,7 @@ class CompletionChoices:
         return self._choice(index, text, logprobs)
 
     def ending(self, index: int, result: Result) -> dict[str, Any]:
-        """Return the last chunk of a choice."""
+        """Return the choice in its last chunk."""
         last = self._choice(index, "")
         return last | {"finish_reason": result.finish_reason, "seed": result.seed}
 
@@ -122,7 +118,8 @@ class CompletionChoices:
         }
 
     def _prompt(self, index: int) -> str:
-        raw = self._parsed.requests[index].raw_prompt
+        request = self._parsed.requests[index]
+        raw = None if request.parse_control else request.raw_prompt
         return self._texts[index].prompt if raw is None else raw
 
     def _choice(
@@ -134,9 +131,6 @@ class CompletionChoices:
 class _CompletionText:
     """The text of one completion, which continues its prompt.
 
-    The text of a generation begins without the space of its first token, as every answer in Meta's
-    dialog format does. After a prompt this would join two words, so the space is restored.
-
     Args:
         prompt: token ids.
         tokenizer: None: the text is the ids, separated by commas.
@@ -145,16 +139,14 @@ class _CompletionText:
 
     def __init__(self, prompt: Sequence[int], tokenizer: Tokenizer | None, echo: bool):
         self._tokens, self._tokenizer = prompt, tokenizer
-        self._decoder = StreamDecoder(tokenizer) if tokenizer else None
+        self._decoder: StreamDecoder | None = None
         self.prompt = ",".join(map(str, prompt))
-        if tokenizer and self._decoder:
+        if tokenizer:
             self.prompt = tokenizer.decode(list(prompt))
-            shown = [token for token in prompt if not tokenizer.is_control(token)]
-            for token in shown[-1:]:  # after a first token, a word keeps its space
-                self._decoder.push(token)
-                self._decoder.finish()
+            shown = any(not tokenizer.is_control(token) for token in prompt)
+            self._decoder = StreamDecoder(tokenizer, continues=shown)
         self._position = len(self.prompt) if echo else 0
-        self._separator_pending = bool(self.prompt) if tokenizer else echo
+        self._separator = "," if echo and not tokenizer else ""
 
     def prompt_offsets(self) -> list[int]:
         """Return the position in the prompt's text where each of its tokens begins."""
@@ -171,15 +163,10 @@ class _CompletionText:
         return offsets
 
     def leading_separator(self, tokens: Sequence[int]) -> str:
-        """Return, once, the separator between the prompt and the first token with a text."""
-        tokenizer = self._tokenizer
-        shown = [token for token in tokens if not (tokenizer and tokenizer.is_control(token))]
-        if not self._separator_pending or not shown:
-            return ""
-        self._separator_pending = False
-        if tokenizer is None:
-            return ","
-        return " " if tokenizer.piece(shown[0]).startswith("▁") else ""
+        """Return, once, what separates the prompt's ids from the next ones."""
+        separator = self._separator if tokens else ""
+        self._separator = self._separator[len(separator) :]
+        return separator
 
 
 def usage(parsed: ParsedRequest, results: Sequence[Result]) -> CompletionUsage:
@@ -196,10 +183,22 @@ def usage(parsed: ParsedRequest, results: Sequence[Result]) -> CompletionUsage:
     }
 
 
-def head(kind: str, model: str) -> dict[str, Any]:
+def head(kind: str, id_prefix: str, model: str, fingerprint: str) -> dict[str, Any]:
     """Return the first fields of a response or chunk."""
-    now = time.time()
-    return {"id": f"id-{int(now * 1000)}", "object": kind, "created": int(now), "model": model}
+    return {
+        "id": f"{id_prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": fingerprint,
+    }
+
+
+def _delta(
+    index: int, delta: dict[str, str], logprobs: ChatLogprobs | None = None
+) -> dict[str, Any]:
+    """Return the choice in a chunk of a chat completion."""
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
 
 def result_text(result: Result) -> str:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -16,8 +16,8 @@ from llama_jax.server.openai.requests import ParsedRequest, parse_chat, parse_co
 from llama_jax.server.openai.responses import ChatChoices, CompletionChoices, head, usage
 from llama_jax.server.openai.types import Model
 from llama_jax.server.request_log import request_log_of
-from llama_jax.server.service import Answers
-from llama_jax.server.sse import DONE, Events, event, start_stream
+from llama_jax.server.service import Answers, Service
+from llama_jax.server.sse import DONE, Events, EventStream, event
 from llama_jax.server.workers_ai import check_model, service_of
 
 _STARTED = int(time.time())
@@ -46,28 +46,36 @@ async def completions(request: Request) -> Response:
 
 
 async def list_models(request: Request) -> Response:
-    """GET .../models: the model served."""
-    model = _describe(service_of(request).settings.model)
-    return CompactJSONResponse({"object": "list", "data": [model]})
+    """GET .../models: the model served, by each of its names."""
+    service = service_of(request)
+    models = [_describe(service, name) for name in service.settings.models]
+    return CompactJSONResponse({"object": "list", "data": models})
 
 
 async def get_model(request: Request) -> Response:
     """GET .../models/{model}: the model served."""
-    check_model(service_of(request), request.path_params["model"])
-    return CompactJSONResponse(_describe(request.path_params["model"]))
+    service, name = service_of(request), request.path_params["model"]
+    check_model(service, name)
+    return CompactJSONResponse(_describe(service, name))
 
 
-def _describe(name: str) -> Model:
-    return {"id": name, "object": "model", "created": _STARTED, "owned_by": "llama_jax"}
+def _describe(service: Service, name: str) -> Model:
+    return {
+        "id": name,
+        "object": "model",
+        "created": _STARTED,
+        "owned_by": "llama_jax",
+        "max_model_len": service.llm.context,
+    }
 
 
 async def _parse(
-    parse: Callable[[bytes, str, int], ParsedRequest], request: Request
+    parse: Callable[[bytes, Sequence[str], int], ParsedRequest], request: Request
 ) -> ParsedRequest:
     """Parse a body in a thread, as it may have megabytes."""
     service = service_of(request)
     body = await request.body()
-    return await asyncio.to_thread(parse, body, service.settings.model, service.most_answers)
+    return await asyncio.to_thread(parse, body, service.settings.models, service.most_answers)
 
 
 async def _respond(
@@ -77,15 +85,16 @@ async def _respond(
     choices: ChatChoices | CompletionChoices,
 ) -> Response:
     """Return the streamed or the whole response."""
-    model = service_of(request).settings.model
+    service = service_of(request)
+    kind = choices.chunk_object if parsed.stream else choices.whole_object
+    first_fields = head(kind, choices.id_prefix, parsed.model, service.llm.engine.fingerprint)
     if parsed.stream:
-        events = _events(parsed, answers, choices, head(choices.chunk_object, model))
-        return await start_stream(request_log_of(request.scope), events, parsed.requests)
+        events = _events(parsed, answers, choices, first_fields)
+        log, keep_alive_s = request_log_of(request.scope), service.settings.keep_alive_s
+        return EventStream(log, answers, events, keep_alive_s)
     results = await answers.results()
     # In a thread: the text offsets of a long prompt take a while.
-    return await asyncio.to_thread(
-        _whole, parsed, results, choices, head(choices.whole_object, model)
-    )
+    return await asyncio.to_thread(_whole, parsed, results, choices, first_fields)
 
 
 def _whole(
@@ -95,7 +104,8 @@ def _whole(
     first_fields: dict[str, Any],
 ) -> Response:
     whole = [choices.whole(i, result) for i, result in enumerate(results)]
-    return CompactJSONResponse({**first_fields, "choices": whole, **_metadata(parsed, results)})
+    response = first_fields | {"choices": whole, "usage": usage(parsed, results)}
+    return CompactJSONResponse(response | _warnings(parsed))
 
 
 async def _events(
@@ -104,6 +114,8 @@ async def _events(
     choices: ChatChoices | CompletionChoices,
     first_fields: dict[str, Any],
 ) -> Events:
+    if parsed.include_usage:
+        first_fields = first_fields | {"usage": None}
     results: dict[int, Result] = {}
     opened: set[int] = set()
     async with contextlib.aclosing(answers.stream()) as parts:
@@ -119,7 +131,7 @@ async def _events(
             results[index] = part
             chunk = first_fields | {"choices": [choices.ending(index, part)]}
             if len(results) == len(parsed.requests):
-                chunk |= _metadata(parsed, [results[i] for i in sorted(results)])
+                chunk |= _warnings(parsed)
             yield event(chunk)
     if parsed.include_usage:
         counted = usage(parsed, [results[i] for i in sorted(results)])
@@ -127,7 +139,5 @@ async def _events(
     yield DONE
 
 
-def _metadata(parsed: ParsedRequest, results: list[Result]) -> dict[str, Any]:
-    """Return the fields that hold for all choices."""
-    ending = {"usage": usage(parsed, results), "system_fingerprint": results[0].fingerprint}
-    return ending | {"warnings": parsed.warnings} if parsed.warnings else ending
+def _warnings(parsed: ParsedRequest) -> dict[str, Any]:
+    return {"warnings": parsed.warnings} if parsed.warnings else {}

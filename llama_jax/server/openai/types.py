@@ -109,6 +109,7 @@ class Model(TypedDict):
     object: Literal["model"]
     created: Count
     owned_by: str
+    max_model_len: Count
 
 
 class ModelList(TypedDict):

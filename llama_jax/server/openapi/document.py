@@ -23,8 +23,13 @@ _BUSY = {
 }
 
 
-def document(model: str) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document of a server of one model."""
+def document(models: tuple[str, ...]) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of a server of one model.
+
+    Args:
+        models: its names.
+    """
+    name = {"enum": list(models)}
     native = "/client/v4/accounts/{account}/ai"
     paths = {
         "/": _get("Get the playground page.", {"text/html": _STRING}),
@@ -32,12 +37,12 @@ def document(model: str) -> dict[str, Any]:
         "/readyz": _get("Check that the server accepts requests.", {"text/plain": _STRING}),
         "/openapi.json": _get("Get this document.", {"application/json": {"type": "object"}}),
         "/metrics": _get("Get the metrics in Prometheus' text format.", {"text/plain": _STRING}),
-        f"{native}/run/{{model}}": _post("Run the model.", "Run", _path("model", {"const": model})),
+        f"{native}/run/{{model}}": _post("Run the model.", "Run", _path("model", name)),
         f"{native}/models/search": _get("Search for models.", _json("SearchResponse"), *_SEARCH),
         f"{native}/models/schema": _get(
             "Get the model card's two schemas.",
             _json("SchemaResponse"),
-            _query("model", {"const": model}, required=True),
+            _query("model", name, required=True),
         ),
     }
     paths["/readyz"]["get"]["responses"]["503"] = {
@@ -45,12 +50,13 @@ def document(model: str) -> dict[str, Any]:
         "content": {"text/plain": {"schema": _STRING}},
     }
     for base in ("/v1", f"{native}/v1"):
-        name = _path("model", {"const": model})
         paths |= {
             f"{base}/chat/completions": _post("Create a chat completion.", "Chat"),
             f"{base}/completions": _post("Create a completion.", "Completion"),
-            f"{base}/models": _get("List the model.", _json("ModelList")),
-            f"{base}/models/{{model}}": _get("Get the model.", _json("Model"), name),
+            f"{base}/models": _get("List the model by its names.", _json("ModelList")),
+            f"{base}/models/{{model}}": _get(
+                "Get the model.", _json("Model"), _path("model", name)
+            ),
         }
     for path, item in paths.items():
         for operation in item.values():
@@ -64,7 +70,7 @@ def document(model: str) -> dict[str, Any]:
         "security": [{"token": []}, {"key": [], "email": []}, {}],
         "paths": paths,
         "components": {
-            "schemas": schemas(model),
+            "schemas": schemas(models),
             "securitySchemes": {
                 "token": {"type": "http", "scheme": "bearer"},
                 "key": {"type": "apiKey", "in": "header", "name": "X-Auth-Key"},

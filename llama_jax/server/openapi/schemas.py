@@ -4,6 +4,7 @@ The native route's request is the model card's own schema. The others are those 
 the server parses and builds.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -13,12 +14,8 @@ from pydantic_core import core_schema
 from llama_jax.card import schemas as card
 from llama_jax.engine.parameters import SCHEMAS
 from llama_jax.server.openai import types as openai
-from llama_jax.server.openai.requests import (
-    COMPLETION_PARAMETERS,
-    UNSUPPORTED,
-    ChatRequest,
-    CompletionRequest,
-)
+from llama_jax.server.openai.parameters import PARAMETERS, REFUSED
+from llama_jax.server.openai.requests import ChatRequest, CompletionRequest
 from llama_jax.server.types import Error, RunResponse, SchemaResponse, SearchResponse
 from llama_jax.strict_json import parse_json
 
@@ -46,7 +43,7 @@ class _Exact(GenerateJsonSchema):
         return False
 
 
-def schemas(model: str) -> dict[str, Schema]:
+def schemas(models: Sequence[str]) -> dict[str, Schema]:
     """Return every schema by the name that paths refer to it by."""
     _, generated = TypeAdapter.json_schemas(
         [(each.__name__, "validation", TypeAdapter(each)) for each in _TYPES],
@@ -55,32 +52,17 @@ def schemas(model: str) -> dict[str, Schema]:
     )
     by_name = generated["$defs"]
     for name, field in _MODEL_NAMES:
-        by_name[name]["properties"][field] = {"const": model}
-    completion = {name: SCHEMAS[name] for name in sorted(COMPLETION_PARAMETERS)}
-    _add_properties(by_name["CompletionRequest"], completion)
-    messages, chat = _card_properties()
-    _add_properties(by_name["ChatRequest"], chat)
-    by_name["ChatRequest"]["properties"]["messages"] = messages
-    by_name["ChatRequest"]["required"].append("messages")
+        by_name[name]["properties"][field] = {"enum": list(models)}
+    for name in ("ChatRequest", "CompletionRequest"):
+        by_name[name]["properties"] |= _parameters()
     return {"RunRequest": parse_json(card.INPUT_SCHEMA, "card/input.json"), **by_name}
 
 
-def _card_properties() -> tuple[Schema, dict[str, Schema]]:
-    """Return the messages and the parameters of the card's branch for dialogs."""
-    branches = parse_json(card.INPUT_SCHEMA, "card/input.json")["oneOf"]
-    [properties] = [b["properties"] for b in branches if "messages" in b["properties"]]
-    messages = properties.pop("messages")
-    # The card accepts any role and an empty list; Llama 2 has no tokens for them.
-    messages["minItems"] = 1
-    messages["items"]["properties"]["role"] = {"enum": ["system", "user", "assistant"]}
-    return messages, properties
-
-
-def _add_properties(request: Schema, parameters: dict[str, Schema]) -> None:
-    """Add to a request the parameters that the card or the engine checks, and the unsupported."""
+def _parameters() -> Schema:
+    """Return the parameters that the engine checks, and those that are refused."""
     text = {"type": "string", "minLength": 1}
     several = {"type": "array", "items": text, "maxItems": SCHEMAS["stop"]["maxItems"]}
-    own = {"stop": {"anyOf": [text, several]}, "ignore_eos": SCHEMAS["ignore_eos"]}
-    optional = {n: {"anyOf": [s, {"type": "null"}]} for n, s in (parameters | own).items()}
-    unsupported = {name: {"enum": [*values, None]} for name, values in UNSUPPORTED.items()}
-    request["properties"] |= optional | unsupported
+    known = {name: SCHEMAS[name] for name in sorted(PARAMETERS)}
+    known["stop"] = {"anyOf": [text, several]}
+    optional = {name: {"anyOf": [schema, {"type": "null"}]} for name, schema in known.items()}
+    return optional | {name: {"enum": [*values, None]} for name, values in REFUSED.items()}
