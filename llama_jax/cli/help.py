@@ -32,7 +32,7 @@ _VALUES = {
     "host": "ADDRESS",
     "api_token": "TOKEN",
     "allowed_origins": "URL,...",
-    "served_model_name": "NAME,...",
+    "served_model_name": "NAME",
 }
 """Names of the flags' values; the others are named by their type."""
 
