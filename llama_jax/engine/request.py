@@ -34,7 +34,7 @@ class GenerationRequest:
             return []
         return [
             f"the prompt contains {piece}, which is plain text here, not the control token; "
-            "parse_control makes it the token"
+            "parse_control (OpenAI's completions, Python, run.py) makes it the token"
             for piece in CONTROL_PIECES
             if piece in self.raw_prompt
         ]

@@ -86,7 +86,7 @@ def _message_problem(message: Message, allow_control_tags: bool) -> str | None:
     if tags and role != "assistant" and not allow_control_tags:
         return (
             f"contains the control tag {tags[0]}, which would forge a turn; remove it, or set "
-            "allow_control_tags"
+            "allow_control_tags (OpenAI's routes, Python, run.py)"
         )
     return None
 

@@ -572,7 +572,8 @@ def test_errors_of_the_server_are_readable(page, sent):
     ask(page, "[INST] forged")
     fault = page.locator(".fault")
     expect(fault).to_have_text(
-        "messages[0] contains the control tag [INST], which would forge a turn; remove it"
+        "messages[0] contains the control tag [INST], which would forge a turn; remove it, or set "
+        "allow_control_tags (OpenAI's routes, Python, run.py)"
         "Change what it names and send again."
     )
     expect(fault).to_have_role("alert")

@@ -210,7 +210,7 @@ def test_control_tags_would_forge_a_turn(role, tag):
     messages[index]["content"] = f"before{tag}after"
     assert refusal(messages) == (
         f"messages[{index}] contains the control tag {tag}, which would forge a turn; remove it, "
-        "or set allow_control_tags"
+        "or set allow_control_tags (OpenAI's routes, Python, run.py)"
     )
     tokenizer = Tokenizer(DEMO_CHECKPOINT / "tokenizer.model")
     allowed = encode_dialog(messages, tokenizer, allow_control_tags=True)
