@@ -77,16 +77,14 @@ def make_request(
     """Check a request and fill in its defaults.
 
     Args:
-        prompt: the user's text: one user turn. Exactly one of prompt, messages, prompt_tokens is
-            given.
+        prompt: one user turn. Exactly one of prompt, messages, prompt_tokens is given.
         messages: a dialog; see `chat.encode_dialog`.
         prompt_tokens: ids used as they are (no BOS is added).
         system: a system prompt, with `prompt` alone.
         raw: use the prompt as it is, behind BOS, without the chat template.
         allow_control_tags: accept tags such as `[INST]` in system and user turns, as plain text;
             see `chat.check_dialog`.
-        parse_control: with raw: `<s>` in the prompt is BOS and `</s>` is EOS, not plain text. No
-            BOS is added to a prompt that begins with one.
+        parse_control: with raw: `<s>` in the prompt is BOS and `</s>` is EOS; none is doubled.
         **parameters: the fields of `Parameters`; None stands for the default. A seed is drawn if
             none is given. `stop` may be one string.
 
@@ -103,9 +101,8 @@ def make_request(
     if problems:
         raise InputError(one_line(problems))
     if prompt is not None and not raw:
-        messages = [Message(role="user", content=prompt)]
-        if system is not None:
-            messages.insert(0, Message(role="system", content=system))
+        messages = [] if system is None else [Message(role="system", content=system)]
+        messages = [*messages, Message(role="user", content=prompt)]
     if messages is not None:
         check_dialog(messages, allow_control_tags=allow_control_tags)
     return GenerationRequest(

@@ -29,7 +29,35 @@ def document(models: tuple[str, ...]) -> dict[str, Any]:
     Args:
         models: its names.
     """
-    name = {"enum": list(models)}
+    paths = _paths({"enum": list(models)})
+    for path, item in paths.items():
+        for operation in item.values():
+            if "{account}" in path:
+                operation["parameters"].append(_path("account", {"type": "string", "minLength": 1}))
+            if path in OPEN_PATHS:
+                operation["security"] = []
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "llama_jax", "version": __version__},
+        "security": [{"token": []}, {"key": [], "email": []}, {}],
+        "paths": paths,
+        "components": {
+            "schemas": schemas(models),
+            "securitySchemes": {
+                "token": {"type": "http", "scheme": "bearer"},
+                "key": {"type": "apiKey", "in": "header", "name": "X-Auth-Key"},
+                "email": {"type": "apiKey", "in": "header", "name": "X-Auth-Email"},
+            },
+        },
+    }
+
+
+def _paths(name: dict[str, Any]) -> dict[str, Any]:
+    """Return every path.
+
+    Args:
+        name: the schema of a name of the model.
+    """
     native = "/client/v4/accounts/{account}/ai"
     paths = {
         "/": _get("Get the playground page.", {"text/html": _STRING}),
@@ -58,26 +86,7 @@ def document(models: tuple[str, ...]) -> dict[str, Any]:
                 "Get the model.", _json("Model"), _path("model", name)
             ),
         }
-    for path, item in paths.items():
-        for operation in item.values():
-            if "{account}" in path:
-                operation["parameters"].append(_path("account", {"type": "string", "minLength": 1}))
-            if path in OPEN_PATHS:
-                operation["security"] = []
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "llama_jax", "version": __version__},
-        "security": [{"token": []}, {"key": [], "email": []}, {}],
-        "paths": paths,
-        "components": {
-            "schemas": schemas(models),
-            "securitySchemes": {
-                "token": {"type": "http", "scheme": "bearer"},
-                "key": {"type": "apiKey", "in": "header", "name": "X-Auth-Key"},
-                "email": {"type": "apiKey", "in": "header", "name": "X-Auth-Email"},
-            },
-        },
-    }
+    return paths
 
 
 def _get(summary: str, content: dict[str, Any], *parameters: dict[str, Any]) -> dict[str, Any]:
