@@ -95,6 +95,9 @@ def _text(values: dict[str, Any]) -> str:
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     """Read a manifest; check it, and by it the size of every file and the digest of small ones.
 
+    The root is computed again from the tensors' rows: it is the name of the weights, in a
+    fingerprint too.
+
     Raises:
         InputError: it is of another version, or something differs; naming everything that does.
     """
@@ -108,6 +111,10 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     expected = values.pop("sha256", None)
     if _json_digest(values) != expected:
         raise InputError(f"{folder / NAME} was changed after it was written; {_REMEDY}")
+    if (root := root_digest(values["tensors"], values["dtype"])) != values["root"]:
+        raise InputError(
+            f"{folder / NAME} has the root {values['root']}, but its tensors have {root}; {_REMEDY}"
+        )
     sizes = file_sizes(folder)
     problems = [
         f"{name} {f'has {sizes[name]} of {size} bytes' if name in sizes else 'is missing'}"

@@ -9,7 +9,7 @@ import pytest
 
 from llama_jax import InputError
 from llama_jax.weights import manifest
-from llama_jax.weights.checkpoint import load_checkpoint, save_checkpoint
+from llama_jax.weights.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from llama_jax.weights.shards import tensors
 from tests.helpers.models import SMALL, random_params
 
@@ -152,6 +152,26 @@ def test_another_version(copy):
 def test_corrupted_manifest(copy, text, expected):
     (copy / "manifest.json").write_text(text)
     assert expected in refused(copy)
+
+
+def test_other_weights_under_the_root_of_these_are_refused(saved, params, tmp_path):
+    """Even where every other digest was made to fit: the root is what two checkpoints share."""
+    other = tmp_path / "other"
+    changed = params | {"final_norm": 2 * params["final_norm"]}
+    save_checkpoint(other, tensors(changed), SMALL, origin={"source": "a test"})
+    honest, values = (manifest.read_manifest(folder) for folder in (saved, other))
+    assert values["root"] != honest["root"]
+    written = values["root"]
+    values["root"] = honest["root"]
+    text = json.dumps(values | {"sha256": manifest._json_digest(values)})
+    (other / manifest.NAME).write_text(text, encoding="utf-8")
+    for read in (load_checkpoint, verify_checkpoint):
+        with pytest.raises(InputError) as error:
+            read(other)
+        assert str(error.value) == (
+            f"{other / manifest.NAME} has the root {honest['root']}, but its tensors have "
+            f"{written}; copy or convert the checkpoint again"
+        )
 
 
 def test_manifest_is_a_folder(copy):
