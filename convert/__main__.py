@@ -10,7 +10,7 @@ from convert.commands import MAX_SEQ_LEN, add_tokenizer, convert, export, report
 from convert.quiet import mute_orbax
 from llama_jax.errors import InputError
 from llama_jax.version import __version__
-from llama_jax.weights.checkpoint import DTYPES
+from llama_jax.weights.dtypes import DTYPES
 
 _EXAMPLE = """\
 example:

@@ -14,7 +14,7 @@ from convert.tensors import Header, read_tensor
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
 from llama_jax.nn.transformer import param_shapes
-from llama_jax.weights.checkpoint import DTYPES
+from llama_jax.weights.dtypes import DTYPES
 from llama_jax.weights.manifest import array_digest
 from llama_jax.weights.shards import Tensor, by_path
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode.executor import Executor
@@ -83,7 +84,7 @@ class Llama:
         cls,
         path: str | pathlib.Path | None = None,
         *,
-        dtype: str | None = None,
+        dtype: DTypeLike | None = None,
         context: int | None = None,
         slots: int = 1,
         max_queue: int | None = None,
@@ -97,7 +98,8 @@ class Llama:
 
         Args:
             path: what `python -m convert` wrote; None: `default_checkpoint()`.
-            dtype: float16, bfloat16 or float32, for weights and cache; None: as stored.
+            dtype: float16, bfloat16 or float32, in any form that JAX takes, for weights and
+                cache; None: as stored.
             context: tokens of prompt plus output to hold, at most (and by default) the model's
                 max_seq_len. A smaller cache takes less memory.
             slots: answers to draw at once; each has a cache of `context` tokens.

@@ -11,7 +11,7 @@ from tests.helpers import ROOT
 PACKAGE = ROOT / "llama_jax"
 ORDER = [
     {"errors", "version", "demo"},
-    {"strict_json"},
+    {"jax_settings", "strict_json"},
     {"config", "text"},
     {"nn"},
     {"decode", "weights"},

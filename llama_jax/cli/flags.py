@@ -5,7 +5,7 @@ import dataclasses
 from absl import flags
 
 from llama_jax.errors import InputError
-from llama_jax.weights.checkpoint import DTYPES
+from llama_jax.weights.dtypes import DTYPES
 
 FLAGS = flags.FLAGS
 

@@ -27,6 +27,7 @@ from llama_jax.decode.programs import (
 from llama_jax.decode.sizes import Sizes
 from llama_jax.decode.state import Admission, DecodeState
 from llama_jax.decode.steps import Logprobs, StepOutputs
+from llama_jax.jax_settings import pinned_settings
 from llama_jax.nn.transformer import Params, Transformer
 
 
@@ -59,10 +60,12 @@ class Executor:
         self.plan = plan = plan or choose_plan(config, dtype)
         self.config, self.batch, self.context = config, batch, context
         self.sizes = Sizes(plan, batch, context)
-        self.params = jax.tree.map(lambda a: jnp.asarray(a, plan.weights), params)
+        with pinned_settings():
+            self.params = jax.tree.map(lambda a: jnp.asarray(a, plan.weights), params)
+        (self.device,) = jax.tree.leaves(self.params)[0].devices()
         model = Transformer(config, jnp.dtype(plan.weights), plan.kernels)
         self.programs = CompiledPrograms(
-            Target(config, model, batch, self.sizes.capacity, plan.cache, drawable)
+            Target(config, model, batch, self.sizes.capacity, plan.cache, self.device, drawable)
         )
 
     @property
@@ -141,7 +144,7 @@ class Executor:
         for start, size in self.sizes.chunks(len(tokens)):
             program = Score(size, self.sizes.bucket(start + size))
             cache, logits = self._call(program, self.params, cache, tokens, start)
-            parts.append(np.asarray(logits)[: len(tokens) - start])
+            parts.append(jax.device_get(logits)[: len(tokens) - start])
         return np.concatenate(parts)
 
     def warm_up(self) -> Iterator[tuple[int, int]]:
@@ -153,7 +156,7 @@ class Executor:
 
     def _warm_up_calls(self) -> Iterator[tuple[Program, tuple[Any, ...]]]:
         """Yield each program with arguments of its shapes; no state is allocated."""
-        state = jax.eval_shape(self.programs.function(InitState()))
+        state = self.programs.shapes(InitState())
         yield InitState(), ()
         yield Admit(), Admit().arguments(state, 0, empty_admission(self.config))
         yield Release(), Release().arguments(state)

@@ -8,9 +8,8 @@ import os
 import pathlib
 from typing import NamedTuple
 
-import jax
-
 from llama_jax.config import ModelConfig
+from llama_jax.jax_settings import default_device
 from llama_jax.nn.cpu_kernels import has_kernels
 from llama_jax.nn.transformer import KernelChoice, param_count
 
@@ -51,13 +50,13 @@ class Plan(NamedTuple):
 
 
 def choose_plan(config: ModelConfig, dtype: str) -> Plan:
-    """Return the fastest plan known for this process's default backend.
+    """Return the fastest plan known for JAX's default device.
 
     Args:
         config: the model's shape.
         dtype: the run's, of weights and cache.
     """
-    if jax.default_backend() != "cpu":
+    if default_device().platform != "cpu":
         # The host is idle while the device decodes: one more dispatch is queued meanwhile.
         return Plan(dtype, dtype, KernelChoice("plain", "whole"), decode_steps=16, max_in_flight=2)
     # Here host and device are the same cores: a chunk run ahead would hide nothing, and the one

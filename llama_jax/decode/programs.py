@@ -18,6 +18,7 @@ import numpy as np
 from llama_jax.config import ModelConfig
 from llama_jax.decode import sampling, state, steps
 from llama_jax.decode.state import Admission, DecodeState
+from llama_jax.jax_settings import Device, pinned_settings
 from llama_jax.nn import cache as kv
 from llama_jax.nn.transformer import Params, Transformer
 
@@ -33,6 +34,7 @@ class Target:
     capacity: int
     """Cache positions of each slot."""
     cache_dtype: str
+    device: Device
     drawable: int | None = None
     """Only ids below it are sampled; None: all."""
 
@@ -263,11 +265,17 @@ class CompiledPrograms:
         """Return the function that a program compiles."""
         return program.function(self._target)
 
+    def shapes(self, program: Program) -> Any:
+        """Return the shapes of what a program without arguments returns; allocates nothing."""
+        with pinned_settings(self._target.device):
+            return jax.eval_shape(self.function(program))
+
     def run(self, program: Program, *args: Any) -> Any:
         """Call a program; it consumes the arguments that it donates."""
         if program not in self._executables:
             self.compile(program, *args)
-        return self._executables[program](*args)
+        with pinned_settings(self._target.device):
+            return self._executables[program](*args)
 
     def compile(self, program: Program, *args: Any) -> None:
         """Compile a program for arguments of these shapes, if it is not compiled yet."""
@@ -275,6 +283,7 @@ class CompiledPrograms:
             return
         began = time.perf_counter()
         jitted = jax.jit(self.function(program), donate_argnums=program.donated)
-        self._executables[program] = jitted.lower(*args).compile()
+        with pinned_settings(self._target.device):
+            self._executables[program] = jitted.lower(*args).compile()
         self.log.names.append(str(program))
         self.log.seconds += time.perf_counter() - began

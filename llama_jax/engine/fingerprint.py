@@ -5,8 +5,6 @@ import hashlib
 import importlib.metadata
 import json
 
-import jax
-
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.sampling import SAMPLER_VERSION
 from llama_jax.nn.cpu_kernels import instruction_set
@@ -27,7 +25,7 @@ def fingerprint(checkpoint: Checkpoint, executor: Executor) -> str:
         "plan": plan._asdict(),
         "sizes": None if plan.batch_invariant else (executor.batch, executor.sizes.capacity),
         "instructions": instruction_set() if plan.batch_invariant else None,
-        "device": jax.devices()[0].device_kind,
+        "device": executor.device.device_kind,
         "sampler": SAMPLER_VERSION,
         "versions": {
             "llama_jax": __version__,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-import numpy as np
+import jax
 
 from llama_jax.decode.sampling import NO_TOKEN
 from llama_jax.decode.steps import Logprobs
@@ -208,7 +208,7 @@ def token_logprobs(
     logprobs: Logprobs, column: int, tokens: Sequence[int], count: int
 ) -> list[TokenLogprob]:
     """Turn one column of arrays into a TokenLogprob for each token, with `count` alternatives."""
-    chosen, top, ids = (np.asarray(a)[:, column].tolist() for a in logprobs)
+    chosen, top, ids = (a[:, column].tolist() for a in jax.device_get(logprobs))
     return [
         TokenLogprob(token, chosen[t], list(zip(ids[t][:count], top[t][:count], strict=True)))
         for t, token in enumerate(tokens)

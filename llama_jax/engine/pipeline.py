@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 
+import jax
 import numpy as np
 
 from llama_jax.decode.executor import Executor
@@ -109,7 +110,7 @@ class Pipeline:
     def receive(self) -> tuple[InFlight, np.ndarray]:
         """Wait for the oldest results in flight; return them with their tokens [steps, columns]."""
         oldest = self._in_flight.popleft()
-        return oldest, np.asarray(oldest.outputs.tokens)
+        return oldest, jax.device_get(oldest.outputs.tokens)
 
     def _take_state(self) -> DecodeState:
         """Return the state for a call that consumes it."""

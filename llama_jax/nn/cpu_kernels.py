@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt16
 
+from llama_jax.jax_settings import pinned_settings
+
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2")
 """What cpu_kernels.cc is compiled for, best first."""
 
@@ -87,7 +89,7 @@ def has_kernels() -> bool:
     if _register() is None:
         return False
     try:
-        with jax.default_device(jax.devices("cpu")[0]):
+        with pinned_settings(jax.devices("cpu")[0]):
             return bool(linears(jnp.ones((1, 1)), jnp.ones((1, 1)))[0][0, 0] == 1)
     except jax.errors.JaxRuntimeError as error:
         _log.warning("the CPU kernels do not run with this jaxlib (%s); %s", error, REMEDY)

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import ModelConfig
+from llama_jax.jax_settings import pinned_settings
 from llama_jax.nn import attention, ops, projection
 from llama_jax.nn import cache as kv
 
@@ -200,6 +201,7 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.floa
     return variables["params"]
 
 
+@pinned_settings()
 def param_shapes(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:
     """Return the parameters' shapes and dtype as a tree of ShapeDtypeStruct; allocates nothing."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))

@@ -8,7 +8,6 @@ DST/manifest.json     what all this is, by digest; see manifest.py
 
 import dataclasses
 import itertools
-import logging
 import math
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -16,12 +15,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
+from llama_jax.jax_settings import default_device, pinned_settings
 from llama_jax.nn.transformer import Params, param_shapes
 from llama_jax.weights.atomic_directory import atomic_directory
+from llama_jax.weights.dtypes import choose_dtype
 from llama_jax.weights.manifest import (
     NAME,
     array_digest,
@@ -31,7 +33,6 @@ from llama_jax.weights.manifest import (
 )
 from llama_jax.weights.shards import Tensor, by_path, group, nest, read_shard, write_shard
 
-DTYPES = ("float16", "bfloat16", "float32")
 SHARD_BYTES = 2**27
 """A shard is full when it has so many: little is in memory at a time, of any model."""
 
@@ -94,9 +95,10 @@ def _row(tensor: Tensor, shard: str) -> dict[str, Any]:
     return {"shape": tensor.array.shape, "sha256": digest, "shard": shard} | tensor.notes
 
 
+@pinned_settings()
 def load_checkpoint(
     path: str | pathlib.Path,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     *,
     verify: bool = False,
     progress: bool = False,
@@ -105,8 +107,7 @@ def load_checkpoint(
 
     Args:
         path: the folder `save_checkpoint` or `python -m convert` wrote.
-        dtype: one of DTYPES, to cast the weights to; None keeps the stored one (on a TPU, which
-            has no float16 products, bfloat16 in its place).
+        dtype: of the weights in memory; see `choose_dtype`.
         verify: first read everything and compare its digests; else sizes and small files only.
         progress: show bars on stderr if it takes over a second.
 
@@ -115,22 +116,23 @@ def load_checkpoint(
             after it was written, or its arrays are not those that its config asks for.
     """
     path = pathlib.Path(path).expanduser().absolute()
+    values, config = open_checkpoint(path)
+    run_dtype = choose_dtype(dtype, values["dtype"])
+    device = jax.sharding.SingleDeviceSharding(default_device())
     if verify:
         verify_checkpoint(path, progress=progress)
-    values, config = open_checkpoint(path)
-    dtype = _run_dtype(dtype or values["dtype"], asked=dtype is not None)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     restored: dict[str, jax.Array] = {}
     for shard, rows in _shard_rows(path, values, "loading", progress):
         abstract = {
-            name: jax.ShapeDtypeStruct(row["shape"], jnp.dtype(dtype), sharding=device)
+            name: jax.ShapeDtypeStruct(row["shape"], jnp.dtype(run_dtype), sharding=device)
             for name, row in rows.items()
         }
         restored |= read_shard(shard, abstract)
-        if dtype == "float16" != values["dtype"]:
+        if run_dtype == "float16" != values["dtype"]:
             _check_range({name: restored[name] for name in rows}, values["dtype"])
-    return Checkpoint(config, nest(restored), dtype, tokenizer_path(path, values), values["root"])
+    tokenizer = tokenizer_path(path, values)
+    return Checkpoint(config, nest(restored), run_dtype, tokenizer, values["root"])
 
 
 def tokenizer_path(path: pathlib.Path, values: dict[str, Any]) -> pathlib.Path | None:
@@ -247,20 +249,6 @@ def _remedy(path: pathlib.Path) -> str:
     if not any(path.iterdir()):
         return "the folder is empty; name the one that convert wrote"
     return "the checkpoint is incomplete; copy or convert it again"
-
-
-def _run_dtype(dtype: str, *, asked: bool) -> str:
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    if dtype != "float16" or jax.default_backend() != "tpu":
-        return dtype
-    if asked:
-        raise InputError("dtype is float16, which a TPU cannot multiply; use bfloat16")
-    logging.getLogger(__name__).warning(
-        "the checkpoint is float16, which a TPU cannot multiply: running in bfloat16 "
-        "(8 bits of precision in place of 11)"
-    )
-    return "bfloat16"
 
 
 def _shard_rows(

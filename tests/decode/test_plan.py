@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def this_cpu(monkeypatch):
     """Say what this machine is to have."""
 
     def set_up(*, kernels, memory=2**40):
-        monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+        monkeypatch.setattr(plan, "default_device", lambda: types.SimpleNamespace(platform="cpu"))
         monkeypatch.setattr(plan, "has_kernels", lambda: kernels)
         monkeypatch.setattr(plan.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}.get)
 
@@ -76,7 +77,7 @@ def test_without_kernels_float16_is_widened_where_it_fits(this_cpu):
 
 
 def test_an_accelerator_runs_ahead(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(plan, "default_device", lambda: types.SimpleNamespace(platform="gpu"))
     chosen = choose_plan(CONFIG, "bfloat16")
     assert chosen.kernels == KernelChoice("plain", "whole")
     assert (chosen.weights, chosen.cache) == ("bfloat16", "bfloat16")

@@ -1,6 +1,7 @@
 import json
 import pathlib
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -236,7 +237,19 @@ def test_unknown_dtype(saved):
         load_checkpoint(saved, "int8")
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, np.float16, np.dtype("float16"), "f2"])
+def test_a_dtype_may_be_any_that_jax_takes(saved, dtype):
+    assert load_checkpoint(saved, dtype).dtype == "float16"
+
+
+@pytest.mark.parametrize("dtype", [float, "fp16", "", np.int8, 16])
+def test_other_dtypes_are_refused_with_the_list(saved, dtype):
+    with pytest.raises(InputError, match="expected one of float16, bfloat16, float32"):
+        load_checkpoint(saved, dtype)
+
+
 def test_float16_on_a_tpu(saved, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    tpu = types.SimpleNamespace(platform="tpu")
+    monkeypatch.setattr("llama_jax.weights.dtypes.default_device", lambda: tpu)
     with pytest.raises(InputError, match="a TPU cannot multiply; use bfloat16"):
         load_checkpoint(saved, "float16")

@@ -1,0 +1,57 @@
+"""JAX's settings: which are pinned while this package computes, and which device it computes on.
+
+The settings belong to the application, and stay as they are. Contexts hold for their thread only,
+so they are entered wherever something is traced, called or placed.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import jax
+
+from llama_jax.errors import InputError
+
+Device: TypeAlias = Any
+"""A `jax.Device`, which the type checker takes for a variable."""
+
+
+@contextlib.contextmanager
+def pinned_settings(device: Device | None = None) -> Iterator[None]:
+    """Pin, in this thread, what the programs were written and tested for.
+
+    They name their dtypes and precisions: with 64-bit types a literal would become int64, and the
+    precision that an application chooses is for its own products. They are compiled, whatever it
+    debugs. Their arguments are NumPy arrays, which a transfer guard would refuse.
+
+    Args:
+        device: where to place what has no place yet; None: JAX's default device.
+    """
+    with (
+        jax.enable_x64(False),
+        jax.default_matmul_precision(None),
+        jax.disable_jit(False),
+        jax.transfer_guard("allow"),
+        jax.default_device(device) if device is not None else contextlib.nullcontext(),
+    ):
+        yield
+
+
+def default_device() -> Device:
+    """Return the device that the settings of JAX name, or else JAX's first.
+
+    Raises:
+        InputError: they name a backend that is not there.
+    """
+    settings = jax.config.values
+    chosen = settings["jax_default_device"]
+    if chosen is not None and not isinstance(chosen, str):
+        return chosen
+    try:
+        return jax.local_devices(backend=chosen)[0]
+    except (RuntimeError, AssertionError) as error:  # the latter without a plugin for the backend
+        said = str(error).partition("\n")[0] or "no such backend is installed"
+        raise InputError(
+            f"JAX has no device for jax_platforms={settings['jax_platforms']!r}, "
+            f"jax_default_device={chosen!r} ({said}); name a backend that is there, or none"
+        ) from None
