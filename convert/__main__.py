@@ -6,7 +6,9 @@ import sys
 
 import jax
 
-from convert.commands import MAX_SEQ_LEN, add_tokenizer, convert, export, report, verify
+from convert.commands import add_tokenizer, convert, export, verify
+from convert.console import report
+from convert.conversion import MAX_SEQ_LEN
 from convert.quiet import mute_orbax
 from llama_jax.errors import InputError
 from llama_jax.version import __version__
@@ -16,6 +18,7 @@ _EXAMPLE = """\
 example:
   python -m convert meta ~/llama/llama-2-7b-chat ~/llama-2-7b-chat-jax
   python -m convert hf ~/Llama-2-7b-chat-hf ~/llama-2-7b-chat-jax --dtype=bfloat16
+  python -m convert hf ~/Llama-2-7b-hf ~/tuned-jax --adapter=~/my-lora
   python -m convert verify ~/llama-2-7b-chat-jax
   python -m convert export-hf ~/llama-2-7b-chat-jax ~/exported
 """
@@ -51,12 +54,19 @@ def _parser() -> argparse.ArgumentParser:
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     shared = _conversion_options(debug)
     text = "Meta's release: params.json, consolidated.*.pth and tokenizer.model in one folder"
-    commands.add_parser("meta", parents=[shared], help=text, description=text)
+    meta = commands.add_parser("meta", parents=[shared], help=text, description=text)
+    meta.set_defaults(adapter=None)
     text = (
         "Hugging Face's: config.json, *.safetensors or pytorch_model*.bin, and tokenizer.model "
         "or tokenizer.json in one folder"
     )
-    commands.add_parser("hf", parents=[shared], help=text, description=text)
+    hf = commands.add_parser("hf", parents=[shared], help=text, description=text)
+    hf.add_argument(
+        "--adapter",
+        metavar="DIR",
+        type=_path,
+        help="LoRA adapter that PEFT saved, to merge into the weights in float32",
+    )
     text = "add a tokenizer to a checkpoint that has none"
     tokenizer = commands.add_parser("tokenizer", parents=[debug], help=text, description=text)
     tokenizer.set_defaults(run=add_tokenizer)

@@ -67,7 +67,7 @@ def _skip_or_fail(reason: str) -> None:
 
 _PACKAGES = {
     "clients": ("cloudflare", "langchain_openai", "litellm", "lm_eval", "openai", "schemathesis"),
-    "parity": ("torch", "transformers"),
+    "parity": ("peft", "torch", "transformers"),
 }
 """What the tests of each marker need: the extra of that name."""
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from convert import __main__ as cli
-from convert import commands, published
+from convert import conversion, published
 from llama_jax import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.weights import checkpoint, manifest
@@ -230,7 +230,7 @@ def test_room_is_checked_beforehand(hf, tmp_path, monkeypatch, capsys):
     """What a killed conversion left counts as room."""
     size = sum(array.nbytes for array in random_weights(GQA).values())
     usage = types.SimpleNamespace(free=size - 1)
-    monkeypatch.setattr(commands.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage)
     assert convert("hf", hf, tmp_path / "out") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"out needs {size:,} bytes, but its disk has {size - 1:,} left" in said
