@@ -18,6 +18,7 @@ _EXAMPLE = """\
 example:
   python -m convert meta ~/llama/llama-2-7b-chat ~/llama-2-7b-chat-jax
   python -m convert hf ~/Llama-2-7b-chat-hf ~/llama-2-7b-chat-jax --dtype=bfloat16
+  python -m convert hf meta-llama/Llama-2-7b-chat-hf ~/llama-2-7b-chat-jax
   python -m convert hf ~/Llama-2-7b-hf ~/tuned-jax --adapter=~/my-lora
   python -m convert verify ~/llama-2-7b-chat-jax
   python -m convert export-hf ~/llama-2-7b-chat-jax ~/exported
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         report(f"error: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
-        report("interrupted: nothing is left behind")
+        report("interrupted: no part of a checkpoint is left behind")
         return 130
     return 0
 
@@ -55,17 +56,23 @@ def _parser() -> argparse.ArgumentParser:
     shared = _conversion_options(debug)
     text = "Meta's release: params.json, consolidated.*.pth and tokenizer.model in one folder"
     meta = commands.add_parser("meta", parents=[shared], help=text, description=text)
-    meta.set_defaults(adapter=None)
+    meta.set_defaults(revision=None, adapter=None)
     text = (
         "Hugging Face's: config.json, *.safetensors or pytorch_model*.bin, and tokenizer.model "
-        "or tokenizer.json in one folder"
+        "or tokenizer.json, in one folder or a repository of the hub"
     )
     hf = commands.add_parser("hf", parents=[shared], help=text, description=text)
     hf.add_argument(
+        "--revision",
+        metavar="REV",
+        help="branch, tag or commit of a repository of the hub; default: main",
+    )
+    hf.add_argument(
         "--adapter",
-        metavar="DIR",
-        type=_path,
-        help="LoRA adapter that PEFT saved, to merge into the weights in float32",
+        metavar="ADAPTER",
+        type=_source,
+        help="LoRA adapter that PEFT saved, to merge into the weights in float32: a folder, or as "
+        "SRC a repository of the hub",
     )
     text = "add a tokenizer to a checkpoint that has none"
     tokenizer = commands.add_parser("tokenizer", parents=[debug], help=text, description=text)
@@ -90,7 +97,13 @@ def _parser() -> argparse.ArgumentParser:
 def _conversion_options(debug: argparse.ArgumentParser) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False, parents=[debug])
     options.set_defaults(run=convert)
-    options.add_argument("src", metavar="SRC", type=_path, help="folder of the weights")
+    options.add_argument(
+        "src",
+        metavar="SRC",
+        type=_source,
+        help="folder of the weights; for hf also ORG/NAME, hf://ORG/NAME or hf://ORG/NAME@REV, to "
+        "download them from the Hugging Face hub",
+    )
     options.add_argument(
         "dst", metavar="DST", type=_path, help="checkpoint to write; must not exist yet"
     )
@@ -125,6 +138,11 @@ def _conversion_options(debug: argparse.ArgumentParser) -> argparse.ArgumentPars
         f"has none: {MAX_SEQ_LEN}, Llama 2's",
     )
     return options
+
+
+def _source(text: str) -> str:
+    """Return a path, or the name of a repository."""
+    return text if text.startswith("hf://") else str(_path(text))
 
 
 def _path(text: str) -> pathlib.Path:

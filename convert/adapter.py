@@ -18,8 +18,10 @@ from llama_jax.strict_json import read_json
 from llama_jax.weights.checkpoint import DTYPES
 
 CONFIG = "adapter_config.json"
-FILES = ("adapter_model.safetensors", "adapter_model.bin")
+KINDS = (("adapter_model", ".safetensors"), ("adapter_model", ".bin"))
 """In the order that PEFT prefers."""
+
+_FILES = tuple(stem + suffix for stem, suffix in KINDS)
 
 _MERGED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 _NEUTRAL = {
@@ -90,12 +92,12 @@ def merge(opened: source.Source, folder: pathlib.Path) -> source.Source:
 
 
 def describe(folder: pathlib.Path) -> dict[str, Any]:
-    """Return the adapter's folder and its config's digest, for a manifest.
+    """Return the digest of an adapter's config, for a manifest.
 
     The digests of its tensors are among the `sources` of what they were merged into.
     """
     config = (folder / CONFIG).read_bytes()
-    return {"folder": folder.resolve().name, "config_sha256": hashlib.sha256(config).hexdigest()}
+    return {"config_sha256": hashlib.sha256(config).hexdigest()}
 
 
 def _add(array: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
@@ -149,9 +151,9 @@ def _is_pattern(text: str) -> bool:
 
 
 def _find_file(folder: pathlib.Path) -> pathlib.Path:
-    found = [folder / name for name in FILES if (folder / name).exists()]
+    found = [folder / name for name in _FILES if (folder / name).exists()]
     if not found:
-        raise InputError(f"{folder} has no {' or '.join(FILES)}; download the whole adapter again")
+        raise InputError(f"{folder} has no {' or '.join(_FILES)}; download the whole adapter again")
     return found[0]
 
 

@@ -1,11 +1,12 @@
 """What each command of `python -m convert` does."""
 
 import argparse
+import pathlib
 import shlex
 
 from tqdm import tqdm
 
-from convert import conversion, source, vocabulary
+from convert import adapter, conversion, hub, source, vocabulary
 from convert.conversion import Conversion, check_destination, check_room
 from convert.export import export_hf
 from llama_jax.weights import stored_tokenizer
@@ -14,16 +15,27 @@ from llama_jax.weights.checkpoint import open_checkpoint, verify_checkpoint
 
 def convert(args: argparse.Namespace) -> None:
     """Write a checkpoint of a published model's weights."""
+    check_destination(args.dst)
+    if args.command == "hf":
+        src, origin = hub.fetch(args.src, args.revision)
+    else:
+        src = pathlib.Path(args.src)
+        origin = {"folder": src.resolve().name}
+    adapted, adapter_origin = None, {}
+    if args.adapter:
+        adapted, adapter_origin = hub.fetch(args.adapter, kinds=adapter.KINDS)
     task = Conversion(
         layout=args.command,
-        src=args.src,
+        src=src,
         dst=args.dst,
         dtype=args.dtype,
         saturate=args.saturate,
         tokenizer=args.tokenizer,
         eos_tokens=args.eos_tokens,
         max_seq_len=args.max_seq_len,
-        adapter=args.adapter,
+        adapter=adapted,
+        origin=origin,
+        adapter_origin=adapter_origin,
     )
     written = conversion.convert(task)
     count, dtype, size, takes_text, rounding = written

@@ -44,7 +44,8 @@ class Conversion:
     max_seq_len: int | None = None
     adapter: pathlib.Path | None = None
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Where `src` is from, for the manifest, in place of its name."""
+    """Where `src` is from, for the manifest."""
+    adapter_origin: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Written(NamedTuple):
@@ -149,9 +150,9 @@ def _find_vocabulary(
 
 def _origin(task: Conversion, found: Vocabulary | None) -> dict[str, Any]:
     """Describe the sources for the manifest."""
-    origin = {"format": task.layout, **(task.origin or {"folder": task.src.resolve().name})}
+    origin: dict[str, Any] = {"format": task.layout} | task.origin
     if task.adapter:
-        origin["adapter"] = adapter.describe(task.adapter)
+        origin["adapter"] = task.adapter_origin | adapter.describe(task.adapter)
     if found:
         origin["tokenizer"] = found.describe()
     return origin

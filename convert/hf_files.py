@@ -1,5 +1,6 @@
 """The files of weights in a Hugging Face folder: which there are, and which tensor is in which."""
 
+import fnmatch
 import os
 import pathlib
 import re
@@ -11,10 +12,10 @@ from convert.tensors import Header, read_headers
 from llama_jax.errors import InputError
 from llama_jax.strict_json import read_json
 
-_KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
+KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 """In the order that transformers prefers."""
 
-PATTERNS = tuple(f"{stem}*{suffix}" for stem, suffix in _KINDS)
+PATTERNS = tuple(f"{stem}*{suffix}" for stem, suffix in KINDS)
 
 
 class Stored(NamedTuple):
@@ -26,6 +27,11 @@ class Stored(NamedTuple):
     header: Header
 
 
+def is_weights(name: str) -> bool:
+    """Tell whether a file's name is one of weights."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS)
+
+
 def read_all_headers(folder: pathlib.Path) -> dict[str, Stored]:
     """Return every tensor of a folder, by its name in transformers' LlamaForCausalLM.
 
@@ -33,7 +39,7 @@ def read_all_headers(folder: pathlib.Path) -> dict[str, Stored]:
         InputError: a file is missing or corrupted, or the files contradict each other.
     """
     placed: dict[str, tuple[pathlib.Path, Header]] = {}
-    for stem, suffix in _KINDS:
+    for stem, suffix in KINDS:
         whole, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
         if os.path.lexists(whole):  # a broken link is to be named, not passed over
             placed = {name: (whole, header) for name, header in read_headers(whole).items()}

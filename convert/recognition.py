@@ -1,7 +1,10 @@
 """What a folder or file is that the converter for Hugging Face's layout cannot read."""
 
+import fnmatch
 import pathlib
+from collections.abc import Iterable
 
+from convert.hf_files import is_weights
 from llama_jax.errors import InputError
 from llama_jax.strict_json import read_json
 from llama_jax.weights.manifest import NAME as MANIFEST
@@ -26,7 +29,6 @@ _KINDS = (
     ("tf_model*.h5", "TensorFlow weights", "convert the model that they were made from"),
     ("*.mlpackage", "a Core ML package", "convert the model that it was made from"),
 )  # fmt: skip
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 _FILES = {
     b"GGUF": "a GGUF file of llama.cpp; convert the model that it was made from",
     b"PK\x03\x04": "an archive or a PyTorch file; name the folder that holds it",
@@ -47,11 +49,22 @@ def refuse_other_kinds(source: pathlib.Path) -> None:
         if what:
             raise InputError(f"{source} is {what}")
         return
-    if any(any(source.glob(pattern)) for pattern in _WEIGHTS):
+    names = [path.name for path in source.iterdir()] if source.is_dir() else []
+    if any(map(is_weights, names)):
         _refuse_quantized(source / "config.json")
-        return
+    else:
+        refuse_names(names, str(source))
+
+
+def refuse_names(names: Iterable[str], source: str) -> None:
+    """Refuse a folder or repository by the names of its files, if they are those of another kind.
+
+    Raises:
+        InputError: with what it is, and what to do.
+    """
+    names = list(names)
     for pattern, what, remedy in _KINDS:
-        if any(source.glob(pattern)):
+        if fnmatch.filter(names, pattern):
             raise InputError(f"{source} is {what}; {remedy}")
 
 

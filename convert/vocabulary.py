@@ -14,6 +14,9 @@ from llama_jax.text.tokenizer import Tokenizer, check_vocabulary
 FILES = ("tokenizer.model", "tokenizer.json")
 """In the order that they are looked for."""
 
+BESIDE = ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
+"""What else is read beside them: added tokens."""
+
 proto: Any = sentencepiece_model_pb2  # its classes are made at run time
 _Kind = proto.ModelProto.SentencePiece.Type
 _SPACE = "▁"

@@ -117,6 +117,39 @@ def hf(tmp_path, weights) -> pathlib.Path:
 
 
 @pytest.fixture
+def hub_settings():
+    """Have huggingface_hub read its settings from the environment again, now and at the end."""
+    import importlib
+
+    import huggingface_hub.constants
+    import huggingface_hub.utils
+
+    def reload():
+        importlib.reload(huggingface_hub.constants)
+        huggingface_hub.utils.close_session()
+
+    yield reload
+    reload()
+
+
+@pytest.fixture
+def hub(hf, tokenizer, tmp_path, hub_settings, monkeypatch):
+    """A Hugging Face hub on loopback whose one repository is the folder `hf`."""
+    from tests.helpers import hub_server
+
+    (hf / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    with monkeypatch.context() as patch, hub_server.serve(hf) as (hub, address):
+        patch.setenv("HF_ENDPOINT", address)
+        patch.setenv("HF_HOME", str(tmp_path / "home"))
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH"):
+            patch.delenv(name, raising=False)
+        hub_settings()
+        yield hub
+        hub_settings()
+
+
+@pytest.fixture
 def tokenizer(tmp_path) -> pathlib.Path:
     """Train a tokenizer of 300 pieces: four special ones, 256 bytes and a few letters."""
     model = io.BytesIO()

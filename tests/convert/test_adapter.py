@@ -6,49 +6,12 @@ import re
 
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from convert.__main__ import main
 from llama_jax import Llama
 from llama_jax.weights.checkpoint import load_checkpoint
-from tests.helpers.sources import as_torch, flat, hf_name, write_hf
-
-Q = "model.layers.0.self_attn.q_proj"
-DOWN = "model.layers.1.mlp.down_proj"
-SETTINGS = {
-    "peft_type": "LORA",
-    "r": 4,
-    "lora_alpha": 6,
-    "target_modules": ["q_proj", "down_proj"],
-    "fan_in_fan_out": False,
-    "bias": "none",
-    "use_dora": False,
-    "init_lora_weights": True,
-    "qalora_group_size": 16,
-}
-
-
-def pair(module: str, rank: int, weights, dtype=np.float32, adapter="") -> dict[str, np.ndarray]:
-    """Return random A and B for one module, by their names in PEFT's files."""
-    outputs, inputs = next(
-        w.shape for path, w in weights.items() if hf_name(path) == f"{module}.weight"
-    )
-    rng = np.random.default_rng(len(module))
-    return {
-        f"base_model.model.{module}.lora_A{adapter}.weight": rng.normal(size=(rank, inputs)).astype(
-            dtype
-        ),
-        f"base_model.model.{module}.lora_B{adapter}.weight": rng.normal(
-            size=(outputs, rank)
-        ).astype(dtype),
-    }
-
-
-def write_adapter(folder: pathlib.Path, tensors, **settings) -> pathlib.Path:
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(SETTINGS | settings))
-    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
+from tests.helpers.adapters import DOWN, Q, pair, write_adapter
+from tests.helpers.sources import as_torch, flat, write_hf
 
 
 def convert(source, out, adapter, *options) -> int:
