@@ -15,7 +15,7 @@ from convert.tensors import Header, read_headers
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
 from llama_jax.strict_json import read_json
-from llama_jax.weights.checkpoint import DTYPES
+from llama_jax.weights.dtypes import DTYPES
 
 CONFIG = "adapter_config.json"
 KINDS = (("adapter_model", ".safetensors"), ("adapter_model", ".bin"))

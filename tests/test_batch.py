@@ -1,12 +1,15 @@
 """A file of requests: order, errors by line, resuming, and one writer at a time."""
 
 import json
+import sys
 
 import pytest
 
 from llama_jax import InputError, Llama
 from llama_jax.batch import Batch
+from llama_jax.card.schemas import MODEL
 from llama_jax.demo import DEMO_CHECKPOINT
+from tests.helpers.serving import CHAT, COMPLETIONS, serving
 
 REQUESTS = [
     {"prompt": "What is the capital of France?", "temperature": 0},
@@ -136,3 +139,176 @@ def test_files_that_cannot_be_used(tmp_path):
         Batch(tmp_path / "in", tmp_path / "none" / "out")
     with pytest.raises(InputError, match="Is a directory"):
         Batch(tmp_path / "in", tmp_path)
+
+
+# What may come back, and parameters that are not the card's.
+
+PARIS = {"prompt": "What is the capital of France?", "temperature": 0}
+
+
+def run_lines(tmp_path, llm, *lines):
+    """Run requests, one of which may be text; return the lines of output."""
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (tmp_path / "in").write_text("\n".join(texts))
+    (tmp_path / "out").unlink(missing_ok=True)
+    return run((tmp_path / "in", tmp_path / "out"), llm)[2]
+
+
+def test_custom_id_and_metadata_come_back(tmp_path, llm):
+    rows = run_lines(
+        tmp_path,
+        llm,
+        {**PARIS, "custom_id": "row-1", "metadata": {"a": [1, None]}, "max_tokens": 2},
+        {**PARIS, "custom_id": 7, "metadata": 0, "max_tokens": 2},
+        {"custom_id": "bad", "metadata": "m", "prompt": "Hi", "temperature": 9},
+        {**PARIS, "custom_id": None, "metadata": None, "max_tokens": 2},
+    )
+    given = [{n: row[n] for n in ("custom_id", "metadata") if n in row} for row in rows]
+    assert given == [
+        {"custom_id": "row-1", "metadata": {"a": [1, None]}},
+        {"custom_id": 7, "metadata": 0},
+        {"custom_id": "bad", "metadata": "m"},
+        {},
+    ]
+    assert ["error" in row for row in rows] == [False, False, True, False]
+    assert not any(row.get("ignored") for row in rows)
+
+
+def test_parameters_of_this_project_are_honoured(tmp_path, llm):
+    ours = {"stop": "Paris", "logprobs": 2, "prompt_logprobs": True, "seed": 2**64 - 1}
+    stopped, endless, wrong, wrong_seed = run_lines(
+        tmp_path,
+        llm,
+        {**PARIS, **ours},
+        {**PARIS, "ignore_eos": True, "max_tokens": 20, "seed": 0, "stop": None},
+        {**PARIS, "stop": [3]},
+        {**PARIS, "seed": 2**64},
+    )
+    assert stopped["ignored"] == endless["ignored"] == []
+    expected = llm.generate(**PARIS, **ours)
+    assert stopped["result"]["response"] == expected.response == "The capital of France is "
+    assert len(stopped["result"]["logprobs"][0]["top"]) == 2
+    assert len(stopped["result"]["prompt_logprobs"]) == len(expected.prompt_tokens)
+    assert (stopped["result"]["seed"], endless["result"]["seed"]) == (2**64 - 1, 0)
+    assert len(endless["result"]["tokens"]) == 20
+    assert "stop is [3], expected a string, or a list" in wrong["error"]
+    assert "expected an integer from 0 to 18446744073709551615" in wrong_seed["error"]
+
+
+def test_a_custom_id_is_of_one_line_only(tmp_path, llm):
+    lines = [{**PARIS, "max_tokens": 1, "custom_id": x} for x in ("a", "b", "a", 1, "1", True, [])]
+    rows = run_lines(tmp_path, llm, *lines)
+    errors = [row.get("error") for row in rows]
+    assert errors[:2] == errors[3:5] == [None, None]
+    assert errors[2] == "custom_id is 'a', which line 1 has too, expected one of its own"
+    assert errors[5:] == [
+        "custom_id is True, expected a string or an integer",
+        "custom_id is [], expected a string or an integer",
+    ]
+    # A resumed run knows those of the lines that are done.
+    text = (tmp_path / "out").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out").write_bytes(b"".join(text[:2]))
+    again = run((tmp_path / "in", tmp_path / "out"), llm)[2]
+    assert [row.get("error") for row in again] == errors
+
+
+# OpenAI's format.
+
+
+def openai_line(custom_id, url, **body):
+    body = {"model": MODEL, "seed": 5, **body}
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+
+
+QUESTION = {"messages": [{"role": "user", "content": PARIS["prompt"]}]}
+BODIES = [
+    (CHAT, {**QUESTION, "temperature": 0}),
+    (CHAT, {**QUESTION, "temperature": 2, "n": 3, "max_tokens": 9, "logprobs": True, "stop": "."}),
+    (COMPLETIONS, {"prompt": ["Once", [1, 500]], "n": 2, "max_tokens": 5, "user": "u"}),
+    (COMPLETIONS, {"prompt": "Once upon", "echo": True, "logprobs": 1, "max_tokens": 1}),
+    (CHAT, {**QUESTION, "top_p": 9}),
+    (CHAT, {**QUESTION, "tools": [{"type": "function"}]}),
+    (CHAT, {**QUESTION, "model": "gpt-4"}),
+    (COMPLETIONS, {"prompt": ["x", [1, 2]], "max_tokens": 511}),
+    (COMPLETIONS, {"prompt": "x", "n": 9}),
+]
+
+
+def comparable(body):
+    """Return a response without what differs between two calls."""
+    if "error" in body:
+        return {name: body["error"][name] for name in ("type", "param", "code")}
+    body["usage"].pop("prompt_tokens_details")  # the prefix cache
+    return {name: value for name, value in body.items() if name not in ("id", "created")}
+
+
+def test_openai_s_format_gives_what_the_server_gives(tmp_path, llm):
+    lines = [openai_line(f"row-{i}", url, **body) for i, (url, body) in enumerate(BODIES)]
+    rows = run_lines(tmp_path, llm, *lines)
+    with serving(llm) as client:
+        for i, (row, line) in enumerate(zip(rows, lines, strict=True)):
+            expected = client.post(line["url"], json=line["body"])
+            assert (row["line"], row["custom_id"]) == (i + 1, f"row-{i}")
+            response = row["response"]
+            assert response["status_code"] == expected.status_code
+            assert comparable(response["body"]) == comparable(expected.json())
+            if expected.status_code == 200:
+                assert row["error"] is None
+            else:
+                error = response["body"]["error"]
+                assert row["error"] == {name: error[name] for name in ("code", "message")}
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert [row["response"]["status_code"] for row in rows] == [200] * 4 + [400] * 3 + [413, 400]
+    assert rows[2]["ignored"] == ["body.user"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"custom_id": None}, "custom_id is missing, expected a string that names this request"),
+        ({"url": "/v1/embeddings"}, "url is '/v1/embeddings', expected /v1/chat/completions or"),
+        ({"url": None}, "url is None, expected /v1/chat/completions or /v1/completions"),
+        ({"method": "GET"}, "method is 'GET', expected 'POST'"),
+        ({"method": None}, "method is None, expected 'POST'"),
+        ({"body": "x"}, "body is 'x', expected an object: the request"),
+    ],
+)
+def test_a_line_in_openai_s_format_that_is_wrong(tmp_path, llm, change, expected):
+    """The other lines go on, in either format."""
+    good = openai_line("good", CHAT, **QUESTION, temperature=0)
+    wrong = {**openai_line("bad", CHAT, **QUESTION), **change}
+    rows = run_lines(tmp_path, llm, wrong, good, {**PARIS, "custom_id": "card"}, "{")
+    assert expected in rows[0]["error"]["message"]
+    assert rows[0]["response"]["status_code"] == 400
+    choice = rows[1]["response"]["body"]["choices"][0]
+    assert choice["message"]["content"] == rows[2]["result"]["response"]
+    assert choice["message"]["content"] == "The capital of France is Paris."
+    assert "not JSON" in rows[3]["error"]
+
+
+def test_a_stream_in_openai_s_format_is_answered_whole(tmp_path, llm):
+    line = openai_line("a", CHAT, **QUESTION, temperature=0, stream=True)
+    [row] = run_lines(tmp_path, llm, {**line, "priority": 1})
+    assert row["ignored"] == ["priority", "body.stream"]
+    assert row["response"]["body"]["object"] == "chat.completion"
+
+
+def test_a_batch_in_openai_s_format_is_resumed(tmp_path, llm):
+    """A line whose `error` is null has not failed."""
+    lines = [openai_line(str(i), CHAT, **QUESTION, max_tokens=2, n=2) for i in range(4)]
+    rows = run_lines(tmp_path, llm, *lines, openai_line("x", "/v1/none"))
+    text = (tmp_path / "out").read_bytes().splitlines(keepends=True)
+    for kept in (2, 5):
+        (tmp_path / "out").write_bytes(b"".join(text[:kept]))
+        batch, steps, again = run((tmp_path / "in", tmp_path / "out"), llm)
+        assert (steps, batch.failed) == (5 - kept, 1)
+        assert [row["custom_id"] for row in again] == [row["custom_id"] for row in rows]
+
+
+def test_openai_s_format_without_the_serve_extra_is_an_error_of_the_line(
+    tmp_path, llm, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "llama_jax.server.openai", None)
+    rows = run_lines(tmp_path, llm, openai_line("a", CHAT, **QUESTION), PARIS)
+    assert "which is not installed; pip install 'llama_jax[serve]'" in rows[0]["error"]
+    assert rows[1]["result"]["response"] == "The capital of France is Paris."

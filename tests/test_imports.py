@@ -17,7 +17,8 @@ ORDER = [
     {"decode", "weights"},
     {"engine"},
     {"card", "llama"},
-    {"__init__", "batch", "server"},
+    {"__init__", "server"},
+    {"batch"},
     {"cli"},
 ]
 """The modules and folders of llama_jax: each imports from those above it only."""

@@ -11,6 +11,7 @@ from typing import Any
 from jsonschema import Draft202012Validator, ValidationError, validators
 
 from llama_jax.card.schemas import INPUT_SCHEMA
+from llama_jax.engine.parameters import SCHEMAS
 from llama_jax.engine.request import GenerationRequest, make_request
 from llama_jax.errors import InputError
 from llama_jax.strict_json import parse_json
@@ -65,6 +66,25 @@ def check(payload: Any) -> CardRequest:
         head = f"oneOf at '/' not met, {matches} matches"
         raise SchemaError(f"{head}: {details}" if details else head)
     return _card_request(payload, _BRANCHES[failures.index(None)]["properties"])
+
+
+def check_extended(payload: Any) -> CardRequest:
+    """Check a body that may have the engine's own parameters too.
+
+    They are those that the card does not have (`stop`, `ignore_eos`, `logprobs`,
+    `prompt_logprobs`), and a seed beyond the card's range.
+
+    Raises:
+        SchemaError: see `check`. `CardRequest.request` checks the engine's own parameters.
+    """
+    if not isinstance(payload, dict):
+        return check(payload)
+    known = {name for branch in _BRANCHES for name in branch["properties"]}
+    own = {n: v for n, v in payload.items() if n in SCHEMAS and n not in known}
+    if type(payload.get("seed")) is int:
+        own["seed"] = payload["seed"]
+    card = check({name: value for name, value in payload.items() if name not in own})
+    return dataclasses.replace(card, fields=card.fields | own)
 
 
 def _card_request(payload: dict[str, Any], properties: dict[str, Any]) -> CardRequest:

@@ -17,13 +17,16 @@ def batch() -> None:
         raise InputError("batch needs --input and --output, two files of JSON lines; name both")
     with Batch(FLAGS.input, FLAGS.output) as work:
         if work.done:
-            note(f"{FLAGS.output} has {work.done:,} of {work.total:,} results already; resuming")
+            note(f"{work.output} has {work.done:,} of {work.total:,} results already; resuming")
         llm = load_model(slots=8)
         with tqdm(total=work.total, initial=work.done, unit="request", file=sys.stderr) as bar:
             for _ in work.run(llm):
                 bar.update()
+    if work.ignored:
+        names = ", ".join(f"{name} ({count:,})" for name, count in work.ignored.most_common())
+        note(f"warning: fields without effect were ignored, in so many requests: {names}")
     if work.failed:
         raise InputError(
-            f"{work.failed:,} of {work.total:,} requests have an `error` in {FLAGS.output}; "
+            f"{work.failed:,} of {work.total:,} requests have an `error` in {work.output}; "
             "fix them and run them as another batch"
         )

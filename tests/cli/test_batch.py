@@ -44,12 +44,39 @@ def test_requests_with_errors_are_counted_and_exit_2(files, cli):
     assert len(files[1].read_text().splitlines()) == 3
 
 
+def test_fields_without_effect_are_counted_by_name_on_stderr(files, cli):
+    """Those of a resumed run's first part too."""
+    message = {"role": "user", "content": "Hi", "name": "me"}
+    requests = [
+        {"prompt": "Hi", "max_tokens": 1, "lora": "x", "stream": True},
+        {"messages": [message], "max_tokens": 1, "lora": "y"},
+        {"prompt": "Hi", "max_tokens": 1},
+    ]
+    files[0].write_text("\n".join(map(json.dumps, requests)))
+    expected = "lora (2), stream (1), messages[].name (1)"
+    for kept in (0, 1, 3):
+        lines = files[1].read_bytes().splitlines(keepends=True) if kept else []
+        files[1].write_bytes(b"".join(lines[:kept]))
+        status, _, err = cli(*arguments(files))
+        assert status == 0
+        [warning] = [line for line in err.splitlines() if line.startswith("warning: ")]
+        assert warning.endswith(f"were ignored, in so many requests: {expected}")
+
+
+def test_both_files_may_be_in_the_home_folder(files, cli, monkeypatch):
+    monkeypatch.setenv("HOME", str(files[0].parent))
+    status, _, err = cli("batch", "--input=~/in.jsonl", "--output=~/out.jsonl")
+    assert (status, "warning" in err) == (0, False)
+    assert len(files[1].read_text().splitlines()) == 3
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
         ([], "batch needs --input and --output, two files of JSON lines; name both"),
         (["--input=a", "--output=json"], "batch needs --input and --output"),
         (["--input=none.jsonl", "--output=x"], "none.jsonl: No such file or directory"),
+        (["--input=~no-one/in", "--output=x"], "~no-one/in, x: Could not determine home"),
     ],
     ids=" ".join,
 )

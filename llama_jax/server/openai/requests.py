@@ -104,8 +104,10 @@ class ParsedRequest:
     stream: bool
     include_usage: bool
     echo: bool
+    ignored: list[str]
+    """The parameters without effect."""
     warnings: list[str]
-    """Names what was ignored."""
+    """These, and what else the client may not expect, in words."""
 
 
 def parse_chat(body: bytes, models: Sequence[str], max_choices: int) -> ParsedRequest:
@@ -161,7 +163,7 @@ def _parsed(
     *,
     echo: bool = False,
 ) -> ParsedRequest:
-    warnings = [_warning(name) for name in contract.first_names(ignored)]
+    ignored = contract.first_names(ignored)
     own = dict.fromkeys(text for generation in requests for text in generation.warnings)
     return ParsedRequest(
         requests=requests,
@@ -170,7 +172,8 @@ def _parsed(
         stream=bool(request.stream),
         include_usage=request.include_usage,
         echo=echo,
-        warnings=[*warnings, *own],
+        ignored=ignored,
+        warnings=[*map(_warning, ignored), *own],
     )
 
 

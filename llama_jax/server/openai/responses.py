@@ -183,6 +183,22 @@ def usage(parsed: ParsedRequest, results: Sequence[Result]) -> CompletionUsage:
     }
 
 
+def whole_body(
+    parsed: ParsedRequest,
+    results: Sequence[Result],
+    choices: ChatChoices | CompletionChoices,
+) -> dict[str, Any]:
+    """Return a whole response."""
+    first = head(choices.whole_object, choices.id_prefix, parsed.model, results[0].fingerprint)
+    whole = [choices.whole(i, result) for i, result in enumerate(results)]
+    return first | {"choices": whole, "usage": usage(parsed, results)} | warnings(parsed)
+
+
+def warnings(parsed: ParsedRequest) -> dict[str, Any]:
+    """Return the field of the warnings, if there are any."""
+    return {"warnings": parsed.warnings} if parsed.warnings else {}
+
+
 def head(kind: str, id_prefix: str, model: str, fingerprint: str) -> dict[str, Any]:
     """Return the first fields of a response or chunk."""
     return {

@@ -13,7 +13,14 @@ from starlette.responses import Response
 from llama_jax.engine.result import Result
 from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.openai.requests import ParsedRequest, parse_chat, parse_completion
-from llama_jax.server.openai.responses import ChatChoices, CompletionChoices, head, usage
+from llama_jax.server.openai.responses import (
+    ChatChoices,
+    CompletionChoices,
+    head,
+    usage,
+    warnings,
+    whole_body,
+)
 from llama_jax.server.openai.types import Model
 from llama_jax.server.request_log import request_log_of
 from llama_jax.server.service import Answers, Service
@@ -86,26 +93,16 @@ async def _respond(
 ) -> Response:
     """Return the streamed or the whole response."""
     service = service_of(request)
-    kind = choices.chunk_object if parsed.stream else choices.whole_object
-    first_fields = head(kind, choices.id_prefix, parsed.model, service.llm.engine.fingerprint)
     if parsed.stream:
+        fingerprint = service.llm.engine.fingerprint
+        first_fields = head(choices.chunk_object, choices.id_prefix, parsed.model, fingerprint)
         events = _events(parsed, answers, choices, first_fields)
         log, keep_alive_s = request_log_of(request.scope), service.settings.keep_alive_s
         return EventStream(log, answers, events, keep_alive_s)
     results = await answers.results()
     # In a thread: the text offsets of a long prompt take a while.
-    return await asyncio.to_thread(_whole, parsed, results, choices, first_fields)
-
-
-def _whole(
-    parsed: ParsedRequest,
-    results: list[Result],
-    choices: ChatChoices | CompletionChoices,
-    first_fields: dict[str, Any],
-) -> Response:
-    whole = [choices.whole(i, result) for i, result in enumerate(results)]
-    response = first_fields | {"choices": whole, "usage": usage(parsed, results)}
-    return CompactJSONResponse(response | _warnings(parsed))
+    body = await asyncio.to_thread(whole_body, parsed, results, choices)
+    return CompactJSONResponse(body)
 
 
 async def _events(
@@ -131,13 +128,9 @@ async def _events(
             results[index] = part
             chunk = first_fields | {"choices": [choices.ending(index, part)]}
             if len(results) == len(parsed.requests):
-                chunk |= _warnings(parsed)
+                chunk |= warnings(parsed)
             yield event(chunk)
     if parsed.include_usage:
         counted = usage(parsed, [results[i] for i in sorted(results)])
         yield event(first_fields | {"choices": [], "usage": counted})
     yield DONE
-
-
-def _warnings(parsed: ParsedRequest) -> dict[str, Any]:
-    return {"warnings": parsed.warnings} if parsed.warnings else {}

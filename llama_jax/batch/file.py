@@ -1,16 +1,15 @@
 """Batch: a file of requests to a file of results, line by line; resumed where it stopped."""
 
 import collections
-import dataclasses
+import contextlib
 import functools
-import hashlib
-import itertools
 import json
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from llama_jax.card import contract
+from llama_jax.batch.line import Line, head, parse, take_id
 from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
@@ -20,9 +19,11 @@ from llama_jax.strict_json import parse_json
 class Batch:
     """A file of requests and the file of their results; a context manager that closes the latter.
 
-    Each line of the input is a request in the model card's format. For each there is a line of
-    output: `line`, its number from 1, its `sha256`, `ignored`, the fields without effect (those
-    that the card does not have, and `stream`), and its `result` or its `error`.
+    Each line of the input is a request in the model card's format, or in that of OpenAI's batches.
+    For each there is a line of output: `line`, its number from 1, its `sha256`, its `custom_id` and
+    `metadata` if it has them, `ignored`, the fields without effect, and its `result` or its
+    `error`. For a request in OpenAI's format it has the fields of OpenAI's output in place of the
+    last three; see `server.openai.batch`.
 
     No other `Batch` can have the same output until this one is closed or its process ends.
 
@@ -39,7 +40,10 @@ class Batch:
         self.source, self.output = pathlib.Path(source), pathlib.Path(output)
         self.failed = 0
         """Lines with an error, those of earlier runs included."""
+        self.ignored = collections.Counter[str]()
+        """In how many lines a field was ignored, by its name; those of earlier runs included."""
         try:
+            self.source, self.output = self.source.expanduser(), self.output.expanduser()
             self.total = sum(1 for _ in self._lines())
             self._file = self.output.open("a+b")  # whatever it holds stays
             try:
@@ -53,6 +57,8 @@ class Batch:
         except OSError as error:
             name, reason = error.filename or self.output, error.strerror or error
             raise InputError(f"{name}: {reason}; name another file") from None
+        except RuntimeError as error:  # `~nobody`
+            raise InputError(f"{source}, {output}: {error}; name another file") from None
 
     def __enter__(self) -> "Batch":
         return self
@@ -69,19 +75,39 @@ class Batch:
 
         Lines are written whole and in order.
         """
-        lines = itertools.islice(self._lines(), self.done, None)
-        submissions = (functools.partial(_start, llm, *each) for each in lines)
-        for row, stream in finish_in_order(llm.engine, submissions):
+        for line, stream in finish_in_order(llm.engine, self._submissions(llm)):
             if stream is not None:
                 collections.deque(stream, maxlen=0)
-                row["result"] = dataclasses.asdict(stream.result)
-            self.failed += "error" in row
-            # A field's name may have a lone surrogate, which UTF-8 cannot encode.
-            text = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
-            self._file.write(text + b"\n")
-            self._file.flush()
-            self.done += 1
-            yield
+                line.results.append(stream.result)
+            line.waiting -= 1
+            if not line.waiting:
+                self._write(line.output())
+                yield
+
+    def _submissions(self, llm: Llama) -> Iterator[Callable[[], tuple[Line, Stream | None]]]:
+        """Yield what submits each generation of the lines that are left."""
+        done, ids = self.done, dict[str | int, int]()
+        for index, (number, text) in enumerate(self._lines()):
+            if index < done:
+                with contextlib.suppress(InputError):
+                    take_id(parse(text), ids, number)
+                continue
+            line = Line(number, text, ids, llm)
+            for i in range(line.waiting):
+                yield functools.partial(line.submit, i, llm)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        # A field's name may have a lone surrogate, which UTF-8 cannot encode.
+        text = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        self._file.write(text + b"\n")
+        self._file.flush()
+        self._count(row)
+        self.done += 1
+
+    def _count(self, row: dict[str, Any]) -> None:
+        self.failed += row.get("error") is not None
+        # One name for messages[0].name and messages[1].name, and each once a line.
+        self.ignored.update({re.sub(r"\[\d+\]", "[]", name) for name in row.get("ignored", ())})
 
     def _lock(self) -> None:
         """Lock the output until it is closed, or the process ends."""
@@ -114,7 +140,7 @@ class Batch:
                 raise InputError(
                     f"{self.output} has more lines than {self.source} has requests; name a new file"
                 )
-            expected = json.dumps(_head(number, line)).encode().removesuffix(b"}")
+            expected = json.dumps(head(number, line)).encode().removesuffix(b"}")
             if text[: len(expected)] != expected[: len(text)]:
                 raise InputError(
                     f"{self.output}, line {done + 1}, is not a result of {self.source}, line "
@@ -122,24 +148,7 @@ class Batch:
                     "file"
                 )
             if text.endswith(b"\n"):
-                self.failed += "error" in parse_json(text, f"{self.output}, line {done + 1}")
+                self._count(parse_json(text, f"{self.output}, line {done + 1}"))
                 done, size = done + 1, size + len(text)
         self._file.truncate(size)
         return done
-
-
-def _head(number: int, line: bytes) -> dict[str, Any]:
-    """Return what a line of output begins with: which request it answers."""
-    return {"line": number, "sha256": hashlib.sha256(line.strip()).hexdigest()}
-
-
-def _start(llm: Llama, number: int, line: bytes) -> tuple[dict[str, Any], Stream | None]:
-    """Submit a line's request; return the row for its result, or with its error."""
-    row = _head(number, line)
-    try:
-        card = contract.check(contract.parse_body(line, "the request"))
-        row["ignored"] = card.ignored + ["stream"] * card.stream
-        return row, llm.start(card.request())
-    except InputError as error:
-        row["error"] = str(error)
-        return row, None

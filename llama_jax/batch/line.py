@@ -1,0 +1,161 @@
+"""Line: a request of a batch, in one of two formats, on its way to a line of output."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from llama_jax.card import contract
+from llama_jax.engine.request import GenerationRequest
+from llama_jax.engine.result import Result
+from llama_jax.engine.stream import Stream
+from llama_jax.errors import InputError
+from llama_jax.llama import Llama
+
+
+class Form(Protocol):
+    """A line's request in one of the formats; it is made from the line's fields and the model.
+
+    `custom_id` and `metadata` are not among these fields.
+    """
+
+    @property
+    def requests(self) -> Sequence[GenerationRequest]:
+        """One for each choice."""
+        ...
+
+    @property
+    def ignored(self) -> Sequence[str]:
+        """The fields without effect."""
+        ...
+
+    def answer(self, results: list[Result]) -> dict[str, Any]:
+        """Return the fields of the output line, from the results of all requests."""
+        ...
+
+
+class CardForm:
+    """A request in the model card's format, to which the parameters of this project are added.
+
+    Raises:
+        InputError: see `contract.check_extended`.
+    """
+
+    def __init__(self, fields: Any, llm: Llama):
+        card = contract.check_extended(fields)
+        self.requests = [card.request()]
+        self.ignored = card.ignored + ["stream"] * card.stream
+
+    def answer(self, results: list[Result]) -> dict[str, Any]:
+        """Return the result as the command line's JSON has it."""
+        return {"result": dataclasses.asdict(results[0])}
+
+
+class Line:
+    """A line of input on its way to a line of output.
+
+    Args:
+        number: from 1.
+        text: as it is in the file.
+        ids: the lines of the `custom_id`s so far.
+        llm: the model.
+    """
+
+    def __init__(self, number: int, text: bytes, ids: dict[str | int, int], llm: Llama):
+        self._head = head(number, text)
+        self._refusal: Callable[[Exception], dict[str, Any]] = _refusal
+        self._form: Form | None = None
+        self._error: InputError | None = None
+        self._streams: list[Stream] = []
+        self.results: list[Result] = []
+        try:
+            self._read(parse(text), number, ids, llm)
+        except InputError as error:
+            self._error = error
+        self.waiting = 1 if self._form is None else len(self._form.requests)
+        """Generations that have not ended; an error counts as one."""
+
+    def submit(self, index: int, llm: Llama) -> tuple["Line", Stream | None]:
+        """Submit one of its generations; if it cannot be, all of them end."""
+        if self._form is None or self._error is not None:
+            return self, None
+        try:
+            self._streams.append(llm.start(self._form.requests[index]))
+        except InputError as error:
+            self._error = error
+            for stream in self._streams:
+                stream.close()
+            return self, None
+        return self, self._streams[-1]
+
+    def output(self) -> dict[str, Any]:
+        """Return the line of output."""
+        head = self._head
+        if self._form is not None:
+            head = head | {"ignored": list(self._form.ignored)}
+        if self._error is not None or self._form is None:
+            assert self._error is not None
+            return head | self._refusal(self._error)
+        return head | self._form.answer(self.results)
+
+    def _read(self, fields: Any, number: int, ids: dict[str | int, int], llm: Llama) -> None:
+        is_openai = isinstance(fields, dict) and not {"method", "url", "body"}.isdisjoint(fields)
+        make: Callable[[Any, Llama], Form] = CardForm
+        if is_openai:
+            openai = _openai_module()
+            make, self._refusal = openai.OpenAIForm, openai.refusal
+        if isinstance(fields, dict):
+            given = {n: fields[n] for n in ("custom_id", "metadata") if fields.get(n) is not None}
+            self._head |= given
+            fields.pop("metadata", None)
+        if take_id(fields, ids, number) is None and is_openai:
+            raise InputError("custom_id is missing, expected a string that names this request")
+        self._form = make(fields, llm)
+
+
+def _refusal(error: Exception) -> dict[str, Any]:
+    return {"error": str(error)}
+
+
+def head(number: int, line: bytes) -> dict[str, Any]:
+    """Return what a line of output begins with: which request it answers."""
+    return {"line": number, "sha256": hashlib.sha256(line.strip()).hexdigest()}
+
+
+def parse(text: bytes) -> Any:
+    """Parse the JSON of a line."""
+    return contract.parse_body(text, "the request")
+
+
+def take_id(fields: Any, ids: dict[str | int, int], number: int) -> str | int | None:
+    """Remove a line's `custom_id` from its fields, record its line and return it.
+
+    Raises:
+        InputError: it is no string and no integer, or an earlier line has it.
+    """
+    value = fields.pop("custom_id", None) if isinstance(fields, dict) else None
+    if value is None:
+        return None
+    if type(value) not in (str, int):
+        raise InputError(f"custom_id is {value!r:.40}, expected a string or an integer")
+    if ids.setdefault(value, number) != number:
+        raise InputError(
+            f"custom_id is {value!r:.40}, which line {ids[value]} has too, expected one of its own"
+        )
+    return value
+
+
+def _openai_module() -> Any:
+    """Return the module that knows OpenAI's format.
+
+    Raises:
+        InputError: it needs what is not installed.
+    """
+    try:
+        from llama_jax.server.openai import batch
+    except ImportError as error:
+        raise InputError(
+            f"a request in OpenAI's format needs {error.name}, which is not installed; pip install "
+            "'llama_jax[serve]'"
+        ) from None
+    return batch
