@@ -11,7 +11,7 @@ FLAGS = flags.FLAGS
 
 MODEL = ("checkpoint", "dtype", "context", "slots", "eos_tokens", "verify")
 PROMPT = (
-    *("prompt", "system", "messages", "prompt_tokens", "request"),
+    *("prompt", "prompt_file", "system", "messages", "prompt_tokens", "request"),
     *("raw", "parse_control", "allow_control_tags"),
 )
 SAMPLING = (
@@ -96,7 +96,7 @@ def define() -> None:
     _define_sampling_flags()
     _define_output_flags()
     _define_serve_flags()
-    flags.DEFINE_string("input", None, "Model card requests, one JSON object per line.")
+    flags.DEFINE_string("input", None, "Requests, one JSON object per line.")
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 
@@ -131,8 +131,12 @@ def _define_model_flags() -> None:
 
 def _define_prompt_flags() -> None:
     flags.DEFINE_string(
-        "prompt", None, "The user's message; or give --messages, --prompt_tokens or --request."
+        "prompt",
+        None,
+        "The user's message, - for stdin; or give --prompt_file, --messages, --prompt_tokens or "
+        "--request.",
     )
+    flags.DEFINE_string("prompt_file", None, "File with the user's message (UTF-8), - for stdin.")
     flags.DEFINE_string("system", None, "System prompt, with --prompt or in chat. Default: none.")
     flags.DEFINE_string(
         "messages",

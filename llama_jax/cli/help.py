@@ -24,6 +24,7 @@ _VALUES = {
     "checkpoint": "DIR",
     "dtype": "TYPE",
     "eos_tokens": "ID,...",
+    "prompt_file": "FILE",
     "messages": "FILE",
     "prompt_tokens": "ID,...",
     "request": "FILE",

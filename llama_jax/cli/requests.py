@@ -1,11 +1,10 @@
 """Requests: from flags, from a dialog in JSON, or whole in the model card's JSON."""
 
-import pathlib
-import sys
 from typing import Any
 
 from llama_jax.card import contract
 from llama_jax.cli.console import note
+from llama_jax.cli.files import read_bytes, read_prompt
 from llama_jax.cli.flags import FLAGS, PARAMETERS, PROMPT, refuse_flags
 from llama_jax.engine.request import GenerationRequest, make_request
 from llama_jax.errors import InputError
@@ -29,8 +28,8 @@ def read_request() -> tuple[GenerationRequest, str]:
     if FLAGS.request is not None:
         return _read_card_request(FLAGS.request)
     request = parameters_from_flags()
-    prompt = ("prompt", "system", "raw", "parse_control", "allow_control_tags")
-    request |= {name: FLAGS[name].value for name in prompt}
+    prompt = ("system", "raw", "parse_control", "allow_control_tags")
+    request |= {"prompt": read_prompt()} | {name: FLAGS[name].value for name in prompt}
     if FLAGS.messages is not None:
         request["messages"] = _read_messages(FLAGS.messages)
     if FLAGS.prompt_tokens is not None:
@@ -44,7 +43,7 @@ def _read_card_request(source: str) -> tuple[GenerationRequest, str]:
     """Return what `read_request` does, from JSON; warn of fields without effect."""
     others = [name for name in (*PROMPT, *PARAMETERS) if name != "request"]
     refuse_flags("--request", "which holds the whole request", *others)
-    card = contract.check(_read_json(source, f"--request={source}"))
+    card = contract.check_extended(_read_json(source, f"--request={source}"))
     for name in card.ignored:
         note(f"warning: {name} is not a field of the model card here, and is ignored")
     if card.stream and not (FLAGS.stream and FLAGS.output == "text"):
@@ -62,12 +61,7 @@ def _read_messages(source: str) -> list:
 
 def _read_json(source: str, name: str) -> Any:
     """Parse the JSON of a file, or of stdin for "-"."""
-    try:
-        # Bytes: JSON is UTF-8 whatever the terminal's encoding.
-        text = sys.stdin.buffer.read() if source == "-" else pathlib.Path(source).read_bytes()
-    except OSError as error:
-        raise InputError(f"{name}: {error.strerror}; name a JSON file or -") from None
-    return parse_json(text, name)
+    return parse_json(read_bytes(source, name), name)
 
 
 def parse_tokens(flag: str, texts: list[str]) -> list[int]:

@@ -65,6 +65,48 @@ def test_a_card_request_from_a_file_and_from_stdin_names_the_fields_it_ignores(c
     assert [line.split()[1] for line in warnings] == ["lora", "messages[0].name"]
 
 
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize(
+    ("content", "prompt"),
+    [
+        ("Größe 🦙", "Größe 🦙"),
+        ("\ufeffHi\r\nyou\r\n", "Hi\nyou"),
+        ("Hi\n", "Hi"),
+        ("Hi\n\n", "Hi\n"),
+        ("-", "-"),
+    ],
+)
+def test_a_prompt_from_a_file_and_from_stdin(
+    cli, demo, tmp_path, monkeypatch, content, prompt, raw
+):
+    """Without a byte order mark and without the last line break."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompt.txt").write_bytes(content.encode())
+    expected = demo.generate(prompt=prompt, raw=raw, temperature=0, max_tokens=1).prompt_tokens
+    flags = ["--print_prompt_tokens", *["--raw"] * raw]
+    for source in ("--prompt_file=~/prompt.txt", "--prompt_file=-", "--prompt=-"):
+        status, out, _ = cli(source, *flags, stdin=content)
+        assert (status, out) == (0, ",".join(map(str, expected)) + "\n")
+
+
+def test_files_of_json_may_be_in_the_home_folder(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.json").write_text(json.dumps({"prompt": QUESTION, "temperature": 0}))
+    (tmp_path / "b.json").write_text(json.dumps([{"role": "user", "content": QUESTION}]))
+    assert cli("--request=~/a.json")[1] == PARIS_ANSWER
+    assert cli("--messages=~/b.json", "--temperature=0")[1] == PARIS_ANSWER
+
+
+def test_a_card_request_may_have_the_parameters_of_this_project(cli):
+    body = {"prompt": QUESTION, "temperature": 0, "seed": 2**63, "stop": ["Paris"], "logprobs": 1}
+    status, out, err = cli("--request=-", "--output=json", stdin=json.dumps(body))
+    result = json.loads(out)
+    assert (status, result["response"]) == (0, "The capital of France is ")
+    assert (result["seed"], result["finish_reason"]) == (2**63, "stop")
+    assert len(result["logprobs"]) == len(result["tokens"])
+    assert "warning" not in err
+
+
 def test_stdin_is_utf_8_whatever_the_terminal_s_encoding(demo):
     """With a byte order mark too, which some shells write."""
     body = {"prompt": "Größe 🦙", "temperature": 0, "max_tokens": 1}
@@ -114,7 +156,17 @@ def test_a_request_to_stream_that_is_not_met_is_named(cli, flags, whole):
         (["--prompt=a", "--parse_control"], "", "parse_control is given without raw"),
         (["--prompt=a", "--request=-"], "", "--prompt is given with --request, which holds the"),
         (["--seed=1", "--request=-"], "", "--seed is given with --request, which holds the whole"),
-        (["--request=-"], '{"prompt": "a", "seed": 0}', "'/seed' must be >= 1"),
+        (["--request=-"], '{"prompt": "a", "top_k": 0}', "'/top_k' must be >= 1"),
+        (["--request=-"], '{"prompt": "a", "stop": 3}', "stop is 3, expected a string, or a list"),
+        (["--prompt=a", "--prompt_file=-"], "", "--prompt and --prompt_file are given together"),
+        (["--prompt_file=-", "--request=-"], "", "--prompt_file is given with --request, which"),
+        (["--prompt_file=-", "--prompt_tokens=1"], "x", "prompt, prompt_tokens are given together"),
+        (["--prompt_file=none.txt"], "", "--prompt_file=none.txt: No such file or directory; name"),
+        (["--prompt_file=."], "", "--prompt_file=.: Is a directory; name a file, or - for stdin"),
+        (["--prompt_file=~no-one/x"], "", "--prompt_file=~no-one/x: no such user; name another"),
+        (["--prompt=-"], "", "--prompt=- is empty, expected a prompt of at least 1 character"),
+        (["--prompt_file=-"], "\n", "--prompt_file=- is empty"),
+        (["--prompt=-"], "a\udcff", "--prompt=-: not UTF-8 (byte 1 is 0xff); save it as UTF-8"),
         (["--request=-"], '{"prompt": NaN}', "--request=-: not JSON (NaN is not a number"),
         (["--messages=none.json"], "", "--messages=none.json: No such file or directory; name a"),
         (["--messages=-"], "<html>", "--messages=-: not JSON"),
