@@ -70,7 +70,7 @@ def parse(src: str, revision: str | None = None) -> Repository | None:
     name, _, written = src[scheme.end() :].partition("@") if scheme else (src, "", "")
     if not _NAME.fullmatch(name):
         raise InputError(
-            f"{src} is neither a folder on this machine nor ORG/NAME, a repository of the Hugging "
+            f"{src} does not exist, expected a folder, or ORG/NAME for a repository of the Hugging "
             "Face hub; check the path"
         )
     if written and revision not in (None, written):

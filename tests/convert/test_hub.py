@@ -247,8 +247,8 @@ def test_a_folder_is_the_folder_whatever_its_name(hub, hf, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("src", "options", "message"),
     [
-        ("/no/such/place", (), "is neither a folder on this machine nor ORG/NAME"),
-        ("hf://name-alone", (), "is neither a folder on this machine nor ORG/NAME"),
+        ("/no/such/place", (), "does not exist, expected a folder, or ORG/NAME"),
+        ("hf://name-alone", (), "does not exist, expected a folder, or ORG/NAME"),
         (f"hf://{NAME}@one", ("--revision=two",), "names a revision, and --revision is two"),
         (".", ("--revision=main",), "is a folder, which has no revision"),
     ],

@@ -29,13 +29,10 @@ def pair(module: str, rank: int, weights, dtype=np.float32, adapter="") -> dict[
         w.shape for path, w in weights.items() if hf_name(path) == f"{module}.weight"
     )
     rng = np.random.default_rng(len(module))
+    a, b = rng.normal(size=(rank, inputs)), rng.normal(size=(outputs, rank))
     return {
-        f"base_model.model.{module}.lora_A{adapter}.weight": rng.normal(size=(rank, inputs)).astype(
-            dtype
-        ),
-        f"base_model.model.{module}.lora_B{adapter}.weight": rng.normal(
-            size=(outputs, rank)
-        ).astype(dtype),
+        f"base_model.model.{module}.lora_A{adapter}.weight": a.astype(dtype),
+        f"base_model.model.{module}.lora_B{adapter}.weight": b.astype(dtype),
     }
 
 
