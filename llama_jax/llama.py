@@ -23,7 +23,13 @@ from llama_jax.engine.result import Result
 from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import Tokenizer, check_vocabulary
-from llama_jax.weights.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
+from llama_jax.weights.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    load_checkpoint,
+    open_checkpoint,
+)
+from llama_jax.weights.unconverted import checkpoint_folder
 
 CHECKPOINT_VARIABLE = "LLAMA_JAX_CHECKPOINT"
 
@@ -90,6 +96,7 @@ class Llama:
         max_queue: int | None = None,
         eos_tokens: Sequence[int] | None = None,
         verify: bool = False,
+        convert: bool = False,
         progress: bool = False,
     ) -> "Llama":
         """Restore a checkpoint.
@@ -105,6 +112,8 @@ class Llama:
             slots: answers to draw at once; each has a cache of `context` tokens.
             max_queue: requests that may wait beyond those; None: any number.
             eos_tokens: ids that end an answer, in place of the checkpoint's.
+            convert: take Hugging Face's or Meta's folder, or hf://ORG/NAME, too. It is converted
+                once, into the user's cache (docs/checkpoints.md).
             verify: first compare all weights with the checkpoint's digests.
             progress: show bars on stderr if it takes over a second.
 
@@ -112,7 +121,8 @@ class Llama:
             InputError: see `load_checkpoint`; context out of range; a tokenizer of another model.
         """
         began = time.perf_counter()
-        path = pathlib.Path(default_checkpoint() if path is None else path).expanduser()
+        path = default_checkpoint() if path is None else path
+        path = checkpoint_folder(_converted(path, dtype, progress) if convert else path)
         # Before the weights: a mistake should not take a minute to show.
         config = open_checkpoint(path)[1]
         _check_sizes(config, context, slots, max_queue)
@@ -212,6 +222,15 @@ def _check_sizes(
         raise InputError(f"max_queue is {max_queue!r}, expected a whole number from 0")
     if type(slots) is not int or not 1 <= slots <= MAX_SLOTS:
         raise InputError(f"slots is {slots!r}, expected 1 to {MAX_SLOTS}")
+
+
+def _converted(path: str | pathlib.Path, dtype: str | None, progress: bool) -> pathlib.Path:
+    """Return the checkpoint of a source: the one place where the package uses the converters."""
+    from convert import cached  # above this package: only for those who ask for it
+
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    return cached.converted(path, dtype, progress=progress)
 
 
 def _read(stream: Stream) -> Result:

@@ -10,7 +10,7 @@ from tests.helpers import ROOT
 
 PACKAGE = ROOT / "llama_jax"
 ORDER = [
-    {"errors", "version", "demo"},
+    {"errors", "version", "demo", "user_cache"},
     {"jax_settings", "strict_json"},
     {"config", "text"},
     {"nn"},
@@ -81,13 +81,27 @@ def test_outside_dependencies_are_imported_in_their_modules_only():
         "jsonschema": {"contract", "parameters"},
         "torch": set(),
         "transformers": set(),
-        "convert": set(),
+        "convert": {"llama"},  # in a function; see below
         "run": set(),
     }
     for path in PACKAGE.rglob("*.py"):
         tops = {name.split(".")[0] for name in imports_of(path)}
         for package, allowed in rooms.items():
             assert package not in tops or path.stem in allowed, f"{path.name} imports {package}"
+
+
+def test_the_converters_are_imported_on_demand_only():
+    """`Llama.load(convert=True)` needs what lies above the package; nothing else does."""
+    tree = ast.parse((PACKAGE / "llama.py").read_text(encoding="utf-8"))
+    [user] = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(n, ast.ImportFrom) and n.module == "convert" for n in ast.walk(node))
+    ]
+    assert user.name == "_converted"
+    code = "import sys, llama_jax.cli.main; sys.exit('convert' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_only_the_server_needs_what_serves():

@@ -9,7 +9,7 @@ from llama_jax.weights.dtypes import DTYPES
 
 FLAGS = flags.FLAGS
 
-MODEL = ("checkpoint", "dtype", "context", "slots", "eos_tokens", "verify")
+MODEL = ("checkpoint", "dtype", "context", "slots", "eos_tokens", "verify", "convert")
 PROMPT = (
     *("prompt", "prompt_file", "system", "messages", "prompt_tokens", "request"),
     *("raw", "parse_control", "allow_control_tags"),
@@ -127,6 +127,12 @@ def _define_model_flags() -> None:
         "eos_tokens", None, "Token ids that end an answer: 2,32000. Default: the checkpoint's."
     )
     flags.DEFINE_bool("verify", False, "First check all weights against the checkpoint's digests.")
+    flags.DEFINE_bool(
+        "convert",
+        False,
+        "Let --checkpoint be Hugging Face's or Meta's folder, or hf://ORG/NAME. It is converted "
+        "once, into $LLAMA_JAX_CACHE (~/.cache/llama_jax).",
+    )
 
 
 def _define_prompt_flags() -> None:

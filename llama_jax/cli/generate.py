@@ -14,7 +14,7 @@ from llama_jax.weights.stored_tokenizer import load_tokenizer
 def generate() -> None:
     """Print the answer to the request that the flags describe."""
     if FLAGS.print_prompt_tokens:
-        others = ("verify", "context", "dtype", "slots", "output", "stream")
+        others = ("verify", "convert", "context", "dtype", "slots", "output", "stream")
         refuse_flags("--print_prompt_tokens", "which runs no model", *others)
     # Before the weights: a mistake should not take a minute to show.
     request, repeat = read_request()

@@ -31,5 +31,6 @@ def load_model(slots: int = 1, max_queue: int | None = None) -> Llama:
         max_queue=max_queue,
         eos_tokens=FLAGS.eos_tokens and parse_tokens("eos_tokens", FLAGS.eos_tokens),
         verify=FLAGS.verify,
+        convert=FLAGS.convert,
         progress=sys.stderr.isatty(),
     )

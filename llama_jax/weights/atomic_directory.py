@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from llama_jax.errors import InputError
 
 
+class BusyError(InputError):
+    """Another process is writing the folder."""
+
+
 def check_absent(path: str | pathlib.Path) -> None:
     """Refuse to write over what exists."""
     if os.path.lexists(path):
@@ -23,7 +27,8 @@ def atomic_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     It lies beside `path` under one name: the next process removes what a killed one left.
 
     Raises:
-        InputError: `path` exists, or another process is writing it.
+        InputError: `path` exists.
+        BusyError: another process is writing it.
         OSError: it cannot be made.
     """
     path = pathlib.Path(path).absolute()
@@ -68,7 +73,7 @@ def _locked(partial: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):
             ours = False
         if not ours:
-            raise InputError(
+            raise BusyError(
                 f"{path} is being written by another process; wait for it, or name another folder"
             )
         yield

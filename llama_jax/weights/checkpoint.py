@@ -32,6 +32,7 @@ from llama_jax.weights.manifest import (
     write_manifest,
 )
 from llama_jax.weights.shards import Tensor, by_path, group, nest, read_shard, write_shard
+from llama_jax.weights.unconverted import checkpoint_folder, remedy
 
 SHARD_BYTES = 2**27
 """A shard is full when it has so many: little is in memory at a time, of any model."""
@@ -115,7 +116,7 @@ def load_checkpoint(
         InputError: the folder is missing, a file, empty, half there, of another version, changed
             after it was written, or its arrays are not those that its config asks for.
     """
-    path = pathlib.Path(path).expanduser().absolute()
+    path = checkpoint_folder(path)
     values, config = open_checkpoint(path)
     run_dtype = choose_dtype(dtype, values["dtype"])
     device = jax.sharding.SingleDeviceSharding(default_device())
@@ -155,7 +156,7 @@ def verify_checkpoint(path: str | pathlib.Path, *, progress: bool = False) -> st
     Raises:
         InputError: as `load_checkpoint`, or naming every tensor that differs.
     """
-    path = pathlib.Path(path).expanduser().absolute()
+    path = checkpoint_folder(path)
     values, _ = open_checkpoint(path)
     total = sum(file["bytes"] for file in values["files"].values())
     with _bar(total, "verifying files", progress) as bar:
@@ -178,7 +179,7 @@ def read_tensors(path: str | pathlib.Path, *, progress: bool = False) -> Iterato
     Raises:
         InputError: as `load_checkpoint`, or at the first tensors that differ from the manifest.
     """
-    path = pathlib.Path(path).expanduser().absolute()
+    path = checkpoint_folder(path)
     values, _ = open_checkpoint(path)
     problems: list[str] = []
     for tensor in _read_stored(path, values, "reading", progress, problems):
@@ -225,7 +226,7 @@ def open_checkpoint(path: pathlib.Path) -> tuple[dict[str, Any], ModelConfig]:
             raise InputError(f"checkpoint {path} is a file, expected the folder convert wrote")
         missing = [n for n in (NAME, "config.json", "params") if not (path / n).exists()]
         if missing:
-            raise InputError(f"checkpoint {path} has no {', '.join(missing)}; {_remedy(path)}")
+            raise InputError(f"checkpoint {path} has no {', '.join(missing)}; {remedy(path)}")
         values = read_manifest(path)
     except OSError as error:
         raise InputError(
@@ -239,16 +240,6 @@ def open_checkpoint(path: pathlib.Path) -> tuple[dict[str, Any], ModelConfig]:
             f"checkpoint {path}: the arrays do not fit config.json; convert the weights again"
         )
     return values, config
-
-
-def _remedy(path: pathlib.Path) -> str:
-    if any(path.glob("consolidated.*.pth")):
-        return f"these are Meta's weights: run `python -m convert meta {path} DST` first"
-    if any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")):
-        return f"these are Hugging Face's weights: run `python -m convert hf {path} DST` first"
-    if not any(path.iterdir()):
-        return "the folder is empty; name the one that convert wrote"
-    return "the checkpoint is incomplete; copy or convert it again"
 
 
 def _shard_rows(

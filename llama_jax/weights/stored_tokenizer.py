@@ -6,6 +6,7 @@ from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.checkpoint import open_checkpoint, tokenizer_path
 from llama_jax.weights.manifest import add_file
+from llama_jax.weights.unconverted import checkpoint_folder
 
 _NAME = "tokenizer.model"
 
@@ -16,7 +17,7 @@ def load_tokenizer(path: str | pathlib.Path) -> tuple[Tokenizer | None, int]:
     Raises:
         InputError: see `load_checkpoint`; the weights are not read.
     """
-    path = pathlib.Path(path).expanduser().absolute()
+    path = checkpoint_folder(path)
     values, config = open_checkpoint(path)
     file = tokenizer_path(path, values)
     return file and Tokenizer(file), config.vocab_size
@@ -32,7 +33,7 @@ def add_tokenizer(path: str | pathlib.Path, model: bytes) -> None:
     Raises:
         InputError: see `load_checkpoint`; it has a tokenizer.
     """
-    path = pathlib.Path(path).expanduser().absolute()
+    path = checkpoint_folder(path)
     values, _ = open_checkpoint(path)
     if tokenizer_path(path, values) is not None:
         raise InputError(f"checkpoint {path} has a tokenizer already; convert the weights again")
