@@ -120,5 +120,5 @@ def _near_names(name: str) -> str:
 
         names = [model.id for model in HfApi().list_models(author=name.partition("/")[0])]
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
-        return f"; did you mean {near[0]}?" if near else ""
+        return f" (did you mean {near[0]}?)" if near else ""
     return ""
