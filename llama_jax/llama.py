@@ -24,11 +24,11 @@ from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import Tokenizer, check_vocabulary
 from llama_jax.weights.checkpoint import (
-    DTYPES,
     Checkpoint,
     load_checkpoint,
     open_checkpoint,
 )
+from llama_jax.weights.dtypes import choose_dtype
 from llama_jax.weights.unconverted import checkpoint_folder
 
 CHECKPOINT_VARIABLE = "LLAMA_JAX_CHECKPOINT"
@@ -224,13 +224,12 @@ def _check_sizes(
         raise InputError(f"slots is {slots!r}, expected 1 to {MAX_SLOTS}")
 
 
-def _converted(path: str | pathlib.Path, dtype: str | None, progress: bool) -> pathlib.Path:
+def _converted(path: str | pathlib.Path, dtype: DTypeLike | None, progress: bool) -> pathlib.Path:
     """Return the checkpoint of a source: the one place where the package uses the converters."""
     from convert import cached  # above this package: only for those who ask for it
 
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    return cached.converted(path, dtype, progress=progress)
+    name = None if dtype is None else choose_dtype(dtype, "")
+    return cached.converted(path, name, progress=progress)
 
 
 def _read(stream: Stream) -> Result:
