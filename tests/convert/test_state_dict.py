@@ -79,8 +79,10 @@ def test_an_embedding_padded_beyond_the_configs_vocab_size_counts(tmp_path):
         read_hf(write_hf(tmp_path / "other", weights, vocab_size=200))
 
 
+@pytest.mark.parity
 def test_metas_names_lose_what_tools_leave_too(tmp_path, weights):
-    torch = pytest.importorskip("torch")
+    import torch
+
     folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, 2))
     for file in folder.glob("*.pth"):
         tensors = torch.load(file)
@@ -128,12 +130,13 @@ def test_names_without_one_root_stay_as_they_are(names):
 # Files.
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("kind", ["safetensors", pytest.param("bin", marks=pytest.mark.parity)])
 def test_shards_are_read_without_their_index(tmp_path, weights, kind):
     folder = write_hf(tmp_path / "hf", weights, shards=3)
     (folder / "model.safetensors.index.json").unlink()
     if kind == "bin":
-        torch = pytest.importorskip("torch")
+        import torch
+
         for file in folder.glob("*.safetensors"):
             arrays = safetensors.numpy.load_file(file)
             named = {name: as_torch(array) for name, array in arrays.items()}
@@ -158,12 +161,14 @@ def test_an_incomplete_set_of_shards_is_named(tmp_path, weights):
 
 
 def save_torch(folder, content, **options):
-    torch = pytest.importorskip("torch")
+    import torch
+
     (folder / "model.safetensors").unlink()
     torch.save(content, folder / "pytorch_model.bin", **options)
     return folder
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("key", [None, "state_dict", "model", "model_state_dict", "module"])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before-1.6"])
 def test_a_training_programs_pickle_is_read(tmp_path, weights, key, zipped):
@@ -178,6 +183,7 @@ def test_a_training_programs_pickle_is_read(tmp_path, weights, key, zipped):
         assert_same(read_hf(folder)[1], weights)
 
 
+@pytest.mark.parity
 def test_a_pickle_of_several_models_is_refused(tmp_path, weights):
     folder = write_hf(tmp_path / "hf", weights)
     named = {hf_name(path): as_torch(array) for path, array in weights.items()}
@@ -186,6 +192,7 @@ def test_a_pickle_of_several_models_is_refused(tmp_path, weights):
         read_hf(folder)
 
 
+@pytest.mark.parity
 def test_a_pickled_object_is_named_and_not_made(tmp_path, weights):
     import argparse
 
