@@ -258,7 +258,8 @@ def test_openai_s_format_gives_what_the_server_gives(tmp_path, llm):
                 error = response["body"]["error"]
                 assert row["error"] == {name: error[name] for name in ("code", "message")}
     assert len({row["id"] for row in rows}) == len(rows)
-    assert [row["response"]["status_code"] for row in rows] == [200] * 4 + [400] * 3 + [413, 400]
+    statuses = [row["response"]["status_code"] for row in rows]
+    assert statuses == [200] * 4 + [400, 400, 404, 400, 400]
     assert rows[2]["ignored"] == ["body.user"]
 
 

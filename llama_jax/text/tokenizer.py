@@ -83,20 +83,28 @@ class Tokenizer:
         return [token for ids in encoded for token in ids]
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of ids; BOS and EOS have none, invalid UTF-8 becomes U+FFFD."""
-        return self._sp.DecodeIds(ids)
+        """Return the text of ids; invalid UTF-8 becomes U+FFFD.
+
+        BOS and EOS have no text, nor have ids beyond the pieces, which a prompt may hold.
+        """
+        pieces = self.vocab_size
+        return self._sp.DecodeIds([token for token in ids if token < pieces])
 
     def piece(self, token: int) -> str:
         """Return the vocabulary's piece of one id, such as `▁the` or `<0x0A>`."""
+        if token >= self.vocab_size:
+            return f"<unused_{token}>"
         return self._sp.IdToPiece(token)
 
     def byte(self, token: int) -> int | None:
         """Return the value of a byte-fallback token; None for another token."""
-        return int(self.piece(token)[3:5], 16) if self._sp.IsByte(token) else None
+        if token >= self.vocab_size or not self._sp.IsByte(token):
+            return None
+        return int(self.piece(token)[3:5], 16)
 
     def is_control(self, token: int) -> bool:
-        """Return whether an id decodes to nothing (BOS, EOS)."""
-        return self._sp.IsControl(token)
+        """Return whether an id decodes to nothing: BOS, EOS, and ids beyond the pieces."""
+        return token >= self.vocab_size or self._sp.IsControl(token)
 
 
 def most_unnamed(pieces: int) -> int:

@@ -34,13 +34,13 @@ def _rms_norm(x, weight, eps):
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * weight
 
 
-def _rotate(x, theta):
+def _rotate(x, theta, factor):
     length, width = x.shape
     half = width // 2
     out = np.empty_like(x)
     for position in range(length):
         for i in range(half):
-            angle = position / theta ** (2 * i / width)
+            angle = position / factor / theta ** (2 * i / width)
             a, b = x[position, i], x[position, i + half]
             out[position, i] = a * np.cos(angle) - b * np.sin(angle)
             out[position, i + half] = a * np.sin(angle) + b * np.cos(angle)
@@ -57,8 +57,8 @@ def _attention(x, w, config):
         shared = head // group
         mine = slice(head * width, (head + 1) * width)
         theirs = slice(shared * width, (shared + 1) * width)
-        queries = _rotate(q[:, mine], config.rope_theta)
-        keys = _rotate(k[:, theirs], config.rope_theta)
+        queries = _rotate(q[:, mine], config.rope_theta, config.rope_factor)
+        keys = _rotate(k[:, theirs], config.rope_theta, config.rope_factor)
         scores = queries @ keys.T / np.sqrt(width)
         scores[np.triu_indices(length, 1)] = -np.inf
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))

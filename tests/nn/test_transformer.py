@@ -22,6 +22,7 @@ PERTURBED = {
     "norm_eps": 0.3,
     "rope_theta": 500.0,
     "tie_embeddings": True,
+    "rope_factor": 2.5,
 }
 CASES = [SMALL, *(dataclasses.replace(SMALL, **{n: v}) for n, v in PERTURBED.items())]
 
@@ -39,7 +40,8 @@ def full_forward(config, params, tokens, dtype=jnp.float32, attend_len=None):
 
 def test_every_config_field_is_perturbed():
     fields = {field.name for field in dataclasses.fields(SMALL)}
-    assert PERTURBED.keys() | {"max_seq_len"} == fields  # that one limits, and computes nothing
+    others = {"max_seq_len", "eos_tokens"}  # these limit, and compute nothing
+    assert PERTURBED.keys() | others == fields
 
 
 @pytest.mark.parametrize("config", CASES, ids=["small", *PERTURBED])
@@ -57,7 +59,7 @@ def test_every_config_field_changes_something(name):
     """Either the parameters' shapes, or, with the very same parameters, the logits."""
     changed = dataclasses.replace(SMALL, **{name: PERTURBED[name]})
     before = random_params(SMALL)
-    if name not in ("norm_eps", "rope_theta"):
+    if name not in ("norm_eps", "rope_theta", "rope_factor"):
         assert jax.tree.map(jnp.shape, before) != jax.tree.map(jnp.shape, random_params(changed))
     else:
         a, b = full_forward(SMALL, before, TOKENS), full_forward(changed, before, TOKENS)
