@@ -15,6 +15,16 @@ from llama_jax.errors import InputError
 Device: TypeAlias = Any
 """A `jax.Device`, which the type checker takes for a variable."""
 
+IN_FINGERPRINT = (
+    "jax_allow_f16_reductions",
+    "jax_disable_most_optimizations",
+    "jax_exec_time_optimization_effort",
+    "jax_memory_fitting_effort",
+    "jax_memory_fitting_level",
+    "jax_optimization_level",
+)
+"""Settings that can change bits and are not pinned: the application decides how XLA compiles."""
+
 
 @contextlib.contextmanager
 def pinned_settings(device: Device | None = None) -> Iterator[None]:

@@ -1,10 +1,8 @@
 """The Python interface, on the embedded demo model."""
 
-import copy
 import dataclasses
 import json
 import random
-import re
 
 import jax
 import numpy as np
@@ -12,7 +10,6 @@ import pytest
 
 from llama_jax import InputError, Llama
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.engine.fingerprint import fingerprint
 from llama_jax.engine.result import Usage
 from llama_jax.llama import MAX_SLOTS
 from llama_jax.text.tokenizer import BOS_ID, EOS_ID
@@ -168,31 +165,6 @@ def test_sizes_out_of_range(name, most, value, monkeypatch):
     value = most + 1 if value == "most + 1" else value
     with pytest.raises(InputError, match=f"{name} is {value!r}, expected 1 to {most}"):
         Llama.load(DEMO_CHECKPOINT, **{name: value})
-
-
-def test_the_fingerprint_names_all_that_decides_the_tokens(llm, tmp_path, monkeypatch):
-    """Equal for an equal configuration; other for other weights, dtypes, plans and samplers."""
-
-    def of(path=DEMO_CHECKPOINT, **options):
-        return Llama.load(path, **options).engine.fingerprint
-
-    plain = of()
-    assert re.fullmatch("fp_[0-9a-f]{16}", plain)
-    assert plain == llm.engine.fingerprint
-    for sizes in ({"slots": 2}, {"context": 64}):  # which may decide a bit, or not
-        assert (of(**sizes) == plain) == llm.executor.plan.batch_invariant
-    demo = load_checkpoint(DEMO_CHECKPOINT)
-    save_checkpoint(tmp_path / "copy", tensors(demo.params), demo.config)
-    assert of(tmp_path / "copy") == plain
-    params = demo.params | {"final_norm": 2 * demo.params["final_norm"]}
-    save_checkpoint(tmp_path / "other", tensors(params), demo.config)
-    others = [of(tmp_path / "other"), of(dtype="float16"), of(dtype="bfloat16")]
-    changed = copy.copy(llm.executor)
-    changed.plan = llm.executor.plan._replace(decode_steps=4)
-    others.append(fingerprint(demo, changed))
-    monkeypatch.setattr("llama_jax.engine.fingerprint.SAMPLER_VERSION", 2)
-    others.append(of())
-    assert len({plain, *others}) == 6
 
 
 def test_end_tokens_of_the_load_take_the_place_of_the_checkpoints(llm):

@@ -80,7 +80,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel):
         file.relative_to(ROOT).as_posix()
         for package in ("llama_jax", "convert")
         for file in (ROOT / package).rglob("*")
-        if file.is_file() and file.suffix not in (".cc", ".pyc", ".so")
+        if file.is_file() and file.suffix not in (".pyc", ".so")
     }
     expected |= {f"convert/configs/{file.name}" for file in (ROOT / "configs").glob("*.json")}
     expected -= {"convert/configs/README.md"}

@@ -49,6 +49,8 @@ class Checkpoint:
     tokenizer: pathlib.Path | None
     root: str | None = None
     """The digest of its weights as stored (docs/checkpoints.md); None: made up."""
+    tokenizer_digest: str | None = None
+    """The SHA-256 of the tokenizer's file, by the manifest."""
 
 
 def save_checkpoint(
@@ -132,8 +134,14 @@ def load_checkpoint(
         restored |= read_shard(shard, abstract)
         if run_dtype == "float16" != values["dtype"]:
             _check_range({name: restored[name] for name in rows}, values["dtype"])
-    tokenizer = tokenizer_path(path, values)
-    return Checkpoint(config, nest(restored), run_dtype, tokenizer, values["root"])
+    return Checkpoint(
+        config,
+        nest(restored),
+        run_dtype,
+        tokenizer_path(path, values),
+        values["root"],
+        values["files"].get("tokenizer.model", {}).get("sha256"),
+    )
 
 
 def tokenizer_path(path: pathlib.Path, values: dict[str, Any]) -> pathlib.Path | None:
