@@ -12,7 +12,6 @@ import safetensors.numpy
 from convert import huggingface, meta
 from convert.state_dict import plain_names
 from llama_jax.errors import InputError
-from tests.helpers.meta_sources import meta_shards, write_meta
 from tests.helpers.sources import (
     GQA,
     TIED,
@@ -82,6 +81,8 @@ def test_an_embedding_padded_beyond_the_configs_vocab_size_counts(tmp_path):
 @pytest.mark.parity
 def test_metas_names_lose_what_tools_leave_too(tmp_path, weights):
     import torch
+
+    from tests.helpers.meta_sources import meta_shards, write_meta  # it needs torch too
 
     folder = write_meta(tmp_path / "meta", meta_shards(weights, GQA, 2))
     for file in folder.glob("*.pth"):
