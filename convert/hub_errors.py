@@ -46,7 +46,7 @@ def is_network_error(error: BaseException) -> bool:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return what made huggingface_hub look into its cache in vain."""
+    """Return the error that made huggingface_hub fall back to its cache."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     while isinstance(error, LocalEntryNotFoundError) and error.__cause__:
