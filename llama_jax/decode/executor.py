@@ -17,10 +17,10 @@ from llama_jax.decode.programs import (
     Decode,
     InitCache,
     InitState,
+    Logits,
     Prefill,
     Program,
     Release,
-    Score,
     Target,
     empty_admission,
 )
@@ -137,12 +137,12 @@ class Executor:
         state, outputs = self._call(program, self.params, state, slots)
         return state, outputs, slots
 
-    def score(self, tokens: Sequence[int]) -> np.ndarray:
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return the float32 logits [T, V] after each token of a text."""
         cache = self.programs.run(InitCache())
         parts = []
         for start, size in self.sizes.chunks(len(tokens)):
-            program = Score(size, self.sizes.bucket(start + size))
+            program = Logits(size, self.sizes.bucket(start + size))
             cache, logits = self._call(program, self.params, cache, tokens, start)
             parts.append(jax.device_get(logits)[: len(tokens) - start])
         return np.concatenate(parts)

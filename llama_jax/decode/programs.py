@@ -67,7 +67,7 @@ class InitState(Program):
 
 @dataclasses.dataclass(frozen=True)
 class InitCache(Program):
-    """Make the cache of one slot, for `Score`."""
+    """Make the cache of one slot, for `Logits`."""
 
     donated: ClassVar[tuple[int, ...]] = ()
 
@@ -201,7 +201,7 @@ class Decode(Program):
 
 
 @dataclasses.dataclass(frozen=True)
-class Score(Program):
+class Logits(Program):
     """Return the logits after every token of a chunk."""
 
     size: int
@@ -209,8 +209,8 @@ class Score(Program):
     donated: ClassVar[tuple[int, ...]] = (1,)
 
     def function(self, target: Target) -> Callable[..., Any]:
-        """Return `steps.score` at these sizes."""
-        return functools.partial(steps.score, target.model, attend_len=self.attend_len)
+        """Return `steps.logits_of_text` at these sizes."""
+        return functools.partial(steps.logits_of_text, target.model, attend_len=self.attend_len)
 
     def arguments(
         self, params: Params, cache: kv.KVCache, tokens: Sequence[int], start: int
@@ -219,7 +219,7 @@ class Score(Program):
         return params, cache, np.int32(start), padded_chunk(tokens, start, self.size)
 
     def __str__(self) -> str:
-        return f"score({self.size}, {self.attend_len})"
+        return f"logits({self.size}, {self.attend_len})"
 
 
 def padded_chunk(tokens: Sequence[int], start: int, size: int) -> np.ndarray:

@@ -157,7 +157,7 @@ def decode(
     return scatter_rows(state, part, slots), outputs
 
 
-def score(
+def logits_of_text(
     model: Transformer,
     params: Params,
     cache: kv.KVCache,

@@ -197,13 +197,13 @@ class Engine:
             finally:
                 self._clock.update()
 
-    def score(self, tokens: Sequence[int]) -> np.ndarray:
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return the float32 logits [T, V] after each token of a text, between two turns.
 
         So the time it takes, compiling included, belongs to no generation.
         """
         with self._turn_lock:
-            return self.executor.score(tokens)
+            return self.executor.logits(tokens)
 
     def warm_up(self) -> Iterator[tuple[int, int]]:
         """Compile every program that a request can need; yield (done, total).

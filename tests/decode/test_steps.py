@@ -153,14 +153,14 @@ def test_rows_stop_independently():
 def test_greedy_equals_the_model_fed_its_own_output(ex):
     tokens = list(PROMPT)
     for _ in range(12):
-        tokens.append(int(ex.score(tokens)[-1].argmax()))
+        tokens.append(int(ex.logits(tokens)[-1].argmax()))
     assert run(ex, PROMPT, 12) == tokens[len(PROMPT) :]
 
 
 def test_prefill_equals_score_at_every_length(ex):
     """Across the ladder of chunk sizes, padding and the chunk boundary at 256."""
     long = np.random.default_rng(2).integers(0, CONFIG.vocab_size, 530).tolist()
-    logits = ex.score(long)
+    logits = ex.logits(long)
     ends = (16, 32, 64, 128, 256, 512)
     for length in (1, 300, 530, *(end + more for end in ends for more in (-1, 0, 1))):
         assert run(ex, long[:length], 1) == [int(logits[length - 1].argmax())]
@@ -301,10 +301,10 @@ def test_the_cache_is_not_copied(plan):
 def test_no_weight_is_captured_as_a_constant(ex):
     """Every weight and every byte of the state comes in as an argument."""
     run(ex, PROMPT, 9)
-    ex.score(PROMPT)
+    ex.logits(PROMPT)
     weights = sum(a.nbytes for a in jax.tree.leaves(ex.params))
     state = ex.init_state()
-    for name in named(ex, "prefill", "decode", "score"):
-        tree = state.cache if name.startswith("score") else state
+    for name in named(ex, "prefill", "decode", "logits"):
+        tree = state.cache if name.startswith("logits") else state
         expected = weights + sum(a.nbytes for a in jax.tree.leaves(tree))
         assert ex.programs[name].memory_analysis().argument_size_in_bytes >= expected, name

@@ -391,7 +391,7 @@ def test_no_request_compiles_anything_after_warm_up(any_ex):
         jax.monitoring.clear_event_listeners()
     assert lowered == []
     _, warm = warm_executor(any_ex.plan)
-    later = {name for name in any_ex.compiled.names if "score(" not in name} - warm
+    later = {name for name in any_ex.compiled.names if "logits(" not in name} - warm
     assert later - {"init_cache"} - {name for name in later if ", 3, " in name} == set()
 
 
@@ -965,7 +965,7 @@ def test_threads_use_the_engine_in_the_order_of_their_calls(llm, ex, monkeypatch
     """Whoever has just released it waits behind those that came meanwhile, for logits too."""
     engine, order = llm.engine, []
     monkeypatch.setattr(engine._scheduler, "turn", lambda: bool(order.append("turn")))
-    monkeypatch.setattr(ex, "score", lambda tokens: order.append("score"))
+    monkeypatch.setattr(ex, "logits", lambda tokens: order.append("logits"))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         with engine._turn_lock:
             for waiting, call in enumerate((engine.step, lambda: llm.logits([1])), start=1):
@@ -974,7 +974,7 @@ def test_threads_use_the_engine_in_the_order_of_their_calls(llm, ex, monkeypatch
                     time.sleep(0.001)
         with engine._turn_lock:
             order.append("again")
-    assert order == ["turn", "score", "again"]
+    assert order == ["turn", "logits", "again"]
 
 
 def test_a_lock_that_an_interrupt_finds_waiting_is_passed_on(monkeypatch):
