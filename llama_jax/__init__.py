@@ -10,6 +10,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.decode.compile_cache import use_compile_cache
 from llama_jax.engine.engine import QueueFullError
 from llama_jax.engine.result import Result
+from llama_jax.engine.score import Score
 from llama_jax.engine.stream import Stream
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
@@ -21,6 +22,7 @@ __all__ = [
     "ModelConfig",
     "QueueFullError",
     "Result",
+    "Score",
     "Stream",
     "__version__",
     "use_compile_cache",

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.typing import DTypeLike
+from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode.executor import Executor
@@ -20,6 +21,7 @@ from llama_jax.engine.engine import Engine
 from llama_jax.engine.fingerprint import fingerprint
 from llama_jax.engine.request import GenerationRequest, check_tokens, make_request
 from llama_jax.engine.result import Result
+from llama_jax.engine.score import Score, ScoreRequest, Text, make_score_request
 from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import Tokenizer, check_vocabulary
@@ -195,6 +197,58 @@ class Llama:
         except InputError as error:
             return error, None
 
+    def score(
+        self,
+        text: Text,
+        continuation: Text | None = None,
+        *,
+        stride: int | None = None,
+        parse_control: bool = False,
+        progress: bool = False,
+    ) -> Score:
+        """Return the log-likelihood of a text, or of a continuation of it.
+
+        A text follows BOS, which is not scored. A text longer than the context is read in windows
+        of that size; those after the first begin inside the text, without BOS.
+
+        Args:
+            text: text, or token ids that are used as they are: the first is not scored.
+            continuation: of the same kind. Only its tokens are scored. Text is encoded together
+                with the text before it, whose last spaces count to the continuation, as in
+                lm-evaluation-harness.
+            stride: tokens from the begin of a window to that of the next, 1 to the context. A
+                smaller one gives each token more context, and takes longer. None: half the context.
+            parse_control: see `make_request`; for text only.
+            progress: show a bar on stderr if it takes over a second.
+
+        Raises:
+            InputError: nothing to score, a stride out of range, text without a tokenizer, or ids
+                outside the vocabulary.
+        """
+        request = self.score_request(text, continuation, stride=stride, parse_control=parse_control)
+        streams = map(self.start, request.requests)
+        bar = tqdm(request.windows, unit="window", delay=1, disable=not progress)
+        return request.score(_read(next(streams)) for _ in bar)
+
+    def score_request(
+        self,
+        text: Text,
+        continuation: Text | None = None,
+        *,
+        stride: int | None = None,
+        parse_control: bool = False,
+    ) -> ScoreRequest:
+        """Return what `score` runs: generations of no tokens, and what makes a score of them."""
+        return make_score_request(
+            text,
+            continuation,
+            stride=stride,
+            parse_control=parse_control,
+            context=self.context,
+            tokenizer=self.tokenizer,
+            vocab_size=self.config.vocab_size,
+        )
+
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Return the float32 logits [T, V] that follow each of T tokens.
 
@@ -206,7 +260,7 @@ class Llama:
             raise InputError(
                 f"got {len(token_ids):,} tokens, but the context holds {self.context:,}; give fewer"
             )
-        return self.engine.score(token_ids)
+        return self.engine.logits(token_ids)
 
 
 def _check_sizes(

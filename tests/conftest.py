@@ -5,6 +5,7 @@ import io
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 from xml.etree import ElementTree
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several workers, one GPU
@@ -165,3 +166,14 @@ def tokenizer(tmp_path) -> pathlib.Path:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(model.getvalue())
     return path
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """At the tests' sizes its threads only wait for each other: 16 s for what takes one 0.3 s."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

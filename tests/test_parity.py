@@ -19,7 +19,7 @@ from llama_jax import Llama
 from llama_jax.decode import sampling
 from tests.helpers.stories import BOS, PUBLISHED
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("one_torch_thread")]
 
 
 BASE = {
@@ -54,17 +54,6 @@ CASES: dict[str, dict[str, Any]] = {
 SEED = 35  # one whose greedy choices are all clear and whose texts do not fall into a loop
 TOLERANCE = 2e-4  # absolute, of float32 logits whose spread is over 1; measured: 7.3e-5
 MARGIN = 1e-3  # of the best logit over the second, so that TOLERANCE cannot turn the choice
-
-
-@pytest.fixture(autouse=True)
-def _one_torch_thread():
-    """At these sizes its threads only wait for each other: 16 s for what takes one 0.3 s."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from llama_jax.batch.line import Line, head, parse, take_id
+from llama_jax.batch.line import Format, Line, head, parse, request_format, take_id
 from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
@@ -30,13 +30,20 @@ class Batch:
     Args:
         source: JSON lines; empty ones are skipped.
         output: created, or, if it exists, continued.
+        format_of: returns the format of a line's fields; the default tells the two above apart.
 
     Raises:
         InputError: a file cannot be read or written, another `Batch` has the output, or it
             holds the results of another input.
     """
 
-    def __init__(self, source: str | pathlib.Path, output: str | pathlib.Path):
+    def __init__(
+        self,
+        source: str | pathlib.Path,
+        output: str | pathlib.Path,
+        format_of: Callable[[Any], Format] = request_format,
+    ):
+        self._format_of = format_of
         self.source, self.output = pathlib.Path(source), pathlib.Path(output)
         self.failed = 0
         """Lines with an error, those of earlier runs included."""
@@ -92,7 +99,7 @@ class Batch:
                 with contextlib.suppress(InputError):
                     take_id(parse(text), ids, number)
                 continue
-            line = Line(number, text, ids, llm)
+            line = Line(number, text, ids, llm, self._format_of)
             for i in range(line.waiting):
                 yield functools.partial(line.submit, i, llm)
 

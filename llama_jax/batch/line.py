@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from llama_jax.card import contract
 from llama_jax.engine.request import GenerationRequest
@@ -51,6 +51,17 @@ class CardForm:
         return {"result": dataclasses.asdict(results[0])}
 
 
+class Format(NamedTuple):
+    """A format of lines."""
+
+    make: Callable[[Any, Llama], Form]
+    """Read a line's fields."""
+    refusal: Callable[[Exception], dict[str, Any]] = lambda error: {"error": str(error)}
+    """Return the fields of the output line of an error."""
+    needs_id: bool = False
+    """Whether each line has a `custom_id`."""
+
+
 class Line:
     """A line of input on its way to a line of output.
 
@@ -59,17 +70,27 @@ class Line:
         text: as it is in the file.
         ids: the lines of the `custom_id`s so far.
         llm: the model.
+        format_of: returns the format of a line's fields.
     """
 
-    def __init__(self, number: int, text: bytes, ids: dict[str | int, int], llm: Llama):
+    def __init__(
+        self,
+        number: int,
+        text: bytes,
+        ids: dict[str | int, int],
+        llm: Llama,
+        format_of: Callable[[Any], Format],
+    ):
         self._head = head(number, text)
-        self._refusal: Callable[[Exception], dict[str, Any]] = _refusal
+        self._format = Format(CardForm)
         self._form: Form | None = None
         self._error: InputError | None = None
         self._streams: list[Stream] = []
         self.results: list[Result] = []
         try:
-            self._read(parse(text), number, ids, llm)
+            fields = parse(text)
+            self._format = format_of(fields)
+            self._read(fields, number, ids, llm)
         except InputError as error:
             self._error = error
         self.waiting = 1 if self._form is None else len(self._form.requests)
@@ -95,26 +116,25 @@ class Line:
             head = head | {"ignored": list(self._form.ignored)}
         if self._error is not None or self._form is None:
             assert self._error is not None
-            return head | self._refusal(self._error)
+            return head | self._format.refusal(self._error)
         return head | self._form.answer(self.results)
 
     def _read(self, fields: Any, number: int, ids: dict[str | int, int], llm: Llama) -> None:
-        is_openai = isinstance(fields, dict) and not {"method", "url", "body"}.isdisjoint(fields)
-        make: Callable[[Any, Llama], Form] = CardForm
-        if is_openai:
-            openai = _openai_module()
-            make, self._refusal = openai.OpenAIForm, openai.refusal
         if isinstance(fields, dict):
             given = {n: fields[n] for n in ("custom_id", "metadata") if fields.get(n) is not None}
             self._head |= given
             fields.pop("metadata", None)
-        if take_id(fields, ids, number) is None and is_openai:
+        if take_id(fields, ids, number) is None and self._format.needs_id:
             raise InputError("custom_id is missing, expected a string that names this request")
-        self._form = make(fields, llm)
+        self._form = self._format.make(fields, llm)
 
 
-def _refusal(error: Exception) -> dict[str, Any]:
-    return {"error": str(error)}
+def request_format(fields: Any) -> Format:
+    """Return the format of a request: OpenAI's, or the model card's."""
+    if not isinstance(fields, dict) or {"method", "url", "body"}.isdisjoint(fields):
+        return Format(CardForm)
+    openai = _openai_module()
+    return Format(openai.OpenAIForm, openai.refusal, needs_id=True)
 
 
 def head(number: int, line: bytes) -> dict[str, Any]:

@@ -22,11 +22,16 @@ def batch() -> None:
         with tqdm(total=work.total, initial=work.done, unit="request", file=sys.stderr) as bar:
             for _ in work.run(llm):
                 bar.update()
-    if work.ignored:
-        names = ", ".join(f"{name} ({count:,})" for name, count in work.ignored.most_common())
-        note(f"warning: fields without effect were ignored, in so many requests: {names}")
+    warn_of_ignored(work)
     if work.failed:
         raise InputError(
             f"{work.failed:,} of {work.total:,} requests have an `error` in {work.output}; "
             "fix them and run them as another batch"
         )
+
+
+def warn_of_ignored(work: Batch) -> None:
+    """Name the fields that had no effect."""
+    if work.ignored:
+        names = ", ".join(f"{name} ({count:,})" for name, count in work.ignored.most_common())
+        note(f"warning: fields without effect were ignored, in so many lines: {names}")

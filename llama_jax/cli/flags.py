@@ -28,6 +28,7 @@ SAMPLING = (
 )
 OUTPUT = ("output", "stream", "logprobs", "print_prompt_tokens")
 BATCH = ("input",)
+SCORE = ("continuation", "stride", "token_logprobs")
 SERVE = (
     *("host", "port", "api_token", "insecure", "allowed_origins"),
     *("served_model_name", "max_queue", "timeout_s"),
@@ -79,6 +80,17 @@ VERBS = {
             refuses_others="whose requests are in --input",
         ),
         Verb(
+            name="score",
+            arguments="--prompt_file=FILE [flags]",
+            summary="Compute the log-likelihood and perplexity of text.",
+            takes=(
+                *(name for name in MODEL if name != "eos_tokens"),
+                *("prompt", "prompt_file", "prompt_tokens", "parse_control"),
+                *(*BATCH, *SCORE, "output", *GENERAL),
+            ),
+            refuses_others="which generates nothing",
+        ),
+        Verb(
             name="serve",
             arguments="[flags]",
             summary="Serve the HTTP API.",
@@ -95,8 +107,9 @@ def define() -> None:
     _define_prompt_flags()
     _define_sampling_flags()
     _define_output_flags()
+    _define_score_flags()
     _define_serve_flags()
-    flags.DEFINE_string("input", None, "Requests, one JSON object per line.")
+    flags.DEFINE_string("input", None, "Requests, or texts to score, one JSON object per line.")
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 
@@ -157,7 +170,7 @@ def _define_prompt_flags() -> None:
     flags.DEFINE_bool(
         "parse_control",
         False,
-        "With --raw: <s> in the prompt is BOS and </s> is EOS, not plain text.",
+        "With --raw, and in score: <s> in the prompt is BOS and </s> is EOS, not plain text.",
     )
     flags.DEFINE_bool(
         "allow_control_tags",
@@ -209,7 +222,9 @@ def _define_sampling_flags() -> None:
 
 def _define_output_flags() -> None:
     flags.DEFINE_string(
-        "output", "text", "Format on stdout, text or json. In batch: the file of results."
+        "output",
+        "text",
+        "Format on stdout, text or json. In batch, and with --input: the file of results.",
     )
     flags.DEFINE_bool("stream", True, "Print the text as it is generated (text output only).")
     flags.DEFINE_integer(
@@ -219,6 +234,21 @@ def _define_output_flags() -> None:
     )
     flags.DEFINE_bool(
         "print_prompt_tokens", False, "Print the prompt's token ids and exit; loads no weights."
+    )
+
+
+def _define_score_flags() -> None:
+    flags.DEFINE_string(
+        "continuation", None, "Score only this text, which continues --prompt or --prompt_file."
+    )
+    flags.DEFINE_integer(
+        "stride",
+        None,
+        "Tokens from one window to the next in a text longer than the context. Default: half the "
+        "context.",
+    )
+    flags.DEFINE_bool(
+        "token_logprobs", False, "Return the tokens and their log-probabilities (JSON only)."
     )
 
 

@@ -5,7 +5,7 @@ import pathlib
 import platform
 import textwrap
 
-from llama_jax.cli.flags import BATCH, FLAGS, MODEL, OUTPUT, PROMPT, SAMPLING, SERVE, VERBS
+from llama_jax.cli.flags import BATCH, FLAGS, MODEL, OUTPUT, PROMPT, SAMPLING, SCORE, SERVE, VERBS
 from llama_jax.version import __version__
 
 _WIDTH = 80
@@ -16,7 +16,8 @@ _GROUPS = {
     "Prompt": PROMPT,
     "Sampling": SAMPLING,
     "Output": OUTPUT,
-    "Batch": BATCH,
+    "Files of lines": BATCH,
+    "Score": SCORE,
     "Serve": SERVE,
 }
 
@@ -48,6 +49,11 @@ _EXAMPLES = {
     ),
     "chat": ('chat --system="You are a pirate."',),
     "batch": ("batch --input=requests.jsonl --output=results.jsonl",),
+    "score": (
+        "score --prompt_file=book.txt",
+        'score --prompt="The capital of France is" --continuation=" Paris."',
+        "score --input=texts.jsonl --output=scores.jsonl",
+    ),
     "serve": ("serve --port=8787 --slots=16",),
 }
 

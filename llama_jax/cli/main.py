@@ -14,10 +14,11 @@ from llama_jax.cli.console import note
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.generate import generate
 from llama_jax.cli.help import help_text, version_text
+from llama_jax.cli.score import score
 from llama_jax.cli.serve import serve
 from llama_jax.errors import InputError
 
-_RUN = {"": generate, "chat": chat, "batch": batch, "serve": serve}
+_RUN = {"": generate, "chat": chat, "batch": batch, "score": score, "serve": serve}
 
 
 def entry() -> None:

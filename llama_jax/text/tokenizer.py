@@ -1,6 +1,7 @@
 """SentencePiece, and streaming decoding that keeps every byte and space."""
 
 import codecs
+import itertools
 import pathlib
 import re
 
@@ -82,6 +83,18 @@ class Tokenizer:
         ]
         return [token for ids in encoded for token in ids]
 
+    def decode_with_control(self, ids: list[int]) -> str:
+        """Return the text of ids in which BOS is `<s>` and EOS is `</s>`.
+
+        Args:
+            ids: as from `encode_with_control`.
+        """
+        texts = {token: piece for piece, token in CONTROL_PIECES.items()}
+        parts = itertools.groupby(ids, key=texts.get)
+        return "".join(
+            piece * len(list(run)) if piece else self.decode(list(run)) for piece, run in parts
+        )
+
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids; invalid UTF-8 becomes U+FFFD.
 
@@ -101,6 +114,12 @@ class Tokenizer:
         if token >= self.vocab_size or not self._sp.IsByte(token):
             return None
         return int(self.piece(token)[3:5], 16)
+
+    def num_bytes(self, token: int) -> int:
+        """Return the bytes of UTF-8 that a token stands for, its leading space included."""
+        if self.is_control(token):
+            return 0
+        return 1 if self._sp.IsByte(token) else len(self.piece(token).replace("▁", " ").encode())
 
     def is_control(self, token: int) -> bool:
         """Return whether an id decodes to nothing: BOS, EOS, and ids beyond the pieces."""
