@@ -105,7 +105,8 @@ class Launch:
         common = {"max_tokens": new_tokens, "temperature": 0, "stream": True}
         common["stream_options"] = {"include_usage": True}
         if self.program in ("ours", "llama-server"):
-            return common | {"model": card.MODEL, "prompt": list(prompt), "ignore_eos": True}
+            own = {"ignore_eos": True, "add_special_tokens": False}
+            return common | {"model": card.MODEL, "prompt": list(prompt), **own}
         return common | {"model": self.weights, "prompt": text_of(prompt)}
 
 

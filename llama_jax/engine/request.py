@@ -24,12 +24,19 @@ class GenerationRequest:
     parameters: Parameters
     allow_control_tags: bool = False
     parse_control: bool = False
+    add_bos: bool = False
+    """Put BOS before a raw prompt, or before ids, that do not begin with it."""
     continues_prompt: bool = False
     """The text continues the prompt's, so its first word keeps its space."""
 
     @property
     def warnings(self) -> list[str]:
         """What the user may not expect of this request."""
+        if self.prompt_tokens is not None and self.adds_bos:
+            return [
+                f"the token ids did not begin with BOS ({BOS_ID}), which was put before them; "
+                "add_special_tokens false leaves them as they are"
+            ]
         if self.raw_prompt is None or self.parse_control:
             return []
         return [
@@ -39,14 +46,25 @@ class GenerationRequest:
             if piece in self.raw_prompt
         ]
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether `encode` puts BOS before what was given."""
+        if self.prompt_tokens is not None:
+            return self.add_bos and self.prompt_tokens[0] != BOS_ID
+        if self.raw_prompt is not None:
+            has_bos = self.parse_control and self.raw_prompt.startswith("<s>")
+            return self.add_bos and not has_bos
+        return False
+
     def encode(self, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
         """Return the prompt's token ids: Meta's dialog format, or BOS and the raw text.
 
         Raises:
             InputError: text without a tokenizer, or ids outside the vocabulary.
         """
+        bos = [BOS_ID] if self.adds_bos else []
         if self.prompt_tokens is not None:
-            return check_tokens(self.prompt_tokens, vocab_size)
+            return bos + check_tokens(self.prompt_tokens, vocab_size)
         if tokenizer is None:
             raise InputError(
                 "the checkpoint has no tokenizer.model, so text cannot be encoded; give "
@@ -57,10 +75,9 @@ class GenerationRequest:
                 self.messages, tokenizer, allow_control_tags=self.allow_control_tags
             )
         assert self.raw_prompt is not None
-        if not self.parse_control:
-            return [BOS_ID, *tokenizer.encode(self.raw_prompt)]
-        tokens = tokenizer.encode_with_control(self.raw_prompt)
-        return tokens if tokens[0] == BOS_ID else [BOS_ID, *tokens]
+        if self.parse_control:
+            return bos + tokenizer.encode_with_control(self.raw_prompt)
+        return bos + tokenizer.encode(self.raw_prompt)
 
 
 def make_request(
@@ -112,6 +129,7 @@ def make_request(
         parameters=make_parameters(values),
         allow_control_tags=allow_control_tags,
         parse_control=parse_control,
+        add_bos=raw,
     )
 
 

@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from llama_jax.llama import Llama
-from llama_jax.server import access_log, errors, page, workers_ai
+from llama_jax.server import access_log, errors, page, tokens, workers_ai
 from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.metrics import Metrics
 from llama_jax.server.middleware import RequestMiddleware
@@ -96,6 +96,12 @@ def _routes() -> list[Route]:
             Route(f"{base}/completions", openai.completions, methods=["POST"]),
             Route(f"{base}/models", openai.list_models),
             Route(f"{base}/models/{{model:path}}", openai.get_model),
+        ]
+    for base in ("", native):
+        routes += [
+            Route(f"{base}/tokenize", tokens.tokenize, methods=["POST"]),
+            Route(f"{base}/detokenize", tokens.detokenize, methods=["POST"]),
+            Route(f"{base}/tokenizer_info", tokens.tokenizer_info),
         ]
     return routes
 

@@ -14,7 +14,9 @@ from llama_jax.server.errors import INTERNAL, ApiError, to_api_error
 from llama_jax.server.types import Error
 
 _LOGGER = logging.getLogger("llama_jax.server")
-_OPENAI_PATHS = re.compile(r"(/client/v4/accounts/[^/]+/ai)?/v1(/.*)?")
+_OPENAI_PATHS = re.compile(
+    r"(/client/v4/accounts/[^/]+/ai)?/(v1(/.*)?|tokenize|detokenize|tokenizer_info)"
+)
 
 
 @dataclasses.dataclass

@@ -10,6 +10,21 @@ from typing import TypedDict
 from llama_jax.errors import InputError, one_line
 from llama_jax.text.tokenizer import BOS_ID, EOS_ID, Tokenizer, is_text
 
+CHAT_TEMPLATE = """\
+{%- set dialog = namespace(system='') -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}
+{%- set dialog.system = '<<SYS>>\\n' + message['content'] + '\\n<</SYS>>\\n\\n' -%}
+{%- elif message['role'] == 'user' -%}
+{{- '<s>[INST] ' + (dialog.system + message['content']) | trim + ' [/INST]' -}}
+{%- set dialog.system = '' -%}
+{%- else -%}
+{{- ' ' + message['content'] | trim + ' </s>' -}}
+{%- endif -%}
+{%- endfor -%}"""
+"""The format of `encode_dialog` as a Jinja template, for clients that render it themselves. In its
+text `<s>` and `</s>` are control tokens."""
+
 _CONTROL_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 _ROLES = ("system", "user", "assistant")
 

@@ -11,7 +11,7 @@ import itertools
 import json
 import operator
 import os
-import shutil
+import re
 import subprocess
 import sys
 
@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 
+from convert.__main__ import main as convert
 from llama_jax import Llama
 from llama_jax.card import schemas as card
 from llama_jax.demo import DEMO_CHECKPOINT
@@ -387,74 +388,89 @@ def test_langchain(server, llm):
     assert total.response_metadata["finish_reason"] == "length"
 
 
-TASK = """
-task: capitals
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
+TASKS = {
+    "capitals": """
 output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-"""
+doc_to_text: "[INST] {{question}} [/INST]"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+target_delimiter: " The capital is "
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+""",
+    "answers": """
+output_type: generate_until
+doc_to_text: "[INST] {{question}} [/INST]"
+doc_to_target: " {{text}}"
+generation_kwargs: {until: ["."], max_gen_toks: 20}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+}
 
 
-def test_lm_eval(server, llm, tmp_path):
-    """The harness's own command; its tokenizer is transformers', of the same tokenizer.model.
-
-    It sends token ids and reads `echo` and `logprobs`: the way for multiple choice.
-    """
-    from transformers import LlamaTokenizer
-
-    tokenizer = tmp_path / "tokenizer"
-    tokenizer.mkdir()
-    shutil.copy(DEMO_CHECKPOINT / "tokenizer.model", tokenizer)
-    LlamaTokenizer.from_pretrained(tokenizer).save_pretrained(tokenizer)
-    choices = ["Paris.", "Rome.", "Madrid."]
-    docs = [
-        {"question": "[INST] What is the capital of France? [/INST] The capital of France is"},
-        {"question": "[INST] What is the capital of Italy? [/INST] The capital of Italy is"},
-        {"question": "[INST] What is the capital of Spain? [/INST] The capital of Spain is"},
-    ]
-    lines = [doc | {"choices": choices, "answer": i} for i, doc in enumerate(docs)]
-    lines += [{**lines[0], "answer": 1}]  # wrong
-    data = tmp_path / "capitals.jsonl"
+def write_tasks(folder):
+    """Write lm-eval's tasks and their questions, the last of them with a wrong answer."""
+    choices, lines = ["Paris", "Rome", "Madrid"], []
+    for i, country in enumerate(["France", "Italy", "Spain", "France"]):
+        text = f"The capital of {country} is {choices[i % 3]}"
+        question = f"What is the capital of {country}?"
+        lines.append({"question": question, "choices": choices, "answer": i % 3, "text": text})
+    lines[-1] |= {"answer": 1, "text": "The capital of France is Rome"}
+    data = folder / "capitals.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "capitals.yaml").write_text(TASK.format(data=data))
-    url = f"{server.url}/v1/completions"
-    environment = {"OPENAI_API_KEY": TOKEN, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    for name, fields in TASKS.items():
+        head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}"
+        (folder / f"{name}.yaml").write_text(f"{head}\ntest_split: test\n{fields}")
+
+
+def test_lm_eval(server, tmp_path):
+    """The documentation's command: accuracy, answers, and transformers' log-likelihoods."""
+    import torch
+    from transformers import LlamaForCausalLM, LlamaTokenizer
+
+    write_tasks(tmp_path)
+    [command] = re.findall(
+        r"```sh\n(OPENAI_API_KEY=secret lm_eval .*?)```",
+        (ROOT / "docs" / "api.md").read_text("utf-8"),
+        re.DOTALL,
+    )
+    for written, here in (
+        ("secret", TOKEN),
+        ("http://127.0.0.1:8787", server.url),
+        ("max_length=4095", "max_length=511"),
+        ("lm_eval run", f"{sys.executable} -m lm_eval run"),
+        ("--tasks=arc_easy", "--tasks=capitals,answers --include_path=. --output_path=out"),
+    ):
+        assert written in command
+        command = command.replace(written, here)
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "lm_eval", "run", "--model", "local-completions"),
-            *(
-                "--model_args",
-                f"model={MODEL},base_url={url},tokenizer={tokenizer},"
-                "tokenizer_backend=huggingface,add_bos_token=True,max_length=512",
-            ),
-            *("--batch_size", "3", "--tasks", "capitals", "--include_path", str(tmp_path)),
-            *("--output_path", str(tmp_path / "out"), "--log_samples"),
-        ],
-        env=os.environ | environment,
+        ["bash", "-c", f"{command.strip()} --log_samples"],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,
         timeout=180,
     )
     assert done.returncode == 0, done.stderr
     [report] = (tmp_path / "out").rglob("results_*.json")
-    [samples] = (tmp_path / "out").rglob("samples_*.jsonl")
-    theirs = LlamaTokenizer.from_pretrained(tokenizer)
-    right = []
+    results = json.loads(report.read_text())["results"]
+    assert results["capitals"]["acc,none"] == 0.75
+    assert results["answers"]["exact_match,none"] == 0.75
+
+    source = tmp_path / "hf"
+    assert convert(["export-hf", str(DEMO_CHECKPOINT), str(source)]) == 0
+    model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tokenizer = LlamaTokenizer.from_pretrained(source)
+    [samples] = (tmp_path / "out").rglob("samples_capitals_*.jsonl")
     for sample in map(json.loads, samples.read_text().splitlines()):
-        context = theirs(sample["doc"]["question"]).input_ids
+        context = tokenizer(f"[INST] {sample['doc']['question']} [/INST]").input_ids
         expected = []
-        for choice in choices:
-            tokens = theirs(f"{sample['doc']['question']} {choice}").input_ids
+        for choice in sample["doc"]["choices"]:
+            text = f"[INST] {sample['doc']['question']} [/INST] The capital is {choice}"
+            tokens = tokenizer(text).input_ids
             assert tokens[: len(context)] == context
-            expected.append(sum(logprobs_of(llm, tokens)[len(context) - 1 :]))
-        got = [float(loglikelihood) for [[loglikelihood, _]] in sample["resps"]]
+            with torch.no_grad():
+                table = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+            scored = range(len(context), len(tokens))
+            expected.append(sum(float(table[i - 1, tokens[i]]) for i in scored))
+        got = [float(logprob) for [[logprob, _]] in sample["resps"]]
         np.testing.assert_allclose(got, expected, atol=1e-3)
-        right.append(np.argmax(expected) == sample["doc"]["answer"])
-    assert right[0]
-    assert not right[-1]
-    assert json.loads(report.read_text())["results"]["capitals"]["acc,none"] == np.mean(right)

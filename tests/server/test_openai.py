@@ -780,35 +780,76 @@ def test_bytes_and_control_tokens_have_texts(llm):
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
-@pytest.mark.parametrize("as_ids", [False, True])
-def test_echo_scores_the_prompt_as_lm_eval_reads_it(client, llm, max_tokens, as_ids):
-    """lm-eval's local-completions: echo, logprobs=1, max_tokens=1, temperature=0."""
+@pytest.mark.parametrize("form", ["text", "ids", "ids after BOS"])
+def test_echo_scores_the_prompt_as_lm_eval_reads_it(client, llm, max_tokens, form):
+    """lm-eval's local-completions: echo, logprobs=1, max_tokens=1, temperature=0.
+
+    A BOS that the server has put before the prompt is no entry of `logprobs`, so each entry is at
+    the place of its token in what was sent.
+    """
     contexts = ["The capital of France", "Hello"]
     continuations = [" is Paris", " there, 日"]
-    prompts, lengths = [], []
-    for context, continuation in zip(contexts, continuations, strict=True):
-        whole = [1, *llm.tokenizer.encode(context + continuation)]
-        prompts.append(whole if as_ids else context + continuation)
-        lengths.append((1 + len(llm.tokenizer.encode(context)), whole))
+    texts = [a + b for a, b in zip(contexts, continuations, strict=True)]
+    sent = [llm.tokenizer.encode(text) for text in texts]
+    if form == "ids after BOS":
+        sent = [[1, *ids] for ids in sent]
     body = completion(
-        prompt=prompts, max_tokens=max_tokens, logprobs=1, echo=True, temperature=0, seed=1234
+        prompt=texts if form == "text" else sent,
+        **{"max_tokens": max_tokens, "logprobs": 1, "echo": True, "temperature": 0, "seed": 1234},
     )
-    choices = client.post(COMPLETIONS, json=body).json()["choices"]
-    for choice, (context, ids) in zip(choices, lengths, strict=True):
+    response = client.post(COMPLETIONS, json=body).json()
+    said = "the token ids did not begin with BOS (1), which was put before them"
+    assert [text.startswith(said) for text in response.get("warnings", [])] == (
+        [True] if form == "ids" else []
+    )
+    assert response["usage"]["prompt_tokens"] == sum(
+        len(ids) + (form != "ids after BOS") for ids in sent
+    )
+    for choice, ids, context in zip(response["choices"], sent, contexts, strict=True):
         logprobs = choice["logprobs"]
-        table = expected_logprobs(llm, ids)
+        table = expected_logprobs(llm, ids if form == "ids after BOS" else [1, *ids])
         scores = logprobs["token_logprobs"]
         assert {len(values) for values in logprobs.values()} == {len(scores)}
         assert len(scores) - len(ids) in (0, max_tokens)  # EOS is no token of the text
-        assert scores[0] is None
-        assert logprobs["top_logprobs"][0] is None
-        for i in range(context, len(ids)):
-            assert scores[i] == pytest.approx(table[i - 1][ids[i]], abs=1e-4)
+        first = 0
+        if form == "ids after BOS":
+            assert scores[0] is logprobs["top_logprobs"][0] is None
+            first = 1
+        for i in range(first, len(ids)):
+            row = table[i - first]
+            assert scores[i] == pytest.approx(row[ids[i]], abs=1e-4)
             assert logprobs["tokens"][i] == token_text(ids[i], llm.tokenizer)
             top = logprobs["top_logprobs"][i]
             is_greedy = max(top, key=top.get) == logprobs["tokens"][i]
-            assert is_greedy == (table[i - 1].argmax() == ids[i])
-        assert choice["text"].startswith(contexts[choice["index"]])
+            assert is_greedy == (row.argmax() == ids[i])
+        assert choice["text"].startswith(context)
+
+
+def test_bos_is_put_before_ids_unless_that_is_turned_off(client, llm):
+    ids = llm.tokenizer.encode("The capital of France is")
+    fields = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
+    for prompt, more, fed in (
+        (ids, {}, [1, *ids]),
+        ([1, *ids], {}, [1, *ids]),
+        (ids, {"add_special_tokens": True}, [1, *ids]),
+        (ids, {"add_special_tokens": False}, ids),
+        ("The capital of France is", {}, [1, *ids]),
+        ("The capital of France is", {"add_special_tokens": False}, ids),
+        ("<s>The capital of France is", {"parse_control": True}, [1, *ids]),
+    ):
+        response = client.post(COMPLETIONS, json=completion(prompt=prompt, **fields, **more)).json()
+        expected = llm.generate(prompt_tokens=fed, **fields)
+        assert response["usage"]["prompt_tokens"] == len(fed)
+        assert response["choices"][0]["text"].strip() == expected.response.strip()
+        assert ("warnings" in response) == (prompt == ids and fed != ids)
+
+
+def test_a_text_that_spells_bos_is_not_scored_as_letters(client):
+    fields = {"prompt": ["a", "<s>b"], "echo": True, "logprobs": 1}
+    text, _ = refusal(client.post(COMPLETIONS, json=completion(**fields)))
+    assert text.startswith("prompt[1] begins with <s>, which would be scored as plain text")
+    parsed = client.post(COMPLETIONS, json=completion(**fields, parse_control=True)).json()
+    assert parsed["choices"][1]["logprobs"]["tokens"][:2] == ["<s>", " b"]
 
 
 def test_text_offsets_point_into_the_text(client):

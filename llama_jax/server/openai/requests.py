@@ -28,6 +28,7 @@ from llama_jax.server.openai.parameters import (
 MAX_CHOICES = 8
 MAX_COMPLETION_LOGPROBS = 5
 
+_BOS = "<s>"
 _MAX_CARD_SEED = 9_999_999_999
 _TEXT = {"type": "string", "minLength": 1}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
@@ -88,6 +89,7 @@ class CompletionRequest(_Request):
         list[Any], BeforeValidator(_prompts), WithJsonSchema({"anyOf": [_TEXT, _IDS, _PROMPTS]})
     ]
     echo: bool | None = None
+    add_special_tokens: bool | None = None
     parse_control: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_COMPLETION_LOGPROBS)
 
@@ -137,7 +139,10 @@ def parse_chat(body: bytes, models: Sequence[str], max_choices: int) -> ParsedRe
 
 
 def parse_completion(body: bytes, models: Sequence[str], max_choices: int) -> ParsedRequest:
-    """Parse the body of a completion; see `parse_chat`. A prompt is text after BOS, or ids."""
+    """Parse the body of a completion; see `parse_chat`.
+
+    A prompt is text or ids. BOS is put before one that does not begin with it.
+    """
     request, parameters, ignored = _validate(CompletionRequest, body, models)
     scored = bool(request.echo) and request.logprobs is not None
     if scored and request.stream:
@@ -148,12 +153,31 @@ def parse_completion(body: bytes, models: Sequence[str], max_choices: int) -> Pa
         parameters.setdefault("ignore_eos", True)
     parameters |= {"logprobs": request.logprobs, "prompt_logprobs": scored}
     requests: list[GenerationRequest] = []
-    for prompt in request.prompt:
-        text = {"prompt": prompt, "raw": True, "parse_control": bool(request.parse_control)}
-        given = text if isinstance(prompt, str) else {"prompt_tokens": prompt}
-        generation = make_request(**given, **parameters)
-        requests += _choices(dataclasses.replace(generation, continues_prompt=True), n)
+    for i, prompt in enumerate(request.prompt):
+        if scored and not request.parse_control and _begins_with_bos(prompt):
+            raise InputError(
+                f"prompt[{i}] begins with {_BOS}, which would be scored as plain text, expected "
+                "text without it (BOS is put before each prompt); remove it, or set parse_control"
+            )
+        requests += _choices(_continuation(request, prompt, parameters), n)
     return _parsed(request, requests, ignored, echo=bool(request.echo))
+
+
+def _begins_with_bos(prompt: str | list[int]) -> bool:
+    return isinstance(prompt, str) and prompt.startswith(_BOS)
+
+
+def _continuation(
+    request: CompletionRequest, prompt: str | list[int], parameters: dict[str, Any]
+) -> GenerationRequest:
+    """Return what generates the continuation of one prompt."""
+    text = {"prompt": prompt, "raw": True, "parse_control": bool(request.parse_control)}
+    given = text if isinstance(prompt, str) else {"prompt_tokens": prompt}
+    return dataclasses.replace(
+        make_request(**given, **parameters),
+        add_bos=request.add_special_tokens is not False,
+        continues_prompt=True,
+    )
 
 
 def _parsed(
@@ -173,7 +197,7 @@ def _parsed(
         include_usage=request.include_usage,
         echo=echo,
         ignored=ignored,
-        warnings=[*map(_warning, ignored), *own],
+        warnings=[*map(warning_of, ignored), *own],
     )
 
 
@@ -237,7 +261,8 @@ def _refusal(cls: type[_Request], error: ErrorDetails) -> ApiError:
     return wrong(name, error["input"], expected)
 
 
-def _warning(name: str) -> str:
+def warning_of(name: str) -> str:
+    """Return the warning about a field without effect."""
     if name in IGNORED:
         return f"{name} has no effect on this server: it was ignored"
     return f"{name} is not a parameter of this route: it was ignored"

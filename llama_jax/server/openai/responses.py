@@ -76,7 +76,12 @@ class CompletionChoices:
         self, parsed: ParsedRequest, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]]
     ):
         self._parsed, self._tokenizer = parsed, tokenizer
-        self._texts = [_CompletionText(prompt, tokenizer, parsed.echo) for prompt in prompts]
+        # The BOS that the server has put before a prompt is not the client's to see.
+        self._added = [int(request.adds_bos) for request in parsed.requests]
+        self._texts = [
+            _CompletionText(prompt[added:], tokenizer, parsed.echo)
+            for prompt, added in zip(prompts, self._added, strict=True)
+        ]
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """Return the choice in a chunk with the prompt, if it is echoed."""
@@ -106,8 +111,9 @@ class CompletionChoices:
         if self._parsed.echo and logprobs:
             assert result.prompt_logprobs is not None
             offsets = self._texts[index].prompt_offsets() + logprobs["text_offset"]
-            tokens = result.prompt_tokens + result.tokens
-            entries = result.prompt_logprobs + (result.logprobs or [])
+            added = self._added[index]
+            tokens = result.prompt_tokens[added:] + result.tokens
+            entries = result.prompt_logprobs[added:] + (result.logprobs or [])
             logprobs = completion_logprobs(tokens, entries, offsets, self._tokenizer)
         return {
             "index": index,

@@ -86,6 +86,12 @@ def _paths(name: dict[str, Any]) -> dict[str, Any]:
                 "Get the model.", _json("Model"), _path("model", name)
             ),
         }
+    for base in ("", native):
+        paths |= {
+            f"{base}/tokenize": _post("Encode text or a dialog.", "Tokenize", streams=False),
+            f"{base}/detokenize": _post("Decode token ids.", "Detokenize", streams=False),
+            f"{base}/tokenizer_info": _get("Get the tokenizer's form.", _json("TokenizerInfo")),
+        }
     return paths
 
 
@@ -95,20 +101,23 @@ def _get(summary: str, content: dict[str, Any], *parameters: dict[str, Any]) -> 
     return {"get": {"summary": summary, "parameters": [*parameters], "responses": responses}}
 
 
-def _post(summary: str, name: str, *parameters: dict[str, Any]) -> dict[str, Any]:
+def _post(
+    summary: str, name: str, *parameters: dict[str, Any], streams: bool = True
+) -> dict[str, Any]:
     request = {"application/json": {"schema": _ref(f"{name}Request")}}
-    answer = {
-        "application/json": {"schema": _ref(f"{name}Response")},
-        "text/event-stream": {"schema": {"description": "JSON events; the last event is [DONE]."}},
-    }
+    answer = {"application/json": {"schema": _ref(f"{name}Response")}}
+    if streams:
+        text = "JSON events; the last event is [DONE]."
+        answer["text/event-stream"] = {"schema": {"description": text}}
+    description = "The response, whole or streamed." if streams else "The response."
     return {
         "post": {
             "summary": summary,
             "parameters": [*parameters],
             "requestBody": {"required": True, "content": request},
             "responses": {
-                "200": {"description": "The response, whole or streamed.", "content": answer},
-                **_refusals(_ERRORS | _BUSY),
+                "200": {"description": description, "content": answer},
+                **_refusals(_ERRORS | (_BUSY if streams else {})),
             },
         }
     }

@@ -16,6 +16,13 @@ from llama_jax.engine.parameters import SCHEMAS
 from llama_jax.server.openai import types as openai
 from llama_jax.server.openai.parameters import PARAMETERS, REFUSED
 from llama_jax.server.openai.requests import ChatRequest, CompletionRequest
+from llama_jax.server.tokens import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    TokenizerInfo,
+)
 from llama_jax.server.types import Error, RunResponse, SchemaResponse, SearchResponse
 from llama_jax.strict_json import parse_json
 
@@ -25,6 +32,7 @@ _TYPES = (
     *(RunResponse, SearchResponse, SchemaResponse, Error),
     *(ChatRequest, openai.ChatResponse, CompletionRequest, openai.CompletionResponse),
     *(openai.Model, openai.ModelList),
+    *(TokenizeRequest, TokenizeResponse, DetokenizeRequest, DetokenizeResponse, TokenizerInfo),
 )
 _MODEL_NAMES = (
     *(("ChatRequest", "model"), ("ChatResponse", "model"), ("Model", "id")),
@@ -53,6 +61,8 @@ def schemas(models: Sequence[str]) -> dict[str, Schema]:
     by_name = generated["$defs"]
     for name, field in _MODEL_NAMES:
         by_name[name]["properties"][field] = {"enum": list(models)}
+    for name in ("TokenizeRequest", "DetokenizeRequest"):
+        by_name[name]["properties"]["model"] = {"enum": [*models, None]}
     for name in ("ChatRequest", "CompletionRequest"):
         by_name[name]["properties"] |= _parameters()
     return {"RunRequest": parse_json(card.INPUT_SCHEMA, "card/input.json"), **by_name}
