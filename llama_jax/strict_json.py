@@ -12,9 +12,10 @@ from llama_jax.errors import InputError
 _MAX_DEPTH = 64
 _MAX_DIGITS = 1000
 _TOO_DEEP = f"nested deeper than {_MAX_DEPTH}"
+_REMEDY = "fix it or write it again"
 
 
-def parse_json(text: str | bytes, source: str) -> Any:
+def parse_json(text: str | bytes, source: str, *, remedy: str = _REMEDY) -> Any:
     """Parse JSON strictly.
 
     NaN, infinities and numbers too large for a double are refused: Python's parser takes them, and
@@ -24,6 +25,7 @@ def parse_json(text: str | bytes, source: str) -> Any:
     Args:
         text: bytes are UTF-8, with or without a byte order mark.
         source: where it is from, for the error.
+        remedy: what to do, for the error.
 
     Raises:
         InputError: naming `source` and what is wrong.
@@ -40,7 +42,7 @@ def parse_json(text: str | bytes, source: str) -> Any:
         _check_depth(value)
     except (ValueError, RecursionError) as error:
         fault = _TOO_DEEP if isinstance(error, RecursionError) else error
-        raise InputError(f"{source}: not JSON ({fault}); fix it or write it again") from None
+        raise InputError(f"{source}: not JSON ({fault}); {remedy}") from None
     return value
 
 
@@ -83,8 +85,8 @@ def _children(item: dict | list) -> Iterable[Any]:
     return item.values() if isinstance(item, dict) else item
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
+def read_json(path: pathlib.Path, *, remedy: str = _REMEDY) -> dict[str, Any]:
+    """Read a JSON object from a file; `remedy` says what to do about another content.
 
     Raises:
         InputError: the file cannot be read, or holds something else.
@@ -92,8 +94,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: cannot read it ({error.strerror})") from None
-    values = parse_json(text, str(path))
+        raise InputError(
+            f"{path}: cannot read it ({error.strerror}); check the path and its permissions"
+        ) from None
+    values = parse_json(text, str(path), remedy=remedy)
     if not isinstance(values, dict):
-        raise InputError(f"{path}: got a {type(values).__name__}, expected a JSON object")
+        raise InputError(f"{path}: got a {type(values).__name__}, expected a JSON object; {remedy}")
     return values

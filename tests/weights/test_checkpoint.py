@@ -143,8 +143,8 @@ def test_another_version(copy):
     ("text", "expected"),
     [
         ("{", "manifest.json: not JSON"),
-        ("[" * 100_000, "manifest.json: not JSON"),
-        ("[]", "manifest.json: got a list, expected a JSON object"),
+        ("[" * 100_000, "nested deeper than 64); copy or convert the checkpoint again"),
+        ("[]", "manifest.json: got a list, expected a JSON object; copy or convert the checkpoint"),
         ("{}", "has format version None, this program reads 2"),
         ('{"format_version": 2}', "manifest.json was changed after it was written"),
         ('{"format_version": 2, "sha256": [1]}', "manifest.json was changed after it was written"),
@@ -153,6 +153,34 @@ def test_another_version(copy):
 def test_corrupted_manifest(copy, text, expected):
     (copy / "manifest.json").write_text(text)
     assert expected in refused(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"dtype": None}, " has no dtype, expected a string"),
+        ({"dtype": 16}, ": dtype is 16, expected a string"),
+        ({"dtype": "int8"}, ": dtype is 'int8', expected one of float16, bfloat16, float32"),
+        ({"origin": None}, " has no origin, expected an object"),
+        ({"root": None}, " has no root, expected a string"),
+        ({"tensors": None}, " has no tensors, expected an object"),
+        ({"tensors": []}, ": tensors is [], expected an object"),
+        ({"tensors": {"a/b": 1}}, ": tensors['a/b'] is 1, expected an object"),
+        ({"tensors": {"a": {"shape": "x"}}}, ": tensors['a']: shape is 'x', expected a list"),
+        ({"tensors": {"a": {"shape": []}}}, ": tensors['a'] has no sha256, expected a string"),
+        ({"files": None}, " has no files, expected an object"),
+        ({"files": {"a": {"bytes": True}}}, ": files['a']: bytes is True, expected an integer"),
+        ({"files": {"a": {"bytes": 1}}}, ": files['a'] has no sha256, expected a string"),
+    ],
+)
+def test_a_manifest_of_another_form_is_refused(copy, change, expected):
+    """Even where its own digest is right; None leaves a field out."""
+    path = copy / manifest.NAME
+    values = json.loads(path.read_text()) | change
+    values = {name: value for name, value in values.items() if value is not None}
+    del values["sha256"]
+    path.write_text(manifest._text(values))
+    assert refused(copy) == f"{path}{expected}; copy or convert the checkpoint again"
 
 
 def test_other_weights_under_the_root_of_these_are_refused(saved, params, tmp_path):
@@ -178,7 +206,7 @@ def test_other_weights_under_the_root_of_these_are_refused(saved, params, tmp_pa
 def test_manifest_is_a_folder(copy):
     (copy / "manifest.json").unlink()
     (copy / "manifest.json").mkdir()
-    assert "manifest.json: cannot read it (Is a directory)" in refused(copy)
+    assert "manifest.json: cannot read it (Is a directory); check the path" in refused(copy)
 
 
 def test_a_folder_that_may_not_be_read(saved, monkeypatch):
