@@ -9,7 +9,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from llama_jax.errors import InputError
 from llama_jax.strict_json import read_json
-from llama_jax.text.tokenizer import Tokenizer, check_vocabulary
+from llama_jax.text.tokenizer import Tokenizer, check_vocabulary, unnamed_piece
 
 FILES = ("tokenizer.model", "tokenizer.json")
 """In the order that they are looked for."""
@@ -93,7 +93,7 @@ def _append(model: Any, added: dict[int, _Added], file: pathlib.Path) -> None:
     """Append added tokens to the pieces; ids between them without a name become control pieces."""
     known = {piece.piece for piece in model.pieces}
     for token in range(len(model.pieces), max(added, default=-1) + 1):
-        text, special = added.get(token, (f"<unused_{token}>", True))
+        text, special = added.get(token, (unnamed_piece(token), True))
         if text in known or not text:
             raise InputError(
                 f"{file}: the added token {token} is {text!r}, which is empty or another token's "

@@ -8,6 +8,7 @@ from llama_jax.cli.flags import FLAGS, refuse_flags
 from llama_jax.cli.model import checkpoint_path, load_model
 from llama_jax.cli.requests import read_request
 from llama_jax.engine.request import GenerationRequest
+from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.stored_tokenizer import load_tokenizer
 
 
@@ -18,12 +19,11 @@ def generate() -> None:
         refuse_flags("--print_prompt_tokens", "which runs no model", *others)
     # Before the weights: a mistake should not take a minute to show.
     request, repeat = read_request()
-    for warning in request.warnings:
-        note(f"warning: {warning}")
     if FLAGS.print_prompt_tokens:
         _print_prompt_tokens(request)
         return
     llm = load_model()
+    _note_warnings(request, llm.tokenizer)
     stream = llm.start(request)
     for piece in stream:
         if FLAGS.output == "text" and FLAGS.stream:
@@ -39,10 +39,16 @@ def generate() -> None:
     note(summary(llm, result, repeat))
 
 
+def _note_warnings(request: GenerationRequest, tokenizer: Tokenizer | None) -> None:
+    for warning in request.warnings(tokenizer):
+        note(f"warning: {warning}")
+
+
 def _print_prompt_tokens(request: GenerationRequest) -> None:
     """Print the ids that the model would get to stdout, and their pieces to stderr."""
     tokenizer, vocab_size = load_tokenizer(checkpoint_path())
     tokens = request.encode(tokenizer, vocab_size)
+    _note_warnings(request, tokenizer)
     print(",".join(map(str, tokens)))
     if tokenizer is not None:
         note(" ".join(tokenizer.piece(token) for token in tokens))

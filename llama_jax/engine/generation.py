@@ -56,6 +56,7 @@ class Generation:
         self.reused = 0
         """Tokens of the prompt served from the prefix cache."""
         self._pieces: collections.deque[Piece] = collections.deque()
+        self._tokenizer = tokenizer
         self._decoder = _decoder(request, prompt, tokenizer)
         self._cutter = StopCutter(request.parameters.stop)
         self._texts: list[str] = []
@@ -162,7 +163,7 @@ class Generation:
             fingerprint=self._fingerprint,
             parameters=parameters,
             timings=self._times.summary(len(self.prompt), self.reused),
-            warnings=self.request.warnings,
+            warnings=self.request.warnings(self._tokenizer),
             logprobs=None if parameters.logprobs is None else self._logprobs,
             prompt_logprobs=self._prompt_logprobs if parameters.prompt_logprobs else None,
         )

@@ -7,7 +7,7 @@ from typing import Any
 from llama_jax.engine.parameters import Parameters, make_parameters, parameter_problems
 from llama_jax.errors import InputError, one_line
 from llama_jax.text.chat import Message, check_dialog, encode_dialog
-from llama_jax.text.tokenizer import BOS_ID, CONTROL_PIECES, Tokenizer
+from llama_jax.text.tokenizer import BOS_ID, Tokenizer
 
 _PROMPTS = ("prompt", "messages", "prompt_tokens", "system", "raw")
 _OPTIONS = ("allow_control_tags", "parse_control")
@@ -29,20 +29,19 @@ class GenerationRequest:
     continues_prompt: bool = False
     """The text continues the prompt's, so its first word keeps its space."""
 
-    @property
-    def warnings(self) -> list[str]:
-        """What the user may not expect of this request."""
+    def warnings(self, tokenizer: Tokenizer | None) -> list[str]:
+        """Return what the user may not expect of this request."""
         if self.prompt_tokens is not None and self.adds_bos:
             return [
                 f"the token ids did not begin with BOS ({BOS_ID}), which was put before them; "
                 "add_special_tokens false leaves them as they are"
             ]
-        if self.raw_prompt is None or self.parse_control:
+        if self.raw_prompt is None or self.parse_control or tokenizer is None:
             return []
         return [
             f"the prompt contains {piece}, which is plain text here, not the control token; "
             "parse_control (OpenAI's completions, Python, run.py) makes it the token"
-            for piece in CONTROL_PIECES
+            for piece in tokenizer.control_pieces
             if piece in self.raw_prompt
         ]
 
@@ -101,7 +100,8 @@ def make_request(
         raw: use the prompt as it is, behind BOS, without the chat template.
         allow_control_tags: accept tags such as `[INST]` in system and user turns, as plain text;
             see `chat.check_dialog`.
-        parse_control: with raw: `<s>` in the prompt is BOS and `</s>` is EOS; none is doubled.
+        parse_control: with raw: `<s>` in the prompt is BOS, `</s>` is EOS, and the text of an added
+            control token is that token; BOS is not doubled.
         **parameters: the fields of `Parameters`; None stands for the default. A seed is drawn if
             none is given. `stop` may be one string.
 

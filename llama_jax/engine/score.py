@@ -144,7 +144,7 @@ def make_score_request(
         request = make_request(
             prompt="".join(map(str, given)), raw=True, parse_control=parse_control
         )
-        warnings = request.warnings
+        warnings = request.warnings(tokenizer)
         tokens, first = request.encode(tokenizer, vocab_size), 1
         if before and (before := text.rstrip()):
             request = dataclasses.replace(request, raw_prompt=before)

@@ -20,9 +20,7 @@ from llama_jax.server.service import Service
 from llama_jax.server.types import Count
 from llama_jax.server.workers_ai import check_model, service_of
 from llama_jax.text.chat import CHAT_TEMPLATE, encode_dialog
-from llama_jax.text.tokenizer import BOS_ID, CONTROL_PIECES, Tokenizer
-
-_BOS, _EOS = CONTROL_PIECES
+from llama_jax.text.tokenizer import BOS_ID, EOS_ID, Tokenizer
 
 _EXPECTED = {"bool_type": "true or false", "string_type": "a string"}
 
@@ -94,8 +92,8 @@ async def tokenizer_info(request: Request) -> Response:
     tokenizer = _tokenizer_of(service)
     info: TokenizerInfo = {
         "tokenizer_class": "LlamaTokenizer",
-        "bos_token": _BOS,
-        "eos_token": _EOS,
+        "bos_token": tokenizer.piece(BOS_ID),
+        "eos_token": tokenizer.piece(EOS_ID),
         "unk_token": tokenizer.piece(0),
         "add_bos_token": True,
         "add_eos_token": False,

@@ -37,7 +37,7 @@ async def run(request: Request) -> Response:
         _note(f"{name} is not in this model's input schema: it was ignored")
         for name in parsed.ignored
     ]
-    notes += map(_note, generation.warnings)
+    notes += map(_note, generation.warnings(service.llm.tokenizer))
     answers = await service.answer(log, [generation])
     if parsed.stream:
         return EventStream(log, answers, _events(answers, notes), service.settings.keep_alive_s)

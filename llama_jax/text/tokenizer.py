@@ -2,6 +2,7 @@
 
 import codecs
 import itertools
+import functools
 import pathlib
 import re
 
@@ -11,10 +12,6 @@ from llama_jax.errors import InputError
 
 BOS_ID = 1
 EOS_ID = 2
-CONTROL_PIECES = {"<s>": BOS_ID, "</s>": EOS_ID}
-"""The texts that stand for BOS and EOS where control pieces are parsed."""
-
-_CONTROL = re.compile("(</?s>)")
 
 
 class Tokenizer:
@@ -68,28 +65,31 @@ class Tokenizer:
             raise InputError("text is not valid Unicode: lone surrogate; send whole characters")
         return self._sp.EncodeAsIds(text)
 
-    def encode_with_control(self, text: str) -> list[int]:
-        """Return the ids of a text in which `<s>` is BOS and `</s>` is EOS.
+    @functools.cached_property
+    def control_pieces(self) -> dict[str, int]:
+        """The texts of the control tokens and their ids: `<s>`, `</s>`, and those added to them."""
+        ids = range(self.vocab_size)
+        named = {self.piece(token): token for token in ids if self._sp.IsControl(token)}
+        return {text: token for text, token in named.items() if text != unnamed_piece(token)}
 
-        The text between them is encoded piece by piece, as Meta's dialog format does.
+    def encode_with_control(self, text: str) -> list[int]:
+        """Return the ids of a text in which each of `control_pieces` is its token.
+
+        Of two that begin at one letter the longer is taken. The text between them is encoded part
+        by part, each as a beginning of its own: as Meta's dialog format does.
 
         Raises:
             InputError: see `encode`.
         """
-        parts = [part for part in _CONTROL.split(text) if part]
-        encoded = [
-            [CONTROL_PIECES[part]] if part in CONTROL_PIECES else self.encode(part)
-            for part in parts
-        ]
+        known = self.control_pieces
+        longest_first = sorted(known, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        encoded = [[known[part]] if part in known else self.encode(part) for part in parts]
         return [token for ids in encoded for token in ids]
 
     def decode_with_control(self, ids: list[int]) -> str:
-        """Return the text of ids in which BOS is `<s>` and EOS is `</s>`.
-
-        Args:
-            ids: as from `encode_with_control`.
-        """
-        texts = {token: piece for piece, token in CONTROL_PIECES.items()}
+        """Return the text of ids with the `control_pieces` among them, as `encode_with_control` reads it."""
+        texts = {token: piece for piece, token in self.control_pieces.items()}
         parts = itertools.groupby(ids, key=texts.get)
         return "".join(
             piece * len(list(run)) if piece else self.decode(list(run)) for piece, run in parts
@@ -106,7 +106,7 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         """Return the vocabulary's piece of one id, such as `▁the` or `<0x0A>`."""
         if token >= self.vocab_size:
-            return f"<unused_{token}>"
+            return unnamed_piece(token)
         return self._sp.IdToPiece(token)
 
     def byte(self, token: int) -> int | None:
@@ -124,6 +124,11 @@ class Tokenizer:
     def is_control(self, token: int) -> bool:
         """Return whether an id decodes to nothing: BOS, EOS, and ids beyond the pieces."""
         return token >= self.vocab_size or self._sp.IsControl(token)
+
+
+def unnamed_piece(token: int) -> str:
+    """Return what stands for the piece of an id that no tokenizer names."""
+    return f"<unused_{token}>"
 
 
 def most_unnamed(pieces: int) -> int:

@@ -28,6 +28,7 @@ def test_control_pieces_in_a_raw_prompt_are_parsed_on_request_and_named_otherwis
     assert err.startswith("warning: the prompt contains <s>, which is plain text here") or (
         "\nwarning: the prompt contains <s>, which is plain text here" in err
     )
+    assert "warning: the prompt contains </s>" in cli("--raw", "--prompt=</s>", "--max_tokens=1")[2]
     parsed = cli(*prompt, "--parse_control")
     assert "warning" not in parsed[2]
     assert parsed[1] == cli("--prompt=Hi", "--print_prompt_tokens")[1] != plain

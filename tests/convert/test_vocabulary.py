@@ -1,5 +1,6 @@
 """Tokenizers as people have them: tokenizer.json alone, and tokens added by a fine-tune."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -13,6 +14,7 @@ from convert.__main__ import main
 from convert.vocabulary import read_vocabulary
 from llama_jax import Llama
 from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.engine.request import make_request
 from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
 from tests.helpers.sources import GQA, random_weights, write_hf
@@ -182,6 +184,50 @@ def test_added_tokens_are_found_in_each_file_that_names_them(tmp_path, file, con
     pad = PIECES if special and not entry else None
     tokenizer = Tokenizer(read_vocabulary(tmp_path / "tokenizer.model", PIECES + 1, pad).model)
     assert tokenizer.decode([PIECES]) == ("" if special else "<pad>")
+
+
+def test_added_control_tokens_are_parsed_longest_first_where_control_is_parsed(folder):
+    tokenizer = Tokenizer(read_vocabulary(folder / "tokenizer.model", PIECES + 4, PIECES).model)
+    # Neither a piece of text nor the name that stands for an id without one.
+    assert tokenizer.control_pieces == {
+        "<s>": 1,
+        "</s>": 2,
+        "<pad>": PIECES,
+        "<|im_end|>": PIECES + 1,
+    }
+    plain = make_request(prompt="a<|im_end|>b", raw=True)
+    assert PIECES + 1 not in plain.encode(tokenizer, tokenizer.vocab_size)
+    [warning] = plain.warnings(tokenizer)
+    assert warning.startswith("the prompt contains <|im_end|>, which is plain text here")
+    parsed = dataclasses.replace(plain, parse_control=True)
+    encoded = [1, *tokenizer.encode("a"), PIECES + 1, *tokenizer.encode("b")]
+    assert parsed.encode(tokenizer, tokenizer.vocab_size) == encoded
+    assert parsed.warnings(tokenizer) == []
+
+
+@pytest.mark.parity
+def test_parsed_control_tokens_have_the_ids_of_transformers(tmp_path, model_file):
+    from transformers import PreTrainedTokenizerFast
+
+    values = fast_tokenizer(model_file)
+    pieces = len(values["model"]["vocab"])
+    names = ["<|im_start|>", "<|im_end|>", "<|im_end|><|im", "<|im_end"]  # beginnings of another
+    values["added_tokens"] += [
+        {"id": pieces + i, "content": name, "special": True} for i, name in enumerate(names)
+    ]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    values["added_tokens"] = [flags | entry for entry in values["added_tokens"]]
+    file = write(tmp_path / "tokenizer.json", values | {"version": "1.0"})
+    tokenizer = Tokenizer(read_vocabulary(file, pieces + 9).model)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    chat = "<|im_start|>user\nWhere is Paris?<|im_end|>\n<|im_start|>assistant\n"
+    for text in [chat, *mixed([*names, "<s>", "</s>", "<|im", "|>", " ", "\n", "Paris "], 500)]:
+        assert tokenizer.encode_with_control(text) == theirs(text).input_ids, text
+
+
+def mixed(parts, count):
+    rng = random.Random(0)
+    return ("".join(rng.choices(parts, k=rng.randrange(1, 12))) for _ in range(count))
 
 
 def test_an_added_token_without_an_embedding_is_left_out_and_named(folder):

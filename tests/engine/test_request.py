@@ -230,18 +230,18 @@ def test_control_pieces_alone(prompt, expected):
 @pytest.mark.parametrize("text", ["x", " x", "<S> < s> <s", "</ s>", "<unk>"])
 def test_text_without_control_pieces_is_encoded_as_ever(text):
     plain = make_request(prompt=text, raw=True)
-    assert plain.warnings == []
+    assert plain.warnings(TOKENIZER) == []
     assert encoded(prompt=text, raw=True, parse_control=True) == encoded(prompt=text, raw=True)
 
 
 def test_control_pieces_that_are_plain_text_are_named():
     request = make_request(prompt="a</s><s>b<s>", raw=True)
-    assert [warning.split(", ")[0] for warning in request.warnings] == [
+    assert [warning.split(", ")[0] for warning in request.warnings(TOKENIZER)] == [
         "the prompt contains <s>",
         "the prompt contains </s>",
     ]
     ids = request.encode(TOKENIZER, TOKENIZER.vocab_size)
     assert (ids.count(1), ids.count(2)) == (1, 0)
-    assert make_request(prompt="<s>", raw=True, parse_control=True).warnings == []
+    assert make_request(prompt="<s>", raw=True, parse_control=True).warnings(TOKENIZER) == []
     # In the chat format they are plain text, as in Meta's: users write the words, not the tokens.
-    assert make_request(prompt="<s>").warnings == []
+    assert make_request(prompt="<s>").warnings(TOKENIZER) == []

@@ -717,11 +717,13 @@ def test_control_pieces_in_a_prompt_are_parsed_on_request_and_named_otherwise(cl
     assert parsed["choices"][0]["text"].strip() == expected["choices"][0]["message"]["content"]
     assert parsed["usage"]["prompt_tokens"] == expected["usage"]["prompt_tokens"]
     assert "warnings" not in parsed
-    plain = client.post(COMPLETIONS, json=completion(**fields)).json()
+    plain = client.post(COMPLETIONS, json=completion(**fields, n=2)).json()
     assert plain["usage"]["prompt_tokens"] > parsed["usage"]["prompt_tokens"]
     first = "the prompt contains <s>, which is plain text here, not the control token"
     assert plain["warnings"][0].startswith(first)
     assert len(plain["warnings"]) == 2
+    streamed = events_of(client.post(COMPLETIONS, json=completion(**fields, stream=True)).text)
+    assert streamed[-2]["warnings"] == plain["warnings"]
     native = client.post(RUN, json={"prompt": "<s>x", "raw": True, "max_tokens": 1}).json()
     assert native["messages"][0]["message"].startswith(first)
 

@@ -109,7 +109,7 @@ class ParsedRequest:
     ignored: list[str]
     """The parameters without effect."""
     warnings: list[str]
-    """These, and what else the client may not expect, in words."""
+    """These, in words."""
 
 
 def parse_chat(body: bytes, models: Sequence[str], max_choices: int) -> ParsedRequest:
@@ -188,7 +188,6 @@ def _parsed(
     echo: bool = False,
 ) -> ParsedRequest:
     ignored = contract.first_names(ignored)
-    own = dict.fromkeys(text for generation in requests for text in generation.warnings)
     return ParsedRequest(
         requests=requests,
         model=request.model,
@@ -197,7 +196,7 @@ def _parsed(
         include_usage=request.include_usage,
         echo=echo,
         ignored=ignored,
-        warnings=[*map(warning_of, ignored), *own],
+        warnings=[*map(warning_of, ignored)],
     )
 
 

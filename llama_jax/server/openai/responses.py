@@ -7,7 +7,7 @@ the whole choice.
 import itertools
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llama_jax.engine.result import Piece, Result
@@ -197,12 +197,13 @@ def whole_body(
     """Return a whole response."""
     first = head(choices.whole_object, choices.id_prefix, parsed.model, results[0].fingerprint)
     whole = [choices.whole(i, result) for i, result in enumerate(results)]
-    return first | {"choices": whole, "usage": usage(parsed, results)} | warnings(parsed)
+    return first | {"choices": whole, "usage": usage(parsed, results)} | warnings(parsed, results)
 
 
-def warnings(parsed: ParsedRequest) -> dict[str, Any]:
-    """Return the field of the warnings, if there are any."""
-    return {"warnings": parsed.warnings} if parsed.warnings else {}
+def warnings(parsed: ParsedRequest, results: Iterable[Result]) -> dict[str, Any]:
+    """Return the field of the request's and the results' warnings, if there are any."""
+    found = dict.fromkeys([*parsed.warnings, *(w for result in results for w in result.warnings)])
+    return {"warnings": [*found]} if found else {}
 
 
 def head(kind: str, id_prefix: str, model: str, fingerprint: str) -> dict[str, Any]:

@@ -128,7 +128,7 @@ async def _events(
             results[index] = part
             chunk = first_fields | {"choices": [choices.ending(index, part)]}
             if len(results) == len(parsed.requests):
-                chunk |= warnings(parsed)
+                chunk |= warnings(parsed, (results[i] for i in sorted(results)))
             yield event(chunk)
     if parsed.include_usage:
         counted = usage(parsed, [results[i] for i in sorted(results)])
