@@ -1,6 +1,7 @@
 """Command line: python -m convert meta | hf | tokenizer | verify | export-hf."""
 
 import argparse
+import contextlib
 import pathlib
 import sys
 
@@ -9,10 +10,10 @@ import jax
 from convert.commands import add_tokenizer, convert, export, verify
 from convert.console import report
 from convert.conversion import MAX_SEQ_LEN
-from convert.quiet import mute_orbax
 from llama_jax.errors import InputError
 from llama_jax.version import __version__
 from llama_jax.weights.dtypes import DTYPES
+from llama_jax.weights.quiet import orbax_muted
 
 _EXAMPLE = """\
 example:
@@ -167,8 +168,7 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    if "--debug" not in sys.argv:
-        mute_orbax()
     # Nothing is computed here: a GPU would only have its memory reserved away from others.
     jax.config.update("jax_platforms", "cpu")
-    sys.exit(main())
+    with contextlib.nullcontext() if "--debug" in sys.argv else orbax_muted():
+        sys.exit(main())

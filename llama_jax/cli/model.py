@@ -1,5 +1,6 @@
 """The model that the flags name."""
 
+import contextlib
 import pathlib
 import sys
 
@@ -9,6 +10,7 @@ from llama_jax.cli.requests import parse_tokens
 from llama_jax.decode.compile_cache import use_compile_cache
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.llama import Llama, default_checkpoint
+from llama_jax.weights.quiet import orbax_muted
 
 
 def checkpoint_path() -> pathlib.Path:
@@ -23,14 +25,15 @@ def checkpoint_path() -> pathlib.Path:
 def load_model(slots: int = 1, max_queue: int | None = None) -> Llama:
     """Load the checkpoint; --slots takes precedence over `slots`."""
     use_compile_cache()
-    return Llama.load(
-        checkpoint_path(),
-        dtype=FLAGS.dtype,
-        context=FLAGS.context,
-        slots=slots if FLAGS.slots is None else FLAGS.slots,
-        max_queue=max_queue,
-        eos_tokens=FLAGS.eos_tokens and parse_tokens("eos_tokens", FLAGS.eos_tokens),
-        verify=FLAGS.verify,
-        convert=FLAGS.convert,
-        progress=sys.stderr.isatty(),
-    )
+    with contextlib.nullcontext() if FLAGS.debug else orbax_muted():
+        return Llama.load(
+            checkpoint_path(),
+            dtype=FLAGS.dtype,
+            context=FLAGS.context,
+            slots=slots if FLAGS.slots is None else FLAGS.slots,
+            max_queue=max_queue,
+            eos_tokens=FLAGS.eos_tokens and parse_tokens("eos_tokens", FLAGS.eos_tokens),
+            verify=FLAGS.verify,
+            convert=FLAGS.convert,
+            progress=sys.stderr.isatty(),
+        )

@@ -1,6 +1,9 @@
 import json
+import logging
 import pathlib
 import shutil
+import sys
+import threading
 import types
 
 import jax
@@ -11,6 +14,7 @@ import pytest
 from llama_jax import InputError
 from llama_jax.weights import manifest
 from llama_jax.weights.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from llama_jax.weights.quiet import orbax_muted
 from llama_jax.weights.shards import tensors
 from tests.helpers.models import SMALL, random_params
 
@@ -281,3 +285,16 @@ def test_float16_on_a_tpu(saved, monkeypatch):
     monkeypatch.setattr("llama_jax.weights.dtypes.default_device", lambda: tpu)
     with pytest.raises(InputError, match="a TPU cannot multiply; use bfloat16"):
         load_checkpoint(saved, "float16")
+
+
+def test_orbax_is_muted_only_while_it_works():
+    """A server's threads and log are shown after it has loaded."""
+
+    def settings():
+        levels = [logging.getLogger(name).level for name in ("absl", "asyncio")]
+        return [threading.excepthook, sys.unraisablehook, *levels]
+
+    before = settings()
+    with orbax_muted():
+        assert all(a != b for a, b in zip(before, settings(), strict=True))
+    assert settings() == before
