@@ -91,6 +91,15 @@ def assets() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def llama_index() -> pathlib.Path:
+    """The Python of the environment that has llama-index; see CONTRIBUTING.md."""
+    python = pathlib.Path(__file__).with_name("llama_index") / ".venv" / "bin" / "python"
+    if not python.exists():
+        _skip_or_fail("needs llama-index in tests/llama_index/.venv")
+    return python
+
+
+@pytest.fixture(scope="session")
 def native_kernels() -> None:
     """The CPU kernels, which are built where there is a compiler."""
     from llama_jax.nn.cpu_kernels import has_kernels

@@ -170,8 +170,8 @@ def _define_prompt_flags() -> None:
     flags.DEFINE_bool(
         "parse_control",
         False,
-        "With --raw, and in score: <s>, </s> and the checkpoint's added control tokens in the prompt "
-        "are these tokens, not plain text.",
+        "With --raw, and in score: <s>, </s> and the checkpoint's added control tokens in the "
+        "prompt are these tokens, not plain text.",
     )
     flags.DEFINE_bool(
         "allow_control_tags",

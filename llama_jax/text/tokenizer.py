@@ -1,8 +1,8 @@
 """SentencePiece, and streaming decoding that keeps every byte and space."""
 
 import codecs
-import itertools
 import functools
+import itertools
 import pathlib
 import re
 
@@ -88,7 +88,7 @@ class Tokenizer:
         return [token for ids in encoded for token in ids]
 
     def decode_with_control(self, ids: list[int]) -> str:
-        """Return the text of ids with the `control_pieces` among them, as `encode_with_control` reads it."""
+        """Return the text of ids, that of control tokens too: what `encode_with_control` reads."""
         texts = {token: piece for piece, token in self.control_pieces.items()}
         parts = itertools.groupby(ids, key=texts.get)
         return "".join(

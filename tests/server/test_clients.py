@@ -388,6 +388,26 @@ def test_langchain(server, llm):
     assert total.response_metadata["finish_reason"] == "length"
 
 
+def test_llama_index(server, llama_index):
+    """In an environment of its own, see tests/llama_index."""
+    done = subprocess.run(
+        [llama_index, ROOT / "tests/llama_index/client.py", f"{server.url}/v1", TOKEN, MODEL],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = ["The capital of France is Paris.", "The capital of Japan is Tokyo."]
+    texts = [f" {answer}" for answer in answers]  # a completion begins with its first space
+    assert json.loads(done.stdout) == {
+        "chat": answers,
+        "stream_chat": answers,
+        "complete": texts,
+        "stream_complete": texts,
+    }
+
+
 TASKS = {
     "capitals": """
 output_type: multiple_choice
