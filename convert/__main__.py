@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import pathlib
 import sys
+from typing import Any
 
 import jax
 
@@ -54,6 +55,28 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     debug = argparse.ArgumentParser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_conversions(commands, debug)
+    text = "add a tokenizer to a checkpoint that has none"
+    tokenizer = commands.add_parser("tokenizer", parents=[debug], help=text, description=text)
+    tokenizer.set_defaults(run=add_tokenizer)
+    tokenizer.add_argument("dst", metavar="DST", type=_path, help="checkpoint")
+    tokenizer.add_argument(
+        "file", metavar="FILE", type=_path, help="tokenizer.model or tokenizer.json"
+    )
+    text = "read a whole checkpoint and compare it with the digests of its manifest"
+    verify_ = commands.add_parser("verify", parents=[debug], help=text, description=text)
+    text = "write a checkpoint as a Hugging Face folder; every tensor's digest is compared"
+    export_ = commands.add_parser("export-hf", parents=[debug], help=text, description=text)
+    for command, run in ((verify_, verify), (export_, export)):
+        command.set_defaults(run=run)
+        command.add_argument("dst", metavar="DST", type=_path, help="checkpoint")
+    export_.add_argument(
+        "out", metavar="OUT", type=_path, help="folder to write; must not exist yet"
+    )
+    return parser
+
+
+def _add_conversions(commands: Any, debug: argparse.ArgumentParser) -> None:
     shared = _conversion_options(debug)
     text = "Meta's release: params.json, consolidated.*.pth and tokenizer.model in one folder"
     meta = commands.add_parser("meta", parents=[shared], help=text, description=text)
@@ -75,24 +98,6 @@ def _parser() -> argparse.ArgumentParser:
         help="LoRA adapter that PEFT saved, to merge into the weights in float32: a folder, or as "
         "SRC a repository of the hub",
     )
-    text = "add a tokenizer to a checkpoint that has none"
-    tokenizer = commands.add_parser("tokenizer", parents=[debug], help=text, description=text)
-    tokenizer.set_defaults(run=add_tokenizer)
-    tokenizer.add_argument("dst", metavar="DST", type=_path, help="checkpoint")
-    tokenizer.add_argument(
-        "file", metavar="FILE", type=_path, help="tokenizer.model or tokenizer.json"
-    )
-    text = "read a whole checkpoint and compare it with the digests of its manifest"
-    verify_ = commands.add_parser("verify", parents=[debug], help=text, description=text)
-    text = "write a checkpoint as a Hugging Face folder; every tensor's digest is compared"
-    export_ = commands.add_parser("export-hf", parents=[debug], help=text, description=text)
-    for command, run in ((verify_, verify), (export_, export)):
-        command.set_defaults(run=run)
-        command.add_argument("dst", metavar="DST", type=_path, help="checkpoint")
-    export_.add_argument(
-        "out", metavar="OUT", type=_path, help="folder to write; must not exist yet"
-    )
-    return parser
 
 
 def _conversion_options(debug: argparse.ArgumentParser) -> argparse.ArgumentParser:

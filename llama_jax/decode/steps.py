@@ -62,8 +62,7 @@ def prefill(
         tokens: the chunk, right-padded with any valid id.
         length: how many of `tokens` are the prompt's, 1 to T.
         is_last: whether the prompt ends with this chunk.
-        targets: the token that follows each of `tokens`, to be scored; None: nothing is scored,
-            and logits are computed at one position only.
+        targets: the token after each of `tokens`, to be scored; None: logits at one position only.
         drawable: static; only ids below it are sampled. None: all of the vocabulary.
 
     Returns:
@@ -89,8 +88,7 @@ def prefill(
         cache=cache, positions=part.positions + length, done=jnp.logical_not(is_last)[None]
     )
     part, outputs = _emit(part, logits, is_last[None], drawable)
-    state = scatter_rows(state, part, slot[None])
-    return state, jax.tree.map(lambda a: a[None], outputs), scores
+    return scatter_rows(state, part, slot[None]), jax.tree.map(lambda a: a[None], outputs), scores
 
 
 def decode_step(

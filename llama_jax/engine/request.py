@@ -100,8 +100,7 @@ def make_request(
         raw: use the prompt as it is, behind BOS, without the chat template.
         allow_control_tags: accept tags such as `[INST]` in system and user turns, as plain text;
             see `chat.check_dialog`.
-        parse_control: with raw: `<s>` in the prompt is BOS, `</s>` is EOS, and the text of an added
-            control token is that token; BOS is not doubled.
+        parse_control: with raw: read control tokens such as `<s>` as tokens; BOS is not doubled.
         **parameters: the fields of `Parameters`; None stands for the default. A seed is drawn if
             none is given. `stop` may be one string.
 
