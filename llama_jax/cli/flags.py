@@ -82,7 +82,7 @@ VERBS = {
         Verb(
             name="score",
             arguments="--prompt_file=FILE [flags]",
-            summary="Compute the log-likelihood and perplexity of text.",
+            summary="Compute the perplexity of text.",
             takes=(
                 *(name for name in MODEL if name != "eos_tokens"),
                 *("prompt", "prompt_file", "prompt_tokens", "parse_control"),
@@ -298,5 +298,5 @@ def refuse_flags_of_other_verbs(verb: Verb) -> None:
         at_default = name in verb.takes_at_default and flag.value == flag.default
         if name not in verb.takes and not at_default:
             takers = [other.name for other in VERBS.values() if name in other.takes]
-            only = f"but belongs to {takers[0]}" if takers in (["batch"], ["serve"]) else ""
-            refuse_flags(verb.name or "a prompt", only or verb.refuses_others, name)
+            others = "" if "" in takers else f"but belongs to {' and '.join(takers)}"
+            refuse_flags(verb.name or "a prompt", others or verb.refuses_others, name)

@@ -51,7 +51,7 @@ _EXAMPLES = {
     "batch": ("batch --input=requests.jsonl --output=results.jsonl",),
     "score": (
         "score --prompt_file=book.txt",
-        'score --prompt="The capital of France is" --continuation=" Paris."',
+        'score --prompt="The capital is" --continuation=" Paris."',
         "score --input=texts.jsonl --output=scores.jsonl",
     ),
     "serve": ("serve --port=8787 --slots=16",),
