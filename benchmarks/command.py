@@ -22,6 +22,8 @@ from llama_jax.errors import InputError
 
 CHECKPOINT = ("", "Folder written by `python -m convert`; replaces --shape.")
 """Default and help of --checkpoint."""
+SERVED = {"checkpoint": CHECKPOINT, "dtype": ("float16", "Of weights and cache.")}
+"""What a server is started with, as flags."""
 _COMMON = {
     "shape": ("", f"{', '.join(SHAPES)}: with random weights, except for demo."),
     "output": ("benchmarks/results", "Folder for the files to write."),

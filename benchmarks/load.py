@@ -9,6 +9,7 @@ import itertools
 import json
 import random
 import re
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -28,6 +29,9 @@ PER_CLIENT = 16
 """Requests of a closed loop for each client: few clients take long."""
 SHARED = 0.75
 """Share of a prompt that is the same in all prompts of the load with a shared prefix."""
+
+Rounds = list[dict[str, Any] | None]
+"""Figures by round; None where it failed."""
 
 
 def make_prompts(
@@ -232,3 +236,12 @@ def summarise(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
         "per_burst_s": spread(wait for wait, _ in waits),
         "end_to_end_s": spread(answer.ended - answer.began for answer in good),
     }
+
+
+def median(values: Rounds) -> Any:
+    """Return the median of each figure of some rounds; of what is absent in all, None."""
+    there: list[Any] = [value for value in values if value is not None]
+    if there and isinstance(there[0], dict):
+        names = [name for name, value in there[0].items() if not isinstance(value, list)]
+        return {name: median([value.get(name) for value in there]) for name in names}
+    return statistics.median(there) if there else None

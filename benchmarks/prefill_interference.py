@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import command
-from benchmarks.load import Answer, ask, connect, make_prompts, spread
+from benchmarks.load import Answer, ask, connect, make_prompts, median, spread
 from benchmarks.report import number, scaled, table
-from benchmarks.serve import median
 from benchmarks.servers import Launch, Server, running
 from benchmarks.worker import EngineError
 from llama_jax.errors import InputError
@@ -32,8 +31,7 @@ STREAM_PROMPT = 16
 
 FLAGS = command.make_flags(
     "300m",
-    checkpoint=command.CHECKPOINT,
-    dtype=("float16", "Of weights and cache."),
+    **command.SERVED,
     slots=(8, "Of the server; all but one stream."),
     prompt_len=(2000, "Tokens of the long prompts."),
     rounds=(3, "Times that it is measured."),

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks import command
 from benchmarks.cases import Engine
-from benchmarks.load import Point, drive, make_points, make_prompts
+from benchmarks.load import Point, Rounds, drive, make_points, make_prompts, median
 from benchmarks.model_cost import total_params
 from benchmarks.report import make_serving_report
 from benchmarks.servers import PEERS, Launch, running
@@ -31,8 +31,7 @@ from llama_jax.errors import InputError
 
 FLAGS = command.make_flags(
     "300m",
-    checkpoint=command.CHECKPOINT,
-    dtype=("float16", "Of weights and cache."),
+    **command.SERVED,
     slots=(8, "Of each server: answers decoded at once."),
     prompt_len=(64, "Tokens of a prompt."),
     new_tokens=(64, "Tokens to draw for each."),
@@ -47,8 +46,6 @@ FLAGS = command.make_flags(
 )
 
 Record = dict[str, Any]
-Rounds = list[Record | None]
-"""Figures by round; None where it failed."""
 
 
 def make_launches(config: ModelConfig, checkpoint: str | None, folder: str) -> list[Launch]:
@@ -96,15 +93,6 @@ def run_batch(launch: Launch, prompts: list[list[int]], log: BinaryIO) -> Record
         process.call("load", config=config, contexts={1: launch.context}, **about)
         sizes = {"new_tokens": FLAGS.new_tokens, "slots": launch.slots}
         return {"requests": len(prompts), **process.call("batch_of", prompts=prompts, **sizes)}
-
-
-def median(values: Rounds) -> Any:
-    """Return the median of each figure of some rounds; of what is absent in all, None."""
-    there: list[Any] = [value for value in values if value is not None]
-    if there and isinstance(there[0], dict):
-        names = [name for name, value in there[0].items() if not isinstance(value, list)]
-        return {name: median([value.get(name) for value in there]) for name in names}
-    return statistics.median(there) if there else None
 
 
 def ratio(one: Rounds, other: Rounds) -> float | None:

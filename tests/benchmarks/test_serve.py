@@ -184,7 +184,7 @@ def test_ratios_are_of_rounds_that_both_have():
     ours, theirs = ([{"tokens_per_s": rate} for rate in rates] for rates in ((4, 9, 8), (2, 3, 1)))
     assert serve.ratio(ours, theirs) == 3
     assert serve.ratio(ours, [None, *theirs[1:]]) == 5.5
-    assert serve.median([{"a": 1, "b": {"c": None}}, {"a": 3, "b": {"c": 5}}]) == {
+    assert load.median([{"a": 1, "b": {"c": None}}, {"a": 3, "b": {"c": 5}}]) == {
         "a": 2,
         "b": {"c": 5},
     }
