@@ -60,10 +60,12 @@ def test_the_first_two_commands():
 
 @pytest.mark.slow
 def test_command_line(folder):
-    story, japan, tale, *_ = shell(SHELL[6], folder).splitlines()
+    lines = shell(SHELL[6], folder).splitlines()
+    story, japan, tale, *_ = lines
     assert story.startswith("Once upon a time a young llama")
     assert japan == "{"
     assert "The capital of Japan is Tokyo." in tale
+    assert lines.count("The capital of Italy is Rome.") == 2
 
 
 def test_python(folder):
