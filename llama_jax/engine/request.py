@@ -98,8 +98,7 @@ def make_request(
         prompt_tokens: ids used as they are (no BOS is added).
         system: a system prompt, with `prompt` alone.
         raw: use the prompt as it is, behind BOS, without the chat template.
-        allow_control_tags: accept tags such as `[INST]` in system and user turns, as plain text;
-            see `chat.check_dialog`.
+        allow_control_tags: accept tags such as `[INST]` in system and user turns, as plain text.
         parse_control: with raw: read control tokens such as `<s>` as tokens; BOS is not doubled.
         **parameters: the fields of `Parameters`; None stands for the default. A seed is drawn if
             none is given. `stop` may be one string.
