@@ -130,7 +130,7 @@ def test_another_for_settings_that_decide_bits_and_for_no_other(now):
     plain = now()
     for name, value in {
         "jax_disable_most_optimizations": True,
-        "jax_exec_time_optimization_effort": 1.0,
+        "jax_optimization_level": "O1",
     }.items():
         before = jax.config.values[name]
         jax.config.update(name, value)
