@@ -35,7 +35,8 @@ def cli(_flags, capsys, monkeypatch, demo):
     load = Llama.load
 
     def load_once(path, *, dtype=None, context=None, slots=1, **options):
-        if pathlib.Path(path) == DEMO_CHECKPOINT and (dtype, context, slots) == (None, None, 1):
+        same = (dtype, context, slots, options.get("eos_tokens")) == (None, None, 1, None)
+        if pathlib.Path(path) == DEMO_CHECKPOINT and same:
             return demo
         return load(path, dtype=dtype, context=context, slots=slots, **options)
 

@@ -30,6 +30,14 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr():
     )
 
 
+def test_end_tokens_given_end_the_answer(cli, demo):
+    tokens = demo.generate(prompt="What is the capital of France?", temperature=0).tokens
+    given = f"--eos_tokens=2,{tokens[3]}"
+    status, out, _ = cli(PARIS, "--temperature=0", "--output=json", given)
+    result = json.loads(out)
+    assert (status, result["tokens"], result["finish_reason"]) == (0, tokens[:3], "stop")
+
+
 @pytest.mark.parametrize("stream", ["--stream", "--nostream"])
 def test_streamed_or_not_the_text_is_the_same(cli, stream):
     assert cli(PARIS, "--seed=1", stream)[1] == PARIS_ANSWER

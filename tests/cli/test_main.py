@@ -81,11 +81,20 @@ def test_the_installed_command_does_what_run_py_does(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["hello"], "got the argument 'hello', expected chat, batch, score, serve or none; a prompt goes"),
-        (["chat", "serve"], "got the argument 'chat serve', expected chat, batch, score, serve or none"),
+        (
+            ["hello"],
+            "got the argument 'hello', expected chat, batch, score, serve or none; a prompt goes",
+        ),
+        (
+            ["chat", "serve"],
+            "got the argument 'chat serve', expected chat, batch, score, serve or none",
+        ),
         (["--prompt=a", "--promt=b"], "Unknown command line flag 'promt'"),
         (["--prompt=a", "--temperature=hot"], "flag --temperature=hot"),
-        (["--prompt=a", "--input=x"], "--input is given with a prompt, but belongs to batch and score"),
+        (
+            ["--prompt=a", "--input=x"],
+            "--input is given with a prompt, but belongs to batch and score",
+        ),
         (["--prompt=a", "--port=1"], "--port is given with a prompt, but belongs to serve; drop"),
         (["batch", "--port=1"], "--port is given with batch, but belongs to serve; drop it"),
         (["batch", "--seed=1"], "--seed is given with batch, whose requests are in --input"),

@@ -15,7 +15,7 @@ from convert.__main__ import main
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.nn.transformer import param_shapes
-from llama_jax.weights.checkpoint import load_checkpoint
+from llama_jax.weights.checkpoint import load_checkpoint, open_checkpoint
 from tests.helpers import ROOT
 from tests.helpers.sources import (
     GQA,
@@ -136,6 +136,18 @@ def test_end_tokens_are_those_that_transformers_stops_at(
         values = generation if generation == {} else {"eos_token_id": generation}
         (folder / "generation_config.json").write_text(json.dumps(values))
     assert read_hf(folder)[0] == dataclasses.replace(GQA, eos_tokens=expected)
+
+
+def test_end_tokens_given_take_the_place_of_the_sources(tmp_path, weights, capsys):
+    source = str(write_hf(tmp_path / "hf", weights, eos_token_id=2))
+    for given, expected in (("5,7", (5, 7)), ("2", (2,))):
+        assert main(["hf", source, str(tmp_path / given), f"--eos_tokens={given}"]) == 0
+        assert open_checkpoint(tmp_path / given)[1].eos_tokens == expected
+        warned = "answers end at [5, 7], without Llama 2's 2" in capsys.readouterr().err
+        assert warned == (2 not in expected)
+    with pytest.raises(SystemExit, match="2"):
+        main(["hf", source, str(tmp_path / "x"), "--eos_tokens=2,</s>"])
+    assert "'2,</s>' is not token ids such as 2,32000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

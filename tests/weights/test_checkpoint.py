@@ -280,13 +280,6 @@ def test_other_dtypes_are_refused_with_the_list(saved, dtype):
         load_checkpoint(saved, dtype)
 
 
-def test_float16_on_a_tpu(saved, monkeypatch):
-    tpu = types.SimpleNamespace(platform="tpu")
-    monkeypatch.setattr("llama_jax.weights.dtypes.default_device", lambda: tpu)
-    with pytest.raises(InputError, match="a TPU cannot multiply; use bfloat16"):
-        load_checkpoint(saved, "float16")
-
-
 def test_orbax_is_muted_only_while_it_works():
     """A server's threads and log are shown after it has loaded."""
 
