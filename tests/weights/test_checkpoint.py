@@ -4,7 +4,6 @@ import pathlib
 import shutil
 import sys
 import threading
-import types
 
 import jax
 import jax.numpy as jnp
