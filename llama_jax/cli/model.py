@@ -24,7 +24,8 @@ def checkpoint_path() -> pathlib.Path:
 
 def load_model(slots: int = 1, max_queue: int | None = None) -> Llama:
     """Load the checkpoint; --slots takes precedence over `slots`."""
-    use_compile_cache()
+    if warning := use_compile_cache():
+        note(f"warning: {warning}")
     with contextlib.nullcontext() if FLAGS.debug else orbax_muted():
         return Llama.load(
             checkpoint_path(),

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -14,18 +15,19 @@ from tests.helpers import ROOT
 GENERATE = """
 import jax
 from llama_jax import Llama, use_compile_cache
-use_compile_cache()
+warning = use_compile_cache()
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event.split("/")[-1]))
 result = Llama.load().generate(prompt="Hello", temperature=0, max_tokens=4)
-print(events.count("cache_hits"), events.count("cache_misses"), result.tokens)
+print(events.count("cache_hits"), events.count("cache_misses"), result.tokens, warning)
 """
 
 
-def generate(**environment):
+def generate(before="", **environment):
+    """Run GENERATE, which says nothing; return hits, misses, tokens and the warning."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", GENERATE],
+        [sys.executable, "-W", "error", "-c", before + GENERATE],
         cwd=ROOT,
         env=kept | environment,
         capture_output=True,
@@ -34,8 +36,10 @@ def generate(**environment):
         check=True,
     )
     assert done.stderr == ""
-    hits, misses, tokens = done.stdout.split(" ", 2)
-    return int(hits), int(misses), tokens
+    hits, misses, tokens, warning = re.fullmatch(
+        r"(\d+) (\d+) (\[.*\]) (.*)\n", done.stdout
+    ).groups()
+    return int(hits), int(misses), tokens, warning
 
 
 def entries(folder):
@@ -43,12 +47,13 @@ def entries(folder):
 
 
 def test_a_second_run_compiles_nothing(tmp_path):
-    _, misses, tokens = generate(XDG_CACHE_HOME=str(tmp_path))
+    _, misses, tokens, warning = generate(XDG_CACHE_HOME=str(tmp_path))
     folder = tmp_path / "llama_jax" / "compiled"
     stored = entries(folder)
+    assert warning == "None"
     assert misses == len(stored) > 3  # prefill, decode and what is smaller
     assert folder.stat().st_mode & 0o777 == 0o700
-    hits, still_missed, again = generate(XDG_CACHE_HOME=str(tmp_path))
+    hits, still_missed, again, _ = generate(XDG_CACHE_HOME=str(tmp_path))
     assert entries(folder) == stored
     assert hits == len(stored)
     assert still_missed == 0
@@ -65,10 +70,33 @@ def test_jax_own_settings_win(tmp_path):
     assert not (tmp_path / "home").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_done_without(tmp_path):
+def test_damaged_entries_are_removed_with_one_line_and_written_again(tmp_path):
+    home = {"XDG_CACHE_HOME": str(tmp_path)}
+    _, misses, tokens, _ = generate(**home)
+    folder = tmp_path / "llama_jax" / "compiled"
+    stored = entries(folder)
+    empty, torn, other = (folder / name for name in stored[:3])
+    empty.write_bytes(b"")
+    torn.write_bytes(torn.read_bytes()[:-9])
+    other.write_bytes(b"not a program")
+    said = f"removed 3 damaged entries of {folder}: these programs are compiled again"
+    assert generate(**home) == (misses - 3, 3, tokens, said)
+    assert entries(folder) == stored
+    assert all(path.stat().st_size > 100 for path in (empty, torn, other))
+    assert generate(**home) == (misses, 0, tokens, "None")
+
+
+def test_a_folder_that_cannot_be_written_is_done_without(tmp_path):
     (tmp_path / "file").write_text("")
-    hits, _, _ = generate(XDG_CACHE_HOME=str(tmp_path / "file"))
-    assert hits == 0
+    hits, _, _, warning = generate(XDG_CACHE_HOME=str(tmp_path / "file"))
+    said = "no cache of compiled programs (Not a directory): each run compiles anew"
+    assert (hits, warning) == (0, said)
+
+
+def test_a_disk_that_fills_up_costs_no_line_for_each_program(tmp_path):
+    """By a limit on the size of a file, which fails a write much as a full disk does."""
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+    generate(before=limited, XDG_CACHE_HOME=str(tmp_path))
 
 
 def test_a_user_without_a_home_is_done_without(monkeypatch):
