@@ -1,4 +1,4 @@
-"""What machine this is: for the record, and to know what fits into its memory."""
+"""What machine this is, for the record."""
 
 import contextlib
 import importlib.metadata
@@ -35,18 +35,6 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def available_memory() -> int | None:
-    """Return the bytes that processes may still take, within a container's limit too.
-
-    None where the system does not tell: then everything is taken to fit.
-    """
-    free = _find("/proc/meminfo", r"MemAvailable:\s*(\d+) kB")
-    limits = [int(free) * 1024] if free else []
-    with contextlib.suppress(OSError, ValueError):  # no container, or "max": no limit
-        limits.append(int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(limits, default=None)
 
 
 def _find(path: str, pattern: str) -> str | None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode.executor import Executor
+from llama_jax.decode.memory import check_fits
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.fingerprint import fingerprint
@@ -120,14 +121,17 @@ class Llama:
             progress: show bars on stderr if it takes over a second.
 
         Raises:
-            InputError: see `load_checkpoint`; context out of range; a tokenizer of another model.
+            InputError: see `load_checkpoint`; context out of range; a tokenizer of another model;
+                no room for weights and caches on the device.
         """
         began = time.perf_counter()
         path = default_checkpoint() if path is None else path
         path = checkpoint_folder(_converted(path, dtype, progress) if convert else path)
         # Before the weights: a mistake should not take a minute to show.
-        config = open_checkpoint(path)[1]
+        manifest, config = open_checkpoint(path)
         _check_sizes(config, context, slots, max_queue)
+        dtype = choose_dtype(dtype, manifest["dtype"])
+        check_fits(config, dtype, slots, context or config.max_seq_len)
         if eos_tokens is not None:
             config = dataclasses.replace(config, eos_tokens=tuple(eos_tokens))
         checkpoint = load_checkpoint(path, dtype, verify=verify, progress=progress)

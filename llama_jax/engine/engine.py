@@ -206,10 +206,15 @@ class Engine:
             return self.executor.logits(tokens)
 
     def warm_up(self) -> Iterator[tuple[int, int]]:
-        """Compile every program that a request can need; yield (done, total).
+        """Allocate the caches and compile every program that a request can need.
 
-        Between two programs others may use the engine.
+        So no request finds that there is no memory. Between two programs others may use the engine.
+
+        Yields:
+            (done, total) after each program.
         """
+        with self._turn_lock:
+            self._scheduler.pipeline.allocate()
         steps = self.executor.warm_up()
         while True:
             with self._turn_lock:

@@ -64,6 +64,10 @@ class Pipeline:
         """Whether results must be read before the next call."""
         return len(self._in_flight) >= self._executor.plan.max_in_flight
 
+    def allocate(self) -> None:
+        """Allocate the state, whose caches are written whole, if there is none."""
+        self._state = jax.block_until_ready(self._take_state())
+
     def reset(self) -> None:
         """Drop the state and what is in flight, after a failure."""
         self._state = None

@@ -1,0 +1,78 @@
+"""What a model takes is what its arrays have, and what has no room is refused with the sum."""
+
+import pathlib
+import types
+
+import jax
+import pytest
+
+from llama_jax import InputError, Llama
+from llama_jax.decode import memory
+from llama_jax.decode.executor import Executor
+from llama_jax.decode.plan import Plan
+from llama_jax.decode.programs import InitState
+from llama_jax.nn.transformer import KernelChoice
+from tests.helpers.models import CONFIG, PURE, random_params
+
+BFLOAT16 = Plan("bfloat16", "uint16", KernelChoice("two_rows", "blocks"))
+
+
+@pytest.mark.parametrize("plan", [PURE, BFLOAT16, PURE._replace(cache="float16")])
+@pytest.mark.parametrize(("slots", "context"), [(1, 600), (3, 40)])
+def test_a_model_takes_the_bytes_of_its_arrays(plan, slots, context):
+    params = random_params(CONFIG)
+    ex = Executor(CONFIG, params, "float32", batch=slots, context=context, plan=plan)
+    found = memory.needed_memory(CONFIG, plan, slots, context)
+    assert found.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(ex.params))
+    caches = jax.tree.leaves(ex.programs.shapes(InitState()).cache)
+    assert found.caches == sum(leaf.size * leaf.dtype.itemsize for leaf in caches)
+    assert found.total == found.weights + found.caches
+
+
+def test_a_model_without_room_is_refused_before_its_weights_are_read(monkeypatch):
+    monkeypatch.setattr(memory, "host_memory", lambda: 10_000_000)
+    monkeypatch.setattr("llama_jax.llama.load_checkpoint", pytest.fail)
+    expected = (
+        r"the model needs 138\.42 MB: 4\.20 MB of weights and 134\.22 MB of caches "
+        r"\(256 slots of 128 tokens\); the CPU has 10\.00 MB left; choose fewer slots, a smaller "
+        r"context, a 16-bit dtype$"
+    )
+    with pytest.raises(InputError, match=expected):
+        Llama.load(slots=256, context=128)
+
+
+@pytest.mark.parametrize(
+    ("stats", "room"), [({"bytes_limit": 100, "bytes_in_use": 30}, 70), ({}, None), (None, None)]
+)
+def test_a_gpus_room_is_what_jax_may_still_take(stats, room):
+    device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+    assert memory.available_memory(device) == room
+
+
+@pytest.mark.parametrize(
+    ("files", "room"),
+    [
+        ({"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   7 kB\n"}, 7 * 1024),
+        ({"/proc/meminfo": "MemAvailable: 7 kB\n", "memory.max": "max\n"}, 7 * 1024),
+        ({"memory.max": "5000\n", "memory.stat": "anon 2000\nfile 900\n"}, 3000),
+        ({"memory.max": "5000\n", "/proc/meminfo": "MemAvailable: 2 kB\n"}, 2048),
+        ({"memory/memory.limit_in_bytes": "500\n", "memory/memory.stat": "total_rss 600\n"}, 0),
+        ({}, None),
+    ],
+)
+def test_a_machines_room_is_the_containers_too(monkeypatch, files, room):
+    def read_text(self, *_):
+        content = files.get(str(self).removeprefix("/sys/fs/cgroup/"))
+        if content is None:
+            raise FileNotFoundError
+        return content
+
+    monkeypatch.setattr(pathlib.Path, "read_text", read_text)
+    assert memory.host_memory() == room
+
+
+def test_caches_are_allocated_before_the_first_request(monkeypatch):
+    llm = Llama.load(slots=2, context=64)
+    list(llm.engine.warm_up())
+    monkeypatch.setattr(llm.executor, "init_state", pytest.fail)
+    assert llm.generate(prompt="Hello", max_tokens=2).tokens
