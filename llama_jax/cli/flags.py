@@ -31,7 +31,7 @@ BATCH = ("input",)
 SCORE = ("continuation", "stride", "token_logprobs")
 SERVE = (
     *("host", "port", "api_token", "insecure", "allowed_origins"),
-    *("served_model_name", "max_queue", "timeout_s"),
+    *("served_model_name", "max_queue", "max_queue_per_client", "timeout_s"),
 )
 GENERAL = ("debug",)
 
@@ -278,6 +278,12 @@ def _define_serve_flags() -> None:
         "max_queue",
         64,
         "Requests that may wait for a slot, 0 or more; further ones get status 429.",
+    )
+    flags.DEFINE_integer(
+        "max_queue_per_client",
+        None,
+        "Requests of one address that may wait for a slot; further ones get status 429. Default: "
+        "--max_queue.",
     )
     flags.DEFINE_float(
         "timeout_s", 600, "Seconds for a request, time in the queue included; above 0."

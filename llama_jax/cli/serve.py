@@ -25,5 +25,6 @@ def serve() -> None:
         allowed_origins=tuple(FLAGS.allowed_origins),
         insecure=FLAGS.insecure,
         timeout_s=FLAGS.timeout_s,
+        max_queue_per_client=FLAGS.max_queue_per_client,
         **own_names,
     )

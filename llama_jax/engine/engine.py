@@ -1,10 +1,9 @@
 """Engine: many generations at once on one executor, with continuous batching.
 
-A fixed number of slots, and one queue, first come first served. `Scheduler` decides what a turn
+A fixed number of slots, and one queue, in which clients take turns. `Scheduler` decides what a turn
 does; this is the part that many threads may call.
 """
 
-import collections
 import dataclasses
 import threading
 import traceback
@@ -18,6 +17,7 @@ from llama_jax.engine.clock import Clock
 from llama_jax.engine.fair_lock import FairLock
 from llama_jax.engine.generation import Generation
 from llama_jax.engine.parameters import DEFAULT_MAX_TOKENS
+from llama_jax.engine.queue import Queue
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.scheduler import Counts, Scheduler
 from llama_jax.errors import InputError
@@ -80,7 +80,7 @@ class Engine:
         self.executor, self.tokenizer = executor, tokenizer
         self.fingerprint, self.max_queue = fingerprint, max_queue
         self._clock = Clock(executor.compiled)
-        self._queue: collections.deque[Generation] = collections.deque()
+        self._queue = Queue()
         self._scheduler = Scheduler(executor, self._queue, self._clock, reuse=reuse)
         self._turn_lock, self._submit_lock = FairLock(), threading.Lock()
         self._work = threading.Event()
@@ -108,19 +108,26 @@ class Engine:
         return self.max_queue is None or self.queued < self.max_queue + free
 
     def submit(
-        self, request: GenerationRequest, on_change: Callable[[], None] | None = None
+        self,
+        request: GenerationRequest,
+        on_change: Callable[[], None] | None = None,
+        *,
+        client: str = "",
+        share: int | None = None,
     ) -> Generation:
         """Queue a request.
 
         Args:
             request: what to generate.
             on_change: called in the engine's thread when there is something new; must not block.
+            client: whose it is; clients take turns, see `Queue`.
+            share: requests of one client that may wait beyond free slots; None: `max_queue`.
 
         Raises:
             InputError: text without a tokenizer, or ids outside the vocabulary.
             ContextError: prompt and max_tokens, or 1 token if none is given, do not fit the
                 context.
-            QueueFullError: the queue is full.
+            QueueFullError: the queue is full, or the client's share of it.
             EngineFailedError: `run` gave up.
         """
         prompt = request.encode(self.tokenizer, self.executor.config.vocab_size)
@@ -133,12 +140,16 @@ class Engine:
             clock=self._clock,
             fingerprint=self.fingerprint,
             on_change=on_change,
+            client=client,
         )
         with self._submit_lock:
             if self._failed is not None:
                 raise EngineFailedError(*self._failed.args)
             if not self.has_room:
                 raise QueueFullError(f"{self.queued} requests wait already; try again later")
+            own, free = self._queue.count(client), self.executor.batch - self.running
+            if share is not None and own >= share + free:
+                raise QueueFullError(f"{own} requests of this client wait already; try again later")
             self._queue.append(generation)
         self._work.set()
         return generation

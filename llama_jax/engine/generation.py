@@ -32,6 +32,7 @@ class Generation:
         clock: the engine's.
         fingerprint: the engine's; see `Result`.
         on_change: called, in the engine's thread, when there is something new.
+        client: whose it is.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class Generation:
         clock: Clock,
         fingerprint: str = "",
         on_change: Callable[[], None] | None = None,
+        client: str = "",
     ):
-        self.request, self.prompt = request, prompt
+        self.request, self.prompt, self.client = request, prompt, client
         ignored = request.parameters.ignore_eos
         self.stop_tokens = tuple(NO_TOKEN if ignored else token for token in eos_tokens)
         """The ids that end it; NO_TOKEN in place of each that does not."""

@@ -24,6 +24,7 @@ from llama_jax.decode.steps import Logprobs
 from llama_jax.engine.clock import Clock
 from llama_jax.engine.generation import Generation, token_logprobs
 from llama_jax.engine.pipeline import Column, Pipeline
+from llama_jax.engine.queue import Queue
 from llama_jax.engine.result import FinishReason
 from llama_jax.engine.slots import Slot, assign_slot
 
@@ -69,7 +70,7 @@ class Scheduler:
     def __init__(
         self,
         executor: Executor,
-        queue: collections.deque[Generation],
+        queue: Queue,
         clock: Clock,
         *,
         reuse: bool,
@@ -104,19 +105,20 @@ class Scheduler:
             if slot.generation is not None and not slot.generation.done:
                 self._fail(slot.generation, error)
             slot.generation, slot.cached = None, []
-        if self._queue and self._queue[0].done:  # interrupted just as it got its slot
-            self._queue.popleft()
+        if (first := self._queue.first) and first.done:  # interrupted just as it got its slot
+            self._queue.remove(first)
 
     def fail_queue(self, error: BaseException) -> None:
         """End all requests that wait by an error."""
-        while self._queue:
-            self._fail(self._queue.popleft(), error)
+        for generation in self._queue:
+            self._queue.remove(generation)
+            self._fail(generation, error)
 
     # Prompts.
 
     def _end_early(self) -> None:
         """End what was cancelled, and what requests no token: that needs no slot."""
-        for generation in [g for g in list(self._queue) if g.cancelled or g.is_empty]:
+        for generation in [g for g in self._queue if g.cancelled or g.is_empty]:
             self._queue.remove(generation)
             self._end(generation, "cancelled" if generation.cancelled else "length")
         for slot in self.slots:
@@ -139,9 +141,9 @@ class Scheduler:
 
     def _admit(self) -> _PrefillInProgress | None:
         """Give the next request in the queue a slot, if one is free."""
-        if self.running == len(self.slots) or not self._queue:
+        generation = self._queue.first
+        if self.running == len(self.slots) or generation is None:
             return None
-        generation = self._queue[0]
         parameters, prompt = generation.request.parameters, generation.prompt
         # To be scored, every token of a prompt must be read.
         reuse = self._reuse and not parameters.prompt_logprobs
@@ -150,7 +152,7 @@ class Scheduler:
         # From here on it is the slot's: whatever fails below ends it, and does not lose it.
         slot.generation, slot.num_dispatched = generation, 0
         slot.last_used = next(self._admitted)
-        self._queue.popleft()
+        self._queue.take()
         if source is not slot:
             self.pipeline.copy_slot(source, slot)
         slot.cached = source.cached[:start]

@@ -44,7 +44,8 @@ class RequestMiddleware:
         """Serve one request."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        log = RequestLog(scope["method"], scope["path"])
+        address, _port = scope.get("client") or ("", 0)
+        log = RequestLog(scope["method"], scope["path"], address)
         scope["llama_jax.log"] = log
 
         async def send_logged(message: Message) -> None:

@@ -25,6 +25,8 @@ class RequestLog:
 
     method: str
     path: str
+    client: str = ""
+    """The client's address; empty: unknown."""
     id: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
     began: float = dataclasses.field(default_factory=time.perf_counter)
     route: str = "none"

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -114,7 +115,9 @@ class Service:
         self._answers.add(answers)
         try:
             # In a thread: encoding a prompt of megabytes would block all other requests.
-            await asyncio.to_thread(answers.submit, self.llm.engine.submit, requests)
+            share = self.settings.max_queue_per_client
+            submit = functools.partial(self.llm.engine.submit, client=log.client, share=share)
+            await asyncio.to_thread(answers.submit, submit, requests)
         except BaseException:  # a cancelled request too: nobody reads what was submitted
             answers.cancel()
             raise

@@ -25,6 +25,8 @@ class Settings:
     """Time that requests in flight have to end when the server shuts down."""
     allowed_origins: tuple[str, ...] = ()
     """Origins such as `https://example.com` whose pages may use this server; `*`: any origin."""
+    max_queue_per_client: int | None = None
+    """Requests of one address that may wait for a slot; None: as many as the queue holds."""
     keep_alive_s: float = 15.0
     """Silence in a stream after which a comment is sent, so that no proxy takes it for dead."""
     warm_up: bool = True
@@ -45,5 +47,8 @@ class Settings:
             value = getattr(self, name)
             if not value >= 0 or (name != "drain_s" and value == 0):
                 problems.append(f"{name} is {value!r}, expected a positive number")
+        share = self.max_queue_per_client
+        if share is not None and (type(share) is not int or share < 0):
+            problems.append(f"max_queue_per_client is {share!r}, expected a whole number from 0")
         if problems:
             raise InputError(one_line(problems))

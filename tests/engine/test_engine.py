@@ -1,6 +1,5 @@
 """Many requests at once are each answered as if alone, and none is lost, whatever happens."""
 
-import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -31,6 +30,7 @@ from llama_jax.engine.engine import (
 )
 from llama_jax.engine.fair_lock import FairLock
 from llama_jax.engine.generation import Generation
+from llama_jax.engine.queue import Queue
 from llama_jax.engine.request import make_request
 from llama_jax.engine.result import Piece
 from llama_jax.engine.stream import Stream
@@ -708,14 +708,14 @@ def error_raiser(error):
 def test_an_interrupt_as_a_request_gets_its_slot_ends_it_once(ex):
     engine = make(ex)
 
-    class Interrupted(collections.deque):
+    class Interrupted(Queue):
         calls = 0
 
-        def popleft(self):
+        def take(self):
             self.calls += 1
             if self.calls == 1:
                 raise KeyboardInterrupt
-            return super().popleft()
+            return super().take()
 
     engine._queue = engine._scheduler._queue = Interrupted()
     first, second = (engine.submit(endless(i, max_tokens=9)) for i in range(2))

@@ -247,6 +247,19 @@ def test_a_full_queue_is_429(client, llm, monkeypatch):
     assert client.post(RUN, json={"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
+def test_a_client_has_its_share_of_the_queue_by_its_address(llm):
+    request = make_request(prompt="x", max_tokens=1)
+    with serving(llm, max_queue_per_client=3) as client:
+        with paused(llm):
+            others = [llm.engine.submit(request, client="10.0.0.1") for _ in range(50)]
+            own = [llm.engine.submit(request, client="testclient") for _ in range(4 + 3)]
+            assert client.post(RUN, json={"prompt": "x"}).status_code == 429
+        wait_until(lambda: all(generation.done for generation in [*others, *own]))
+        assert client.post(RUN, json={"prompt": "x", "max_tokens": 1}).status_code == 200
+    with pytest.raises(InputError, match="max_queue_per_client is -1, expected a whole number"):
+        Settings(max_queue_per_client=-1)
+
+
 def test_a_request_that_takes_too_long_is_408(llm):
     with serving(llm, timeout_s=0.05) as client:
         with paused(llm):
