@@ -4,15 +4,19 @@ import collections
 import contextlib
 import functools
 import json
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
+from io import FileIO
 from typing import Any
 
 from llama_jax.batch.line import Format, Line, head, parse, request_format, take_id
+from llama_jax.batch.requests import Requests
 from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
+from llama_jax.regular_file import check_regular, open_regular
 from llama_jax.strict_json import parse_json
 
 
@@ -28,8 +32,8 @@ class Batch:
     No other `Batch` can have the same output until this one is closed or its process ends.
 
     Args:
-        source: JSON lines; empty ones are skipped.
-        output: created, or, if it exists, continued.
+        source: JSON lines; empty ones are skipped. A pipe is read to its end first.
+        output: a file; created, or, if it exists, continued.
         format_of: returns the format of a line's fields; the default tells the two above apart.
 
     Raises:
@@ -44,6 +48,7 @@ class Batch:
         format_of: Callable[[Any], Format] = request_format,
     ):
         self._format_of = format_of
+        self._file: FileIO | None = None
         self.source, self.output = pathlib.Path(source), pathlib.Path(output)
         self.failed = 0
         """Lines with an error, those of earlier runs included."""
@@ -51,13 +56,13 @@ class Batch:
         """In how many lines a field was ignored, by its name; those of earlier runs included."""
         try:
             self.source, self.output = self.source.expanduser(), self.output.expanduser()
-            self.total = sum(1 for _ in self._lines())
-            self._file = self.output.open("a+b")  # whatever it holds stays
+            with contextlib.suppress(FileNotFoundError):
+                check_regular(self.output)  # results are read again, resumed and locked
+            self._requests = Requests(self.source)
+            self.total = self._requests.total
             try:
-                self._lock()
-                if self.output.samefile(self.source):
-                    raise InputError(f"{self.output} is both input and output; name a new file")
-                self.done = self._resume()
+                self._file = self.output.open("ab", buffering=0)  # whatever it holds stays
+                self._begin()
             except BaseException:  # an interrupt too: the lock must not stay
                 self.close()
                 raise
@@ -74,13 +79,18 @@ class Batch:
         self.close()
 
     def close(self) -> None:
-        """Release the output."""
-        self._file.close()
+        """Release both files."""
+        self._requests.close()
+        if self._file is not None:
+            self._file.close()
 
     def run(self, llm: Llama) -> Iterator[None]:
         """Generate what is left, as many at once as there are slots; yield after each line.
 
         Lines are written whole and in order.
+
+        Raises:
+            InputError: the output cannot be written, such as on a full disk; the lines before are.
         """
         for line, stream in finish_in_order(llm.engine, self._submissions(llm)):
             if stream is not None:
@@ -94,7 +104,7 @@ class Batch:
     def _submissions(self, llm: Llama) -> Iterator[Callable[[], tuple[Line, Stream | None]]]:
         """Yield what submits each generation of the lines that are left."""
         done, ids = self.done, dict[str | int, int]()
-        for index, (number, text) in enumerate(self._lines()):
+        for index, (number, text) in enumerate(self._requests):
             if index < done:
                 with contextlib.suppress(InputError):
                     take_id(parse(text), ids, number)
@@ -106,15 +116,42 @@ class Batch:
     def _write(self, row: dict[str, Any]) -> None:
         # A field's name may have a lone surrogate, which UTF-8 cannot encode.
         text = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
-        self._file.write(text + b"\n")
-        self._file.flush()
+        self._append(text + b"\n")
         self._count(row)
         self.done += 1
 
     def _count(self, row: dict[str, Any]) -> None:
         self.failed += row.get("error") is not None
         # One name for messages[0].name and messages[1].name, and each once a line.
-        self.ignored.update({re.sub(r"\[\d+\]", "[]", name) for name in row.get("ignored", ())})
+        names = row.get("ignored", ())
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise InputError(
+                f"{self.output}: ignored is {names!r:.40}, expected names; name a new file"
+            )
+        self.ignored.update({re.sub(r"\[\d+\]", "[]", name) for name in names})
+
+    def _append(self, text: bytes) -> None:
+        """Write a line; if there is no room for it, leave nothing of it."""
+        assert self._file is not None
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            while text:
+                text = text[self._file.write(text) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):  # else the next run does
+                self._file.truncate(size)
+            raise InputError(
+                f"{self.output} cannot be written ({error.strerror}) after {self.done:,} of "
+                f"{self.total:,} results; make room and run the same again: it continues there"
+            ) from None
+
+    def _begin(self) -> None:
+        """Lock the output and find out what it holds."""
+        self._lock()
+        assert self._file is not None
+        if self._requests.is_file(os.fstat(self._file.fileno())):
+            raise InputError(f"{self.output} is both input and output; name a new file")
+        self.done = self._resume()
 
     def _lock(self) -> None:
         """Lock the output until it is closed, or the process ends."""
@@ -123,6 +160,7 @@ class Batch:
         except ImportError:  # Windows: two writers of one file are not detected
             return
         try:
+            assert self._file is not None
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
@@ -130,32 +168,30 @@ class Batch:
                 "name another file"
             ) from None
 
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        with self.source.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, line
-
     def _resume(self) -> int:
         """Return how many lines are done; cut off a last one that is not whole."""
         done, size = 0, 0
-        requests = self._lines()
-        self._file.seek(0)
-        for text in self._file:
-            number, line = next(requests, (0, b""))
-            if not number:
-                raise InputError(
-                    f"{self.output} has more lines than {self.source} has requests; name a new file"
-                )
-            expected = json.dumps(head(number, line)).encode().removesuffix(b"}")
-            if text[: len(expected)] != expected[: len(text)]:
-                raise InputError(
-                    f"{self.output}, line {done + 1}, is not a result of {self.source}, line "
-                    f"{number}: the input has changed, or the results are another's; name a new "
-                    "file"
-                )
-            if text.endswith(b"\n"):
-                self._count(parse_json(text, f"{self.output}, line {done + 1}"))
-                done, size = done + 1, size + len(text)
+        requests = iter(self._requests)
+        with open_regular(self.output) as results:
+            for text in results:
+                self._check_result(next(requests, None), text, done + 1)
+                if text.endswith(b"\n"):
+                    self._count(parse_json(text, f"{self.output}, line {done + 1}"))
+                    done, size = done + 1, size + len(text)
+        assert self._file is not None
         self._file.truncate(size)
         return done
+
+    def _check_result(self, request: tuple[int, bytes] | None, text: bytes, place: int) -> None:
+        """Refuse a line of the output that does not answer the request of its place."""
+        if request is None:
+            raise InputError(
+                f"{self.output} has more lines than {self.source} has requests; name a new file"
+            )
+        expected = json.dumps(head(*request)).encode().removesuffix(b"}")
+        if text[: len(expected)] != expected[: len(text)]:
+            raise InputError(
+                f"{self.output}, line {place}, is not a result of {self.source}, line "
+                f"{request[0]}: the input has changed, or the results are another's; name a new "
+                "file"
+            )

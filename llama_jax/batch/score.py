@@ -14,8 +14,10 @@ from llama_jax.engine.result import Result
 from llama_jax.engine.score import Likelihood, Score
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
+from llama_jax.regular_file import open_regular
 
 _FIELDS = ("text", "continuation", "parse_control")
+_SUMMED = {"num_bytes", "logprob", "num_tokens", "is_greedy", "fingerprint"}
 
 
 class ScoreForm:
@@ -95,9 +97,15 @@ class Total:
 
 
 def read_total(output: pathlib.Path) -> Total:
-    """Add up the results in a file that `Batch` has written; lines with an error do not count."""
-    with output.open("rb") as lines:
+    """Add up the results in a file that `Batch` has written; lines with an error do not count.
+
+    Raises:
+        InputError: they are no scores: the verb `batch` wrote them.
+    """
+    with open_regular(output) as lines:
         rows = [row["result"] for row in map(json.loads, lines) if "result" in row]
+    if not all(isinstance(row, dict) and row.keys() >= _SUMMED for row in rows):
+        raise InputError(f"{output} has results that are no scores of texts; name a new file")
     sizes = [row["num_bytes"] for row in rows]
     likelihood = Likelihood(
         logprob=math.fsum(row["logprob"] for row in rows),

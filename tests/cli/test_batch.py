@@ -60,7 +60,7 @@ def test_fields_without_effect_are_counted_by_name_on_stderr(files, cli):
         status, _, err = cli(*arguments(files))
         assert status == 0
         [warning] = [line for line in err.splitlines() if line.startswith("warning: ")]
-        assert warning.endswith(f"were ignored, in so many requests: {expected}")
+        assert warning.endswith(f"were ignored, in so many lines: {expected}")
 
 
 def test_both_files_may_be_in_the_home_folder(files, cli, monkeypatch):

@@ -131,3 +131,15 @@ def test_lines_that_cannot_be_scored_have_an_error(files, cli):
 )
 def test_mistakes_are_one_line(mistake, given, problem):
     assert problem in mistake("score", *given)
+
+
+def test_results_of_the_verb_batch_are_not_summed(files, cli):
+    """Of the same lines, so that their beginnings are right."""
+    files[0].write_text(json.dumps({"text": "Hi", "prompt": "Hi", "max_tokens": 1}))
+    assert cli("batch", f"--input={files[0]}", f"--output={files[1]}")[0] == 0
+    kept = files[1].read_bytes()
+    status, out, err = cli(*arguments(files))
+    assert (status, out) == (2, "")
+    line = err.splitlines()[-1]
+    assert line == f"error: {files[1]} has results that are no scores of texts; name a new file"
+    assert files[1].read_bytes() == kept
