@@ -11,7 +11,7 @@ import jax
 from convert.commands import add_tokenizer, convert, export, verify
 from convert.console import report
 from convert.conversion import MAX_SEQ_LEN
-from llama_jax.errors import InputError
+from llama_jax.errors import InputError, printable
 from llama_jax.version import __version__
 from llama_jax.weights.dtypes import DTYPES
 from llama_jax.weights.quiet import orbax_muted
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (InputError, OSError) as error:  # OSError: a full disk, a folder without permission
         if args.debug:
             raise
-        report(f"error: {' '.join(str(error).split())}")
+        report(f"error: {printable(error)}")
         return 2
     except KeyboardInterrupt:
         report("interrupted: no part of a checkpoint is left behind")

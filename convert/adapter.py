@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import os
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from convert.corruption import abbreviate
 from convert.tensors import Header, read_headers
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
+from llama_jax.regular_file import read_regular
 from llama_jax.strict_json import read_json
 from llama_jax.weights.dtypes import DTYPES
 
@@ -41,6 +43,7 @@ _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _EMBED = "model.embed_tokens.weight"
 _REMEDY = "merge it with peft's merge_and_unload() and convert the merged model"
+_LARGEST = 2**31  # rank or alpha
 _ROWS = 1024  # of a weight, merged at a time
 
 
@@ -96,7 +99,7 @@ def describe(folder: pathlib.Path) -> dict[str, Any]:
 
     The digests of its tensors are among the `sources` of what they were merged into.
     """
-    config = (folder / CONFIG).read_bytes()
+    config = read_regular(folder / CONFIG)
     return {"config_sha256": hashlib.sha256(config).hexdigest()}
 
 
@@ -113,7 +116,7 @@ def _add(array: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.nd
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     """Return adapter_config.json; refuse what cannot be merged."""
     path = folder / CONFIG
-    if not path.is_file():
+    if not os.path.lexists(path):
         several = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG}"))
         hint = f"; it holds several adapters ({abbreviate(several)}): name one" if several else ""
         raise InputError(f"{folder} has no {CONFIG}, expected a folder that PEFT saved{hint}")
@@ -136,16 +139,26 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = values.get(key) or {}
         if not isinstance(patterns, dict) or not all(map(_is_pattern, patterns)):
-            problems.append(f"{key} is {patterns!r:.40}, expected regular expressions and values")
+            problems.append(
+                f"{key} is {patterns!r:.40}, expected regular expressions with few "
+                "repetitions, and values"
+            )
     if problems:
         raise InputError(f"{path}: {one_line(problems)}; {_REMEDY}")
     return values
 
 
 def _is_pattern(text: str) -> bool:
+    """Whether this is a regular expression of a module's name, quick to match.
+
+    PEFT writes names, and people `layers\\.[0-9]+\\.` and the like. Repeated groups, and many
+    repetitions, can take longer than anybody waits.
+    """
+    if len(text) > 1000 or re.search(r"\)[*+?{]", text) or len(re.findall("[*+?{]", text)) > 3:
+        return False
     try:
         re.compile(text)
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
     return True
 
@@ -207,7 +220,7 @@ def _pairs(
         rank = _by_pattern(values.get("rank_pattern"), module, values.get("r"))
         alpha = _by_pattern(values.get("alpha_pattern"), module, values.get("lora_alpha"))
         a, b = headers[names["A"]], headers[names["B"]]
-        if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+        if not _is_scale(rank, alpha):
             problems.append(f"{module} has r {rank!r:.20} and lora_alpha {alpha!r:.20}")
             continue
         shape = base[weight].shape
@@ -229,6 +242,12 @@ def _pairs(
             "base model, or download the adapter again"
         )
     return pairs
+
+
+def _is_scale(rank: Any, alpha: Any) -> bool:
+    """Whether these are a rank and an alpha whose quotient float32 holds."""
+    ranks = type(rank) is int and 1 <= rank < _LARGEST
+    return ranks and type(alpha) in (int, float) and abs(alpha) < _LARGEST
 
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Iterable
 
 from llama_jax.errors import InputError
+from llama_jax.regular_file import open_regular
 
 _LISTED = 8  # of many names, an error shows these
 
@@ -12,10 +13,12 @@ def corrupted(path: pathlib.Path, kind: str) -> InputError:
     """Return the error for a file that its reader refused; it describes the content."""
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(64)
     except OSError as error:
-        return InputError(f"{path}: cannot read it ({error.strerror})")
+        return InputError(
+            f"{path}: cannot read it ({error.strerror}); check the path and its permissions"
+        )
     if not start:
         return InputError(f"{path} is empty; download it again")
     if start.startswith(b"version https://git-lfs"):

@@ -17,6 +17,8 @@ KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 
 PATTERNS = tuple(f"{stem}*{suffix}" for stem, suffix in KINDS)
 
+_MOST_SHARDS = 10_000  # of the whole set, which is listed to name what is missing
+
 
 class Stored(NamedTuple):
     """Where a tensor is."""
@@ -86,9 +88,9 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     if not isinstance(files, dict) or not files:
         raise InputError(f"{index} has no weight_map; download it again")
     unexpected = [
-        repr(file)
+        f"{file!r:.80}"
         for file in files.values()
-        if not isinstance(file, str) or pathlib.PurePath(file).name != file
+        if not isinstance(file, str) or pathlib.PurePath(file).name != file or file in ("", "..")
     ]
     if unexpected:
         raise InputError(
@@ -104,6 +106,11 @@ def _read_numbered(
     counts = {re.search(r"-of-(\d+)$", path.stem) for path in shards}
     numbers = {int(match.group(1)) if match else 0 for match in counts}
     count = max(numbers)
+    if count > _MOST_SHARDS:
+        raise InputError(
+            f"{folder}: a shard's name says that there are {count!r:.20}, expected at most "
+            f"{_MOST_SHARDS:,}; download the whole folder again"
+        )
     width = len(re.split("-", shards[0].stem)[-1])
     expected = [f"{stem}-{i:0{width}}-of-{count:0{width}}{suffix}" for i in range(1, count + 1)]
     missing = sorted({*expected} - {path.name for path in shards})

@@ -1,6 +1,7 @@
 """Read a Llama 2 in the Hugging Face layout: config.json, and safetensors or PyTorch's pickles."""
 
 import dataclasses
+import os
 import pathlib
 import reprlib
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from convert import hf_files, source
 from convert.names import names
 from convert.recognition import refuse_other_kinds
-from llama_jax.config import ModelConfig, as_float
+from llama_jax.config import LARGEST, ModelConfig, as_float
 from llama_jax.errors import InputError, one_line
 from llama_jax.strict_json import read_json
 from llama_jax.text.tokenizer import EOS_ID, most_unnamed
@@ -127,7 +128,7 @@ def read_config(path: pathlib.Path, max_seq_len: int | None = None) -> ModelConf
     head_dim = values.get("head_dim")
     if config and head_dim not in (None, config.head_dim):
         problems.append(
-            f"head_dim is {head_dim}, expected hidden_size / num_attention_heads = "
+            f"head_dim is {head_dim!r:.40}, expected hidden_size / num_attention_heads = "
             f"{config.dim} / {config.num_heads} = {config.head_dim}"
         )
     if config is None or problems:
@@ -138,7 +139,7 @@ def read_config(path: pathlib.Path, max_seq_len: int | None = None) -> ModelConf
 def pad_token(folder: pathlib.Path) -> int | None:
     """Return the id of the padding token by config.json; None: it has none."""
     path = folder / "config.json"
-    found = read_json(path).get("pad_token_id") if path.is_file() else None
+    found = read_json(path).get("pad_token_id") if os.path.lexists(path) else None
     return found if type(found) is int else None
 
 
@@ -153,7 +154,7 @@ def _rope(values: dict[str, Any]) -> tuple[Any, Any, list[str]]:
     for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key) or {}
         if not isinstance(rope, dict) or not _is_supported(rope):
-            problems.append(f"{key} is {rope}, expected none, or the type default or linear")
+            problems.append(f"{key} is {rope!s:.100}, expected none, or the type default or linear")
             continue
         if "rope_theta" in rope:
             thetas[f"{key}.rope_theta"] = rope["rope_theta"]
@@ -161,20 +162,24 @@ def _rope(values: dict[str, Any]) -> tuple[Any, Any, list[str]]:
             factors[f"{key}.factor"] = rope["factor"]
     for name, found in (("rope_theta", thetas), ("the factor of the positions", factors)):
         if len({*map(repr, map(as_float, found.values()))}) > 1:
-            written = ", ".join(f"{key} {value}" for key, value in found.items())
+            written = ", ".join(f"{key} {value!r:.40}" for key, value in found.items())
             problems.append(f"{name} has several values ({written}), expected one")
     return next(iter(thetas.values()), _ROPE_THETA), next(iter(factors.values()), 1.0), problems
 
 
 def _is_supported(rope: dict[str, Any]) -> bool:
     """Whether positions are used as they are, or all divided by one factor."""
-    kinds = {rope[name] for name in ("rope_type", "type") if name in rope}
+    kinds = [rope[name] for name in ("rope_type", "type") if name in rope]
     others = rope.keys() - {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
     whole = rope.get("partial_rotary_factor", 1.0) == 1.0
-    if kinds <= {"default"}:
+    if all(kind == "default" for kind in kinds):
         return whole and rope.get("factor", 1.0) == 1.0 and not others
     # The length before scaling says nothing more: it is the context divided by the factor.
-    return whole and kinds == {"linear"} and others <= {"original_max_position_embeddings"}
+    return (
+        whole
+        and all(kind == "linear" for kind in kinds)
+        and others <= {"original_max_position_embeddings"}
+    )
 
 
 def _context(values: dict[str, Any], factor: Any) -> Any:
@@ -183,14 +188,15 @@ def _context(values: dict[str, Any], factor: Any) -> Any:
     if given is not None or type(length) is not int or type(factor) not in (int, float):
         return length if given is None else given
     ropes = [values.get("rope_scaling") or {}, values.get("rope_parameters") or {}]
-    scaled = any("original_max_position_embeddings" in rope for rope in ropes)
-    return length if scaled else int(length * factor)
+    scaled = any(isinstance(r, dict) and "original_max_position_embeddings" in r for r in ropes)
+    # A length beyond the largest is refused as it is: its product could exceed a float.
+    return length if scaled or length > LARGEST["max_seq_len"] else int(length * factor)
 
 
 def _eos_tokens(path: pathlib.Path, values: dict[str, Any]) -> Any:
     """Return the end tokens of generation_config.json, else of config.json, else Llama 2's."""
     beside = path.with_name("generation_config.json")
-    for found in (read_json(beside) if beside.is_file() else {}, values):
+    for found in (read_json(beside) if os.path.lexists(beside) else {}, values):
         tokens = found.get("eos_token_id")
         if tokens is not None:
             return tuple(tokens) if isinstance(tokens, list) else (tokens,)

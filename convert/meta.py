@@ -32,6 +32,8 @@ _DEFAULTS = {
     "use_scaled_rope": False,
 }
 
+_LARGEST = 2**24  # of the sizes in params.json; ModelConfig has narrower limits
+
 
 class _Stored(NamedTuple):
     name: str
@@ -56,7 +58,13 @@ def open_source(folder: pathlib.Path, max_seq_len: int) -> source.Source:
     source.check_folder(folder, (_PARAMS,), (_SHARDS,))
     values = _read_params(folder / _PARAMS)
     shards = _open_shards(folder)
-    rows = {row.ours: row for row in names(values["n_layers"])}
+    layers, found = values["n_layers"], len(next(iter(shards.values())))
+    if layers > found:  # to name the tensors of so many would take what memory there is
+        raise InputError(
+            f"{folder}: n_layers of {_PARAMS} is {layers:,}, but there are {found:,} tensors; "
+            "download the whole folder again"
+        )
+    rows = {row.ours: row for row in names(layers)}
     headers = _merged_headers(folder, shards, rows)
     gate = rows["layer_0/feed_forward/gate"]
     _check_ffn_dim(folder, values, gate.meta, _outputs(folder, headers, gate))
@@ -75,19 +83,19 @@ def _read_params(path: pathlib.Path) -> dict[str, Any]:
     """Return every key of `_DEFAULTS`, those that sizes are computed from checked."""
     found = read_json(path)
     values = _DEFAULTS | found
-    problems = [f"unknown key {key!r}" for key in sorted(found.keys() - _DEFAULTS.keys())]
+    problems = [f"unknown key {key!r:.40}" for key in sorted(found.keys() - _DEFAULTS.keys())]
     for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"):
         value = values[key]
         if key == "n_kv_heads" and value is None:
             values[key] = values["n_heads"]
-        elif type(value) is not int or value < 1:
-            got = repr(value) if key in found else "missing"
-            problems.append(f"{key} is {got}, expected a positive whole number")
+        elif type(value) is not int or not 1 <= value <= _LARGEST:
+            got = f"{value!r:.40}" if key in found else "missing"
+            problems.append(f"{key} is {got}, expected a whole number from 1 to {_LARGEST:,}")
     factor = values["ffn_dim_multiplier"]
     if factor is not None and (type(factor) not in (int, float) or not 0 < factor < 100):
-        problems.append(f"ffn_dim_multiplier is {factor!r}, expected a positive number")
+        problems.append(f"ffn_dim_multiplier is {factor!r:.40}, expected a positive number")
     if values["use_scaled_rope"] is not False:
-        problems.append(f"use_scaled_rope is {values['use_scaled_rope']!r}, expected false")
+        problems.append(f"use_scaled_rope is {values['use_scaled_rope']!r:.40}, expected false")
     if problems:
         raise InputError(f"{path}: {one_line(problems)}; only a plain Llama 2 can be converted")
     return values

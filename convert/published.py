@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from convert.corruption import abbreviate
+from convert.corruption import abbreviate, corrupted
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError
+from llama_jax.regular_file import open_regular, read_regular
 
 _PRESETS = pathlib.Path(__file__).with_name("configs")  # in a checkout a link to ../configs
 _SHAPE = ("vocab_size", "dim", "ffn_dim", "num_layers", "num_heads", "num_kv_heads")
@@ -29,12 +30,16 @@ def check_list(path: pathlib.Path, *, progress: bool = False) -> int:
         InputError: the list is no such list, or a file is missing or differs.
     """
     sums: dict[str, str] = {}
-    for line in path.read_text("utf-8", errors="replace").splitlines():
+    try:
+        text = read_regular(path).decode("utf-8", errors="replace")
+    except OSError as error:
+        raise corrupted(path, "list of checksums") from error
+    for line in text.splitlines():
         md5, _, name = line.strip().partition(" ")
         name = name.strip().lstrip("*")
         if not line.strip() or name == path.name:
             continue
-        if len(md5) != 32 or pathlib.PurePath(name).name != name or not name:
+        if len(md5) != 32 or pathlib.PurePath(name).name != name or name in ("", ".."):
             raise InputError(
                 f"{path}: got the line {line[:60]!r}, expected an MD5 sum and a file's name; "
                 "download it again"
@@ -58,7 +63,7 @@ def check_list(path: pathlib.Path, *, progress: bool = False) -> int:
 
 def _md5(path: pathlib.Path, update: Callable[[int], object]) -> str:
     md5 = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_BLOCK):
             md5.update(block)
             update(len(block))

@@ -13,10 +13,10 @@ from convert.corruption import abbreviate
 from convert.tensors import Header, read_tensor
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
-from llama_jax.nn.transformer import param_shapes
+from llama_jax.nn.shapes import shapes_by_path
 from llama_jax.weights.dtypes import DTYPES
 from llama_jax.weights.manifest import array_digest
-from llama_jax.weights.shards import Tensor, by_path
+from llama_jax.weights.shards import Tensor
 
 ROUNDING = ("rounded", "subnormal", "to zero", "beyond the largest")
 """How values change in a narrower dtype. Rounded: every changed value, including those that went to
@@ -93,7 +93,7 @@ def check_tensors(source: Source) -> None:
     Raises:
         InputError: listing all that is missing, unexpected or of another shape.
     """
-    shapes = {path: leaf.shape for path, leaf in by_path(param_shapes(source.config)).items()}
+    shapes = shapes_by_path(source.config)
     assert shapes.keys() == source.names.keys(), "names.py and the model disagree"
     expected = {source.names[path]: shape for path, shape in shapes.items()}
     found = source.headers

@@ -8,6 +8,7 @@ import functools
 import pathlib
 import pickle
 import re
+import zipfile
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from convert.corruption import abbreviate, corrupted
 from llama_jax.errors import InputError, innermost_package
+from llama_jax.regular_file import TEXT_BYTES, open_regular
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -35,6 +37,7 @@ def read_headers(path: pathlib.Path) -> dict[str, Header]:
         InputError: it is corrupted, something else, or holds anything but tensors.
     """
     if path.suffix == ".safetensors":
+        _check_safetensors(path)
         with _open_safetensors(path) as file:
             views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no dict)
             dtypes = {name: str(view.get_dtype()) for name, view in views.items()}
@@ -42,6 +45,7 @@ def read_headers(path: pathlib.Path) -> dict[str, Header]:
                 name: Header(tuple(view.get_shape()), _DTYPES.get(dtypes[name], dtypes[name]))
                 for name, view in views.items()
             }
+    _check_torch(path)
     return {
         name: Header(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         for name, tensor in _load_torch(path).items()
@@ -60,6 +64,40 @@ def read_tensor(path: pathlib.Path, name: str) -> np.ndarray:
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
     dtype = jnp.dtype(str(tensor.dtype).removeprefix("torch."))
     return flat.copy().view(dtype).reshape(tensor.shape)
+
+
+def _check_safetensors(path: pathlib.Path) -> None:
+    """Refuse a header that would take more memory than those of any Llama together."""
+    try:
+        with open_regular(path) as file:
+            size = int.from_bytes(file.read(8), "little")
+    except OSError:
+        raise corrupted(path, "safetensors file") from None
+    if TEXT_BYTES < size < path.stat().st_size:
+        raise InputError(
+            f"{path} has a header of {size:,} bytes, expected at most {TEXT_BYTES:,}; download it "
+            "again"
+        )
+
+
+def _check_torch(path: pathlib.Path) -> None:
+    """Refuse an archive whose pickle is large, or whose parts have more bytes than the file.
+
+    PyTorch writes parts as they are; a compressed one could become any number of bytes.
+    """
+    try:
+        with open_regular(path) as file:
+            if not zipfile.is_zipfile(file):
+                return  # of before 1.6, or corrupted: the reader describes it
+            parts = zipfile.ZipFile(file).infolist()
+    except (OSError, ValueError, zipfile.BadZipFile):
+        raise corrupted(path, "PyTorch file") from None
+    pickles = sum(part.file_size for part in parts if part.filename.endswith(".pkl"))
+    if pickles > TEXT_BYTES or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        raise InputError(
+            f"{path} has compressed parts, or a pickle of {pickles:,} bytes, expected at most "
+            f"{TEXT_BYTES:,} and none compressed; save it again with torch.save"
+        )
 
 
 def _open_safetensors(path: pathlib.Path) -> Any:
@@ -84,7 +122,7 @@ def _load_old(path: pathlib.Path) -> dict[str, Any]:
 
 def _is_bare_pickle(path: pathlib.Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(2) == b"\x80\x02"
     except OSError:  # the reader describes it
         return False
@@ -126,11 +164,14 @@ def _state_dict(path: pathlib.Path, loaded: Any) -> dict[str, Any]:
             "the state dict of one of them alone"
         )
     tensors = next(iter(nested.values()), loaded)
+    size = path.stat().st_size
     unexpected = [
-        repr(name)
+        f"{name!r:.80}"
         for name, tensor in tensors.items()
         if not (isinstance(name, str) and isinstance(tensor, torch.Tensor))
         or tensor.layout != torch.strided
+        or tensor.device.type != "cpu"  # meta: a shape without data
+        or tensor.nbytes > size  # an expanded one
     ]
     if unexpected:
         raise InputError(

@@ -1,6 +1,7 @@
 """The tokenizer of a source: tokenizer.model or tokenizer.json, and the tokens added to it."""
 
 import hashlib
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -8,8 +9,9 @@ from typing import Any, NamedTuple
 from sentencepiece import sentencepiece_model_pb2
 
 from llama_jax.errors import InputError
+from llama_jax.regular_file import read_regular
 from llama_jax.strict_json import read_json
-from llama_jax.text.tokenizer import Tokenizer, check_vocabulary, unnamed_piece
+from llama_jax.text.tokenizer import Tokenizer, check_vocabulary, is_text, unnamed_piece
 
 FILES = ("tokenizer.model", "tokenizer.json")
 """In the order that they are looked for."""
@@ -20,6 +22,7 @@ BESIDE = ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json
 proto: Any = sentencepiece_model_pb2  # its classes are made at run time
 _Kind = proto.ModelProto.SentencePiece.Type
 _SPACE = "▁"
+_LONGEST = 512  # letters of a piece, of which every split is looked up
 
 
 class Vocabulary(NamedTuple):
@@ -38,7 +41,7 @@ class Vocabulary(NamedTuple):
         """Return the file, its digest and the added tokens, for a manifest."""
         return {
             "file": self.file.name,
-            "sha256": hashlib.sha256(self.file.read_bytes()).hexdigest(),
+            "sha256": hashlib.sha256(read_regular(self.file)).hexdigest(),
             "added": {str(token): text for token, text in self.added.items()},
         }
 
@@ -67,7 +70,7 @@ def read_vocabulary(file: pathlib.Path, rows: int, pad_token: int | None = None)
         model = _from_json(file)
     else:
         Tokenizer(file)  # checks it
-        model = proto.ModelProto.FromString(file.read_bytes())
+        model = proto.ModelProto.FromString(read_regular(file))
     pieces = len(model.pieces)
     added = _read_added(file.parent, pad_token)
     for token, (text, _) in added.items():
@@ -78,7 +81,7 @@ def read_vocabulary(file: pathlib.Path, rows: int, pad_token: int | None = None)
             )
     used = {token: added[token] for token in sorted(added) if pieces <= token < rows}
     _append(model, used, file)
-    serialized = file.read_bytes() if not used and file.suffix != ".json" else None
+    serialized = read_regular(file) if not used and file.suffix != ".json" else None
     vocabulary = Vocabulary(
         model=serialized or model.SerializeToString(),
         file=file,
@@ -113,10 +116,10 @@ def _read_added(folder: pathlib.Path, pad_token: int | None) -> dict[int, _Added
         ("tokenizer.json", _entries_of_fast),
     ):
         path = folder / name
-        if not path.is_file():
+        if not os.path.lexists(path):
             continue
         for token, text, special in entries(read_json(path)):
-            if type(token) is not int or token < 0 or not isinstance(text, str):
+            if not _is_id(token) or not isinstance(text, str) or not is_text(text):
                 raise InputError(
                     f"{path}: {token!r:.40} is {text!r:.40}, expected an id and a text"
                 )
@@ -134,6 +137,10 @@ def _read_added(folder: pathlib.Path, pad_token: int | None) -> dict[int, _Added
     }
 
 
+def _is_id(token: Any) -> bool:
+    return type(token) is int and 0 <= token < 2**31
+
+
 _Entries = Iterator[tuple[Any, Any, bool]]
 
 
@@ -145,11 +152,13 @@ def _entries_of_added(values: dict[str, Any]) -> _Entries:
 def _entries_of_config(values: dict[str, Any]) -> _Entries:
     entries = values.get("added_tokens_decoder")
     for token, entry in (entries if isinstance(entries, dict) else {}).items():
-        yield int(token) if token.isdecimal() else token, *_text(entry)
+        # An id has few digits; int() refuses thousands of them.
+        yield int(token) if token.isdecimal() and len(token) < 20 else token, *_text(entry)
 
 
 def _entries_of_fast(values: dict[str, Any]) -> _Entries:
-    for entry in values.get("added_tokens") or ():
+    entries = values.get("added_tokens")
+    for entry in entries if isinstance(entries, list) else []:
         yield entry.get("id") if isinstance(entry, dict) else None, *_text(entry)
 
 
@@ -162,7 +171,7 @@ def _text(entry: Any) -> tuple[Any, bool]:
 def _special_texts(path: pathlib.Path) -> set[str]:
     """Return the tokens of special_tokens_map.json; it may be missing."""
     texts: set[str] = set()
-    for value in (read_json(path) if path.is_file() else {}).values():
+    for value in (read_json(path) if os.path.lexists(path) else {}).values():
         for entry in value if isinstance(value, list) else [value]:
             text, _ = _text(entry)
             if isinstance(text, str):
@@ -181,12 +190,14 @@ def _from_json(path: pathlib.Path) -> Any:
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or model.get("type") != "BPE" or not model.get("byte_fallback"):
         raise _not_llama(path, "it is not BPE with byte fallback")
-    if {*vocab.values()} != {*range(len(vocab))}:
+    if not all(map(_is_id, vocab.values())) or {*vocab.values()} != {*range(len(vocab))}:
         raise _not_llama(path, "its ids are not consecutive from 0")
+    if not all(0 < len(piece) <= _LONGEST and is_text(piece) for piece in vocab):
+        raise _not_llama(path, f"a piece is empty, longer than {_LONGEST} or no Unicode")
     if not _marks_spaces(values):
         raise _not_llama(path, f"it does not replace spaces by {_SPACE}")
     pieces = sorted(vocab, key=vocab.__getitem__)
-    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges") or ()]
+    merges = _merges(path, model.get("merges") or [])
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault("".join(merge), rank)
@@ -208,6 +219,15 @@ def _from_json(path: pathlib.Path) -> Any:
     return built
 
 
+def _merges(path: pathlib.Path, merges: Any) -> list[tuple[str, ...]]:
+    """Return the pairs of pieces, which are written as two strings or as one with a space."""
+    if isinstance(merges, list):
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
+        if all(isinstance(pair, list) and all(isinstance(p, str) for p in pair) for pair in pairs):
+            return [tuple(pair) for pair in pairs]
+    raise _not_llama(path, "its merges are no pairs of pieces")
+
+
 def _kind(piece: str, token: int) -> int:
     if token < 3:
         return (_Kind.UNKNOWN, _Kind.CONTROL, _Kind.CONTROL)[token]
@@ -226,7 +246,11 @@ def _splits(pieces: Sequence[str], vocab: dict[str, int]) -> Iterator[tuple[str,
 def _marks_spaces(values: dict[str, Any]) -> bool:
     """Whether a space, and the beginning of a text, becomes Llama's mark."""
     normalizer, before = values.get("normalizer") or {}, values.get("pre_tokenizer") or {}
+    if not isinstance(normalizer, dict) or not isinstance(before, dict):
+        return False
     steps = normalizer.get("normalizers") or [normalizer]
+    if not isinstance(steps, list):
+        return False
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE} in steps
     prepended = {"type": "Prepend", "prepend": _SPACE} in steps
     if before.get("type") == "Metaspace":

@@ -4,11 +4,26 @@ import dataclasses
 import json
 import math
 import pathlib
+import reprlib
 import typing
 from typing import Any
 
 from llama_jax.errors import InputError, one_line
 from llama_jax.strict_json import read_json
+
+LARGEST = {
+    "vocab_size": 2**24,
+    "dim": 2**20,
+    "ffn_dim": 2**22,
+    "num_layers": 2**12,
+    "num_heads": 2**20,
+    "num_kv_heads": 2**20,
+    "max_seq_len": 2**31 - 1,
+}
+"""The largest sizes: far above any Llama's, and small enough that no product of two overflows.
+Positions are 32-bit integers."""
+
+_FLOAT32 = (2.0**-126, 2.0**127)  # the computation's: smallest normal number, about the largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +87,7 @@ class ModelConfig:
         """
         fields = {f.name: f for f in dataclasses.fields(cls)}
         required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
-        problems = [f"unknown key {k!r}" for k in sorted(values.keys() - fields.keys())]
+        problems = [f"unknown key {k!r:.40}" for k in sorted(values.keys() - fields.keys())]
         problems += [f"missing key {k!r}" for k in sorted(required - values.keys())]
         if problems:
             raise InputError(
@@ -106,7 +121,7 @@ def _type_problems(config: ModelConfig) -> list[str]:
         value: Any = getattr(config, field.name)
         if type(value) is not (typing.get_origin(field.type) or field.type):
             expected = getattr(field.type, "__name__", field.type)
-            problems.append(f"{field.name} is {value!r}, expected {expected}")
+            problems.append(f"{field.name} is {value!r:.40}, expected {expected}")
     return problems
 
 
@@ -114,8 +129,16 @@ def _range_problems(c: ModelConfig) -> list[str]:
     problems = []
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
-        if field.type in (int, float) and not (value > 0 and math.isfinite(value)):
-            problems.append(f"{field.name} is {value}, expected a positive number")
+        # A float alone can be infinite; isfinite refuses an int beyond the largest float.
+        infinite = field.type is float and not math.isfinite(value)
+        if field.type in (int, float) and (infinite or value <= 0):
+            problems.append(f"{field.name} is {value!r:.40}, expected a positive number")
+        elif field.type is int and value > LARGEST[field.name]:
+            problems.append(
+                f"{field.name} is {value!r:.40}, expected at most {LARGEST[field.name]:,}"
+            )
+        elif field.type is float and not _FLOAT32[0] <= value <= _FLOAT32[1]:
+            problems.append(f"{field.name} is {value!r:.40}, which float32 cannot hold")
     if problems:
         return problems
     if c.vocab_size < 3:
@@ -128,7 +151,7 @@ def _range_problems(c: ModelConfig) -> list[str]:
         type(t) is not int or not 0 <= t < c.vocab_size for t in c.eos_tokens
     ):
         problems.append(
-            f"eos_tokens is {list(c.eos_tokens)}, expected one or more ids below vocab_size = "
-            f"{c.vocab_size}"
+            f"eos_tokens is {reprlib.repr(list(c.eos_tokens))}, expected one or more ids below "
+            f"vocab_size = {c.vocab_size}"
         )
     return problems

@@ -1,6 +1,7 @@
 """The exception for a user's mistake, and how to tell one from a bug."""
 
 import traceback
+from collections.abc import Sequence
 
 
 class InputError(ValueError):
@@ -11,9 +12,24 @@ class InputError(ValueError):
     """
 
 
-def one_line(problems: list[str]) -> str:
-    """Join all problems into one line."""
-    return "; ".join(problems)
+_LISTED = 20
+_LINE = 2000
+
+
+def one_line(problems: Sequence[str]) -> str:
+    """Join problems into one line; of many, the first and how many more there are."""
+    more = f"; and {len(problems) - _LISTED:,} more" if len(problems) > _LISTED else ""
+    return "; ".join(problems[:_LISTED]) + more
+
+
+def printable(error: object) -> str:
+    """Return an error's text as one line for a terminal.
+
+    A file from outside may have names with control characters, and names of any length.
+    """
+    text = " ".join(str(error).split())
+    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: 2 * _LINE])
+    return escaped if len(escaped) <= _LINE else f"{escaped[: _LINE - 600]} ... {escaped[-600:]}"
 
 
 def innermost_package(error: BaseException | None) -> str:

@@ -1,10 +1,10 @@
 """Files of bounded size: nothing is read from a pipe or a device, and nothing without a limit."""
 
 import errno
+import io
 import os
 import pathlib
 import stat
-from typing import BinaryIO
 
 TEXT_BYTES = 2**24
 """The largest text file that is read whole: JSON, a tokenizer, a list of checksums.
@@ -43,7 +43,7 @@ def kind_of(status: os.stat_result) -> str:
     return next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), "no file")
 
 
-def open_regular(path: str | pathlib.Path) -> BinaryIO:
+def open_regular(path: str | pathlib.Path) -> io.BufferedReader:
     """Open a regular file for reading; never wait for a pipe's other end.
 
     Raises:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from llama_jax.errors import InputError
+from llama_jax.regular_file import read_regular
 
 _MAX_DEPTH = 64
 _MAX_DIGITS = 1000
@@ -89,13 +90,14 @@ def read_json(path: pathlib.Path, *, remedy: str = _REMEDY) -> dict[str, Any]:
     """Read a JSON object from a file; `remedy` says what to do about another content.
 
     Raises:
-        InputError: the file cannot be read, or holds something else.
+        InputError: the file cannot be read, is larger than TEXT_BYTES, or holds something else.
     """
     try:
-        text = path.read_bytes()
-    except OSError as error:
+        text = read_regular(path)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{path}: cannot read it ({error.strerror}); check the path and its permissions"
+            f"{path}: cannot read it ({reason}); check the path and its permissions"
         ) from None
     values = parse_json(text, str(path), remedy=remedy)
     if not isinstance(values, dict):

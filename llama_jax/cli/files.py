@@ -6,6 +6,9 @@ import sys
 from llama_jax.cli.flags import FLAGS
 from llama_jax.errors import InputError
 
+MOST_BYTES = 2**26
+"""Of a prompt, a request or a text to score: a device such as /dev/zero has no end."""
+
 
 def expand(path: str, name: str) -> pathlib.Path:
     """Return a path with `~` expanded; `name` is what to call it in an error."""
@@ -19,10 +22,17 @@ def read_bytes(source: str, name: str) -> bytes:
     """Read a file, or stdin for "-"."""
     try:
         # Bytes: text is UTF-8 whatever the terminal's encoding.
-        return sys.stdin.buffer.read() if source == "-" else expand(source, name).read_bytes()
+        if source == "-":
+            data = sys.stdin.buffer.read(MOST_BYTES + 1)
+        else:
+            with expand(source, name).open("rb") as file:  # a pipe too: `<(...)`
+                data = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{name}: {reason}; name a file, or - for stdin") from None
+    if len(data) > MOST_BYTES:
+        raise InputError(f"{name} has more than {MOST_BYTES:,} bytes; shorten it")
+    return data
 
 
 def read_text(source: str, name: str) -> str:

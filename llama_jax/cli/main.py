@@ -16,7 +16,7 @@ from llama_jax.cli.generate import generate
 from llama_jax.cli.help import help_text, version_text
 from llama_jax.cli.score import score
 from llama_jax.cli.serve import serve
-from llama_jax.errors import InputError
+from llama_jax.errors import InputError, printable
 
 _RUN = {"": generate, "chat": chat, "batch": batch, "score": score, "serve": serve}
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     except InputError as error:
         if FLAGS.debug:
             raise
-        note(f"error: {' '.join(str(error).split())}")
+        note(f"error: {printable(error)}")
         sys.exit(2)
     except KeyboardInterrupt:
         note("")

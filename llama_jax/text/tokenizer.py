@@ -9,6 +9,7 @@ import re
 import sentencepiece
 
 from llama_jax.errors import InputError
+from llama_jax.regular_file import read_regular
 
 BOS_ID = 1
 EOS_ID = 2
@@ -30,7 +31,7 @@ class Tokenizer:
         else:
             path = pathlib.Path(source)
             try:
-                model = path.read_bytes()
+                model = read_regular(path)
             except (OSError, ValueError) as error:  # ValueError: a NUL in the path
                 reason = getattr(error, "strerror", None) or error
                 raise InputError(f"{path}: cannot read the tokenizer ({reason})") from None

@@ -22,6 +22,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
 from llama_jax.jax_settings import default_device, pinned_settings
 from llama_jax.nn.transformer import Params, param_shapes
+from llama_jax.weights.array_sizes import check_arrays
 from llama_jax.weights.atomic_directory import atomic_directory
 from llama_jax.weights.dtypes import choose_dtype
 from llama_jax.weights.manifest import (
@@ -242,11 +243,7 @@ def open_checkpoint(path: pathlib.Path) -> tuple[dict[str, Any], ModelConfig]:
             "check the path and its permissions"
         ) from None
     config = ModelConfig.load(path / "config.json")
-    shapes = {name: list(leaf.shape) for name, leaf in by_path(param_shapes(config)).items()}
-    if {name: row["shape"] for name, row in values["tensors"].items()} != shapes:
-        raise InputError(
-            f"checkpoint {path}: the arrays do not fit config.json; convert the weights again"
-        )
+    check_arrays(path, values, config)
     return values, config
 
 

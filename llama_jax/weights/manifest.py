@@ -22,29 +22,14 @@ from typing import Any
 import numpy as np
 
 from llama_jax.errors import InputError, one_line
+from llama_jax.regular_file import open_regular
 from llama_jax.strict_json import read_json
 from llama_jax.version import __version__
-from llama_jax.weights.dtypes import DTYPES
+from llama_jax.weights.manifest_form import REMEDY, check_form, check_links
 
 FORMAT_VERSION = 2
 NAME = "manifest.json"
 _SMALL = 2**20  # bytes of a file that is compared at every load: the config, Orbax's own tables
-_REMEDY = "copy or convert the checkpoint again"
-
-_FIELDS = {
-    "converter": str,
-    "dtype": str,
-    "origin": dict,
-    "root": str,
-    "tensors": dict,
-    "files": dict,
-}
-_ROWS = {
-    "tensors": {"shape": list, "sha256": str, "shard": str},
-    "files": {"bytes": int, "sha256": str},
-}
-"""Of each row of these fields."""
-_KINDS = {dict: "an object", int: "an integer", list: "a list", str: "a string"}
 
 
 def array_digest(array: np.ndarray) -> str:
@@ -115,23 +100,25 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     fingerprint too.
 
     Raises:
-        InputError: it is of another version, it lacks a field or has one of another type, or
-            something differs; naming everything that does.
+        InputError: it is of another version, of another form (see `check_form`), or something
+            differs; naming everything that does.
+        OSError: the folder cannot be read.
     """
-    values = read_json(folder / NAME, remedy=_REMEDY)
+    check_links(folder)
+    values = read_json(folder / NAME, remedy=REMEDY)
     version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(
-            f"checkpoint {folder} has format version {version!r}, this program reads "
+            f"checkpoint {folder} has format version {version!r:.40}, this program reads "
             f"{FORMAT_VERSION}; convert the weights again"
         )
     expected = values.pop("sha256", None)
     if _json_digest(values) != expected:
-        raise InputError(f"{folder / NAME} was changed after it was written; {_REMEDY}")
-    _check_fields(folder / NAME, values)
+        raise InputError(f"{folder / NAME} was changed after it was written; {REMEDY}")
+    check_form(folder / NAME, values)
     if (root := root_digest(values["tensors"], values["dtype"])) != values["root"]:
         raise InputError(
-            f"{folder / NAME} has the root {values['root']}, but its tensors have {root}; {_REMEDY}"
+            f"{folder / NAME} has the root {values['root']}, but its tensors have {root}; {REMEDY}"
         )
     sizes = file_sizes(folder)
     problems = [
@@ -140,36 +127,9 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
         if sizes.get(name) != size
     ]
     if problems:
-        raise InputError(f"checkpoint {folder} is incomplete: {one_line(problems)}; {_REMEDY}")
+        raise InputError(f"checkpoint {folder} is incomplete: {one_line(problems)}; {REMEDY}")
     check_files(folder, values, at_most=_SMALL)
     return values
-
-
-def _check_fields(path: pathlib.Path, values: dict[str, Any]) -> None:
-    """Refuse a manifest that another program wrote: its digest is right, its form is not."""
-    _check_object(path, "", values, _FIELDS)
-    if values["dtype"] not in DTYPES:
-        raise InputError(
-            f"{path}: dtype is {values['dtype']!r:.40}, expected one of {', '.join(DTYPES)}; "
-            f"{_REMEDY}"
-        )
-    for name, fields in _ROWS.items():
-        for key, row in values[name].items():
-            _check_object(path, f"{name}[{key!r:.80}]", row, fields)
-
-
-def _check_object(path: pathlib.Path, name: str, value: Any, fields: dict[str, type]) -> None:
-    """Refuse a value that is no object with these fields of these types."""
-    where = f"{path}: {name}".removesuffix(": ")
-    if type(value) is not dict:
-        raise InputError(f"{where} is {value!r:.40}, expected an object; {_REMEDY}")
-    for field, kind in fields.items():
-        if field not in value:
-            raise InputError(f"{where} has no {field}, expected {_KINDS[kind]}; {_REMEDY}")
-        if type(value[field]) is not kind:  # isinstance would take true for an integer
-            raise InputError(
-                f"{where}: {field} is {value[field]!r:.40}, expected {_KINDS[kind]}; {_REMEDY}"
-            )
 
 
 def check_files(
@@ -202,7 +162,7 @@ def check_files(
         update(file["bytes"])
     if changed:
         raise InputError(
-            f"checkpoint {folder}: changed after being written: {one_line(changed)}; {_REMEDY}"
+            f"checkpoint {folder}: changed after being written: {one_line(changed)}; {REMEDY}"
         )
 
 
@@ -214,7 +174,7 @@ def file_sizes(folder: pathlib.Path) -> dict[str, int]:
 
 def file_digest(path: pathlib.Path) -> str:
     """Return a file's SHA-256."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

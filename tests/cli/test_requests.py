@@ -180,3 +180,9 @@ def test_a_request_to_stream_that_is_not_met_is_named(cli, flags, whole):
 )
 def test_a_mistake_is_one_line_and_exit_2(mistake, arguments, stdin, expected):
     assert expected in mistake(*arguments, stdin=stdin)
+
+
+@pytest.mark.parametrize("flag", ["--prompt_file", "--request", "--messages"])
+def test_a_prompt_without_end_is_refused(mistake, flag):
+    name = f"{flag}=/dev/zero"
+    assert mistake(name) == f"error: {name} has more than 67,108,864 bytes; shorten it"
