@@ -7,7 +7,6 @@ import ipaddress
 import logging
 import math
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import uvicorn
 
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
-from llama_jax.server import access_log
+from llama_jax.server import access_log, signals
 from llama_jax.server.app import app_of
 from llama_jax.server.service import Service
 from llama_jax.server.settings import Settings
@@ -35,7 +34,6 @@ _UNREAD_S = 60
 """After which a client that reads nothing of what it was sent is cut off (Linux)."""
 
 _WATCH_S = 0.05
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def serve(
@@ -46,7 +44,7 @@ def serve(
     insecure: bool = False,
     **settings: Any,
 ) -> None:
-    """Serve a model until SIGTERM or SIGINT, then let the running requests end, and return.
+    """Serve a model until SIGTERM, SIGINT or SIGHUP, then let running requests end, and return.
 
     A line on stderr tells when it is ready; the access log goes there too.
 
@@ -68,7 +66,7 @@ def serve(
                 "token, listen on 127.0.0.1, or allow it with insecure"
             )
         chosen = dataclasses.replace(chosen, local_only=True)
-    with _listen(host, port) as listener, _access_log_on_stderr():
+    with signals.ignored(), _listen(host, port) as listener, _access_log_on_stderr():
         service = Service(load(), chosen, _Progress())
         try:
             asyncio.run(_Server(service, listener).run_until_told())
@@ -169,14 +167,10 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handle signals meanwhile; uvicorn's own would raise them once more at the end."""
-        before = {number: signal.signal(number, self._handle_signal) for number in _SIGNALS}
-        try:
+        with signals.draining(self._handle_signal):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
-    def _handle_signal(self, _number: int, _frame: object) -> None:
+    def _handle_signal(self) -> None:
         """Stop; on a second signal, at once."""
         self._service.drain()
         if self.should_exit:

@@ -23,7 +23,8 @@ from llama_jax import Llama
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.server.serve import serve
 
-max_queue, arguments = map(json.loads, sys.argv[1:])
+max_queue, arguments, before = map(json.loads, sys.argv[1:])
+exec(before)
 serve(lambda: Llama.load(DEMO_CHECKPOINT, slots={SLOTS}, max_queue=max_queue), **arguments)
 """
 
@@ -33,12 +34,14 @@ class ServerProcess:
 
     Args:
         max_queue: the engine's.
+        before: code that the process runs first, such as a shorter deadline.
         **arguments: of `serve`.
     """
 
-    def __init__(self, max_queue: int | None = QUEUE, **arguments: Any):
+    def __init__(self, max_queue: int | None = QUEUE, before: str = "", **arguments: Any):
         arguments = {"port": 0, "api_token": TOKEN, "warm_up": False, **arguments}
-        command = [sys.executable, "-c", _CODE, json.dumps(max_queue), json.dumps(arguments)]
+        settings = (max_queue, arguments, before)
+        command = [sys.executable, "-c", _CODE, *map(json.dumps, settings)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read)
@@ -155,9 +158,11 @@ def endless(answers: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def served(max_queue: int | None = QUEUE, **arguments: Any) -> Iterator[ServerProcess]:
+def served(
+    max_queue: int | None = QUEUE, before: str = "", **arguments: Any
+) -> Iterator[ServerProcess]:
     """Start a server and see to it that it ends; it must not have logged a bug."""
-    server = ServerProcess(max_queue, **arguments)
+    server = ServerProcess(max_queue, before, **arguments)
     try:
         yield server
         assert "Traceback" not in server.log

@@ -44,7 +44,7 @@ def test_sigterm_drains_requests_and_exits_0():
     assert TOKEN not in server.log
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_requests_beyond_the_drain_time_end_by_an_error(number):
     with (
         served(max_queue=None, drain_s=0.1) as server,
@@ -57,6 +57,33 @@ def test_requests_beyond_the_drain_time_end_by_an_error(number):
         assert "shutting down" in events[-1]["error"]["message"]
         assert server.end() == 0
     assert "Traceback" not in server.log
+
+
+def test_sighup_lets_a_stream_end():
+    with served() as server, server.ask("POST", COMPLETIONS, endless(1)) as running:
+        first = read_first(running)
+        server.process.send_signal(signal.SIGHUP)
+        assert events_of((first + running.read()).decode())[-1] == "[DONE]"
+        assert server.end() == 0
+
+
+def test_signals_without_meaning_change_nothing():
+    with served() as server, server.ask("POST", COMPLETIONS, endless(1)) as running:
+        first = read_first(running)
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE):
+            server.process.send_signal(number)
+        assert events_of((first + running.read()).decode())[-1] == "[DONE]"
+        assert server.post(RUN, {"prompt": "x"})[0] == 200
+        assert server.process.poll() is None
+
+
+def test_sighup_is_ignored_under_nohup():
+    """A process that starts with SIGHUP ignored is to outlive its terminal."""
+    with served(before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)") as server:
+        server.process.send_signal(signal.SIGHUP)
+        assert server.post(RUN, {"prompt": "x"})[0] == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
 
 
 def test_second_signal_ends_the_drain():
