@@ -124,10 +124,23 @@ UNAVAILABLE = Kind(
     OpenAIKind(503, "service_unavailable", "The model is not available now: {}", "server_error"),
     retry_after_s=5,
 )
+NOT_HTTP = Kind(
+    *(400, 6003, "The request is not valid HTTP: {}"),
+    OpenAIKind(400, "invalid_http", "The request is not valid HTTP: {}"),
+    front_door=True,
+)
+HEAD_TOO_LARGE = Kind(
+    *(431, 6003, "The request line and headers exceed {} bytes"),
+    OpenAIKind(431, "headers_too_large", "The request line and headers exceed {} bytes"),
+    front_door=True,
+)
 INTERNAL = Kind(
     *(500, 5000, "Ai: Internal server error"),
     OpenAIKind(500, None, "The server had an error while processing your request", "server_error"),
 )
+
+REFUSAL = "llama_jax.refusal"
+"""Key of a request's scope: the error by which the connection refuses it, if it does."""
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 

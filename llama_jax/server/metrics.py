@@ -1,6 +1,7 @@
 """Metrics for Prometheus; they have vLLM's names where their meaning is the same."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -14,6 +15,16 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 3
 _SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class Connections(Protocol):
+    """What the metrics read of the server's connections."""
+
+    limit: int
+    open: Any
+    """The set of open connections."""
+    closed: Mapping[str, int]
+    """How many the server closed, by reason."""
 
 
 class Metrics:
@@ -56,6 +67,10 @@ class Metrics:
         self._generated = self._histogram(
             "request_generation_tokens", "Tokens generated per generation.", _TOKENS
         )
+
+    def watch(self, connections: Connections) -> None:
+        """Report connections too, at every scrape."""
+        self._registry.register(_ConnectionCollector(connections))
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
@@ -121,3 +136,25 @@ class _EngineCollector(Collector):
         for end, count in dict(engine.counts.ended).items():
             ended.add_metric([end], count)
         yield ended
+
+
+class _ConnectionCollector(Collector):
+    """Counts of connections, read at every scrape."""
+
+    def __init__(self, connections: Connections):
+        self._connections = connections
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the counts."""
+        connections = self._connections
+        for name, text, value in (
+            ("num_connections", "Open connections.", len(connections.open)),
+            ("max_connections", "The most open connections.", connections.limit),
+        ):
+            yield GaugeMetricFamily(_PREFIX + name, text, value)
+        closed = CounterMetricFamily(
+            _PREFIX + "connections_closed", "Connections closed by the server.", labels=["reason"]
+        )
+        for reason, count in dict(connections.closed).items():
+            closed.add_metric([reason], count)
+        yield closed

@@ -20,6 +20,12 @@ from llama_jax.server.settings import Settings
 _READING_S = 60
 """Time beyond the time limit that a client has to read its response."""
 
+BODY_S = 120.0
+"""For a whole body: 8 MiB at 0.6 Mbit/s."""
+
+BODY_SILENCE_S = 30.0
+"""Without a byte of a body; more than a network's worst pause, less than a proxy's patience."""
+
 _DISCARDED = 4
 """A body up to this multiple of the limit is read to its end before it is refused."""
 
@@ -71,31 +77,43 @@ class RequestMiddleware:
         return None
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (refusal := scope.get(errors.REFUSAL)) is not None:
+            raise refusal
         headers = Headers(scope=scope)
         if scope["path"] not in OPEN_PATHS:
             if self._settings.local_only:
                 check_page(headers, self._settings.allowed_origins)
             check_token(headers, self._settings.api_token)
-        async with asyncio.timeout(self._settings.timeout_s):
-            body = await _read_body(headers, receive, self._settings.max_body_bytes)
+        try:
+            async with asyncio.timeout(min(self._settings.timeout_s, BODY_S)):
+                body = await _read_body(scope, receive, self._settings.max_body_bytes)
+        except TimeoutError:
+            raise ApiError(errors.TIMEOUT, headers={"connection": "close"}) from None
         # The generation has its own deadline. This one is for a client that does not read.
         async with asyncio.timeout(self._settings.timeout_s + _READING_S):
             await _while_connected(self._app(scope, _replay(body, receive), send), receive)
 
 
-async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
+async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """Read a body up to the limit.
 
     The rest of a larger body is read and discarded, unless it is very large. A client that is still
     writing when the connection closes may never read the error.
+
+    Raises:
+        TimeoutError: nothing came for too long.
     """
+    headers = Headers(scope=scope)
     refusal = ApiError(errors.TOO_LARGE, headers={"connection": "close"})
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length) > (limit if "expect" in headers else _DISCARDED * limit):
         raise refusal
     body, size, more = bytearray(), 0, True
     while more:
-        message = await receive()
+        async with asyncio.timeout(BODY_SILENCE_S):
+            message = await receive()
+        if (broken := scope.get(errors.REFUSAL)) is not None:
+            raise broken
         if message["type"] == "http.disconnect":
             raise ClientDisconnectedError
         part = message.get("body", b"")

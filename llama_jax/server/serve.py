@@ -18,7 +18,10 @@ import uvicorn
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
 from llama_jax.server import access_log, signals
+from llama_jax.server.acceptor import Acceptor, connection_limit
+from llama_jax.server.admission import Admission
 from llama_jax.server.app import app_of
+from llama_jax.server.connection import Connection
 from llama_jax.server.service import Service
 from llama_jax.server.settings import Settings
 
@@ -56,7 +59,8 @@ def serve(
         **settings: those of `Settings`.
 
     Raises:
-        InputError: the port is taken, or the server would be open to the network.
+        InputError: the port is taken, the server would be open to the network, or the process may
+            open too few files.
     """
     chosen = Settings(**settings)
     if chosen.api_token is None and not insecure:
@@ -66,10 +70,11 @@ def serve(
                 "token, listen on 127.0.0.1, or allow it with insecure"
             )
         chosen = dataclasses.replace(chosen, local_only=True)
+    limit = connection_limit()
     with signals.ignored(), _listen(host, port) as listener, _access_log_on_stderr():
         service = Service(load(), chosen, _Progress())
         try:
-            asyncio.run(_Server(service, listener).run_until_told())
+            asyncio.run(_Server(service, listener, limit).run_until_told())
         finally:
             service.stop()
     if service.failed:
@@ -129,13 +134,17 @@ class _Server(uvicorn.Server):
     Args:
         service: what it serves.
         listener: a socket that listens.
+        limit: of open connections.
     """
 
-    def __init__(self, service: Service, listener: socket.socket):
+    def __init__(self, service: Service, listener: socket.socket, limit: int):
         settings = service.settings
+        app = app_of(service)
+        self._admission = Admission(app, limit)
+        app.state.metrics.watch(self._admission)
         config = uvicorn.Config(
-            app_of(service),
-            http="h11",
+            self._admission,
+            http=Connection,
             ws="none",
             lifespan="on",
             log_config=None,
@@ -147,6 +156,17 @@ class _Server(uvicorn.Server):
         )
         super().__init__(config)
         self._service, self._listener = service, listener
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start without uvicorn's listeners, then accept."""
+        await super().startup(sockets=[])
+        self._admission.start(self.server_state)
+
+        def new_connection() -> Connection:
+            state, closed = self.server_state, self._admission.closed
+            return Connection(self.config, state, self.lifespan.state, closed=closed)
+
+        self.servers: list[Any] = [Acceptor(self._listener, new_connection, self._admission)]
 
     async def run_until_told(self) -> None:
         """Serve; return after a signal, or if the engine ended by itself."""
