@@ -1,104 +1,12 @@
-"""The flags: definitions, groups, and which verb takes which."""
-
-import dataclasses
+"""The flags: definitions, and the refusal of those that a verb does not take."""
 
 from absl import flags
 
+from llama_jax.cli.verbs import VERBS, Verb
 from llama_jax.errors import InputError
 from llama_jax.weights.dtypes import DTYPES
 
 FLAGS = flags.FLAGS
-
-MODEL = ("checkpoint", "dtype", "context", "slots", "eos_tokens", "verify", "convert")
-PROMPT = (
-    *("prompt", "prompt_file", "system", "messages", "prompt_tokens", "request"),
-    *("raw", "parse_control", "allow_control_tags"),
-)
-SAMPLING = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "seed",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "stop",
-    "ignore_eos",
-)
-OUTPUT = ("output", "stream", "logprobs", "print_prompt_tokens")
-BATCH = ("input",)
-SCORE = ("continuation", "stride", "token_logprobs")
-SERVE = (
-    *("host", "port", "api_token", "insecure", "allowed_origins"),
-    *("served_model_name", "max_queue", "max_queue_per_client", "timeout_s"),
-)
-GENERAL = ("debug",)
-
-PARAMETERS = (*SAMPLING, "logprobs")
-"""The flags that are generation parameters of the same name."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Verb:
-    """What the command line does, and the flags for it."""
-
-    name: str
-    """As typed; empty for the answer to one prompt."""
-    arguments: str
-    """What follows in the line of usage."""
-    summary: str
-    takes: tuple[str, ...]
-    refuses_others: str = ""
-    """The reason, in the error; flags that one other verb alone takes need none."""
-    takes_at_default: tuple[str, ...] = ()
-    """Flags with one value that works here, their default."""
-
-
-VERBS = {
-    verb.name: verb
-    for verb in (
-        Verb(
-            name="",
-            arguments="--prompt=TEXT [flags]",
-            summary="Answer one prompt.",
-            takes=(*MODEL, *PROMPT, *SAMPLING, *OUTPUT, *GENERAL),
-        ),
-        Verb(
-            name="chat",
-            arguments="[flags]",
-            summary="Chat in the terminal.",
-            takes=(*MODEL, "system", "allow_control_tags", *SAMPLING, *GENERAL),
-            refuses_others="which reads turns from stdin and streams text in the chat format",
-            takes_at_default=("raw", "output", "stream"),
-        ),
-        Verb(
-            name="batch",
-            arguments="--input=FILE --output=FILE",
-            summary="Answer a file of requests.",
-            takes=(*MODEL, *BATCH, "output", *GENERAL),
-            refuses_others="whose requests are in --input",
-        ),
-        Verb(
-            name="score",
-            arguments="--prompt_file=FILE [flags]",
-            summary="Compute the perplexity of text.",
-            takes=(
-                *(name for name in MODEL if name != "eos_tokens"),
-                *("prompt", "prompt_file", "prompt_tokens", "parse_control"),
-                *(*BATCH, *SCORE, "output", *GENERAL),
-            ),
-            refuses_others="which generates nothing",
-        ),
-        Verb(
-            name="serve",
-            arguments="[flags]",
-            summary="Serve the HTTP API.",
-            takes=(*MODEL, *SERVE, *GENERAL),
-            refuses_others="whose requests come over HTTP",
-        ),
-    )
-}
 
 
 def define() -> None:

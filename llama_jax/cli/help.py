@@ -5,7 +5,8 @@ import pathlib
 import platform
 import textwrap
 
-from llama_jax.cli.flags import BATCH, FLAGS, MODEL, OUTPUT, PROMPT, SAMPLING, SCORE, SERVE, VERBS
+from llama_jax.cli.flags import FLAGS
+from llama_jax.cli.verbs import BATCH, MODEL, OUTPUT, PROMPT, SAMPLING, SCORE, SERVE, VERBS
 from llama_jax.version import __version__
 
 _WIDTH = 80

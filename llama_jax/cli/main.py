@@ -16,6 +16,7 @@ from llama_jax.cli.generate import generate
 from llama_jax.cli.help import help_text, version_text
 from llama_jax.cli.score import score
 from llama_jax.cli.serve import serve
+from llama_jax.cli.verbs import VERBS
 from llama_jax.errors import InputError, printable
 
 _RUN = {"": generate, "chat": chat, "batch": batch, "score": score, "serve": serve}
@@ -68,12 +69,12 @@ def main(argv: list[str]) -> None:
 
 
 def _run_verb(arguments: list[str]) -> None:
-    verbs = [name for name in flags.VERBS if name]
+    verbs = [name for name in VERBS if name]
     if arguments and arguments not in [[name] for name in verbs]:
         raise InputError(
             f"got the argument {' '.join(arguments)!r}, expected {', '.join(verbs)} or none; a "
             "prompt goes to --prompt"
         )
     name = arguments[0] if arguments else ""
-    flags.refuse_flags_of_other_verbs(flags.VERBS[name])
+    flags.refuse_flags_of_other_verbs(VERBS[name])
     _RUN[name]()

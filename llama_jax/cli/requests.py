@@ -5,7 +5,8 @@ from typing import Any
 from llama_jax.card import contract
 from llama_jax.cli.console import note
 from llama_jax.cli.files import read_bytes, read_prompt
-from llama_jax.cli.flags import FLAGS, PARAMETERS, PROMPT, refuse_flags
+from llama_jax.cli.flags import FLAGS, refuse_flags
+from llama_jax.cli.verbs import PARAMETERS, PROMPT
 from llama_jax.engine.request import GenerationRequest, make_request
 from llama_jax.errors import InputError
 from llama_jax.strict_json import parse_json

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from llama_jax import Llama, Result
-from llama_jax.cli.flags import PARAMETERS
+from llama_jax.cli.verbs import PARAMETERS
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.llama import CHECKPOINT_VARIABLE
 from llama_jax.text.chat import encode_dialog

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from llama_jax.cli.flags import FLAGS, PARAMETERS, VERBS
+from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.help import help_text
+from llama_jax.cli.verbs import PARAMETERS, VERBS
 from llama_jax.engine.parameters import SCHEMAS
 from llama_jax.errors import InputError
 from llama_jax.version import __version__
