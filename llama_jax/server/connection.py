@@ -43,10 +43,7 @@ PROBE_S = 15.0
 """Between signs of life to a client that half-closed; the silence after which streams comment."""
 
 FIRST_PROBE_S = 1.0
-"""From a half-close to the first sign: most answers end before, and meet no surprise."""
-
-
-_TLS_HANDSHAKE = b"\x16\x03"
+"""From a half-close to the first sign; many answers end before."""
 
 
 class State(enum.Enum):
@@ -144,9 +141,7 @@ class Connection(H11Protocol):
             if error.error_status_hint == 431:
                 self._refuse(ApiError(errors.HEAD_TOO_LARGE, HEAD_BYTES))
             else:
-                is_tls = self.conn.line.startswith(_TLS_HANDSHAKE)
-                reason = "use http://, not https://" if is_tls else _without_quote(error)
-                self._refuse(ApiError(errors.NOT_HTTP, reason))
+                self._refuse(ApiError(errors.NOT_HTTP, self.conn.reason(error)))
 
     def on_response_complete(self) -> None:
         """Turn to the next request, or close."""
@@ -297,8 +292,3 @@ class Connection(H11Protocol):
         task = self.loop.create_task(self.cycle.run_asgi(cast(Any, self.app)))
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
-
-
-def _without_quote(error: Exception) -> str:
-    """Return an error of the parser without the line that it quotes, which may be a secret's."""
-    return str(error).partition(": bytearray")[0]

@@ -15,6 +15,7 @@ HEAD_BYTES = 64 * 2**10
 _LINE_BYTES = 4096
 """What is kept of a request line, for the log and the form of the answer."""
 
+_TLS_HANDSHAKE = b"\x16\x03"
 _REQUEST_LINE = re.compile(rb"([!-~]{1,20}) ([!-~]+)")
 
 
@@ -67,3 +68,9 @@ class HttpParser(h11.Connection):
             return "", ""
         method, target = (part.decode("ascii") for part in match.groups())
         return method, urllib.parse.unquote(target.partition("?")[0])
+
+    def reason(self, error: h11.RemoteProtocolError) -> str:
+        """Return why input was refused, without the line that h11 quotes: it may hold a secret."""
+        if self.line.startswith(_TLS_HANDSHAKE):
+            return "use http://, not https://"
+        return str(error).partition(": bytearray")[0]
