@@ -33,7 +33,7 @@ class Limits:
     memory: int | None
     """Bytes that JAX may allocate on it; None: the machine's own memory."""
     bandwidth: float
-    """Bytes/s to or from memory: the best of several ways."""
+    """Bytes/s read from memory: the best of several ways."""
     matmul: dict[str, float]
     """FLOP/s of a large matrix product, by dtype."""
 
@@ -49,20 +49,19 @@ def best_seconds(call: Callable[[], Any], *, calls: int) -> float:
 
 
 def measure_bandwidth(on_cpu: bool) -> float:
-    """Return bytes/s: on a CPU of reading, elsewhere of copying (reads and writes counted)."""
-    if not on_cpu:
-        source = jnp.ones((GIB,), jnp.bfloat16)
-        copy = jax.jit(lambda x: x + 1)
-        return 2 * source.nbytes / best_seconds(lambda: copy(source), calls=4)
-    # Over a GiB, so that no cache holds it. XLA shares out a sum and a product in different ways,
-    # and which of them is faster depends on the machine.
-    matrix = jnp.ones((GIB // 4 // 4096, 4096), jnp.float32)
+    """Return bytes/s of reading."""
+    # More than any cache holds. XLA shares out a sum and a product in different ways, and which of
+    # them is faster depends on the machine.
+    matrix = jnp.ones(((GIB // 4 if on_cpu else GIB) // 4096, 4096), jnp.float32)
     ways = [
         jax.jit(lambda m: m.sum()),
         jax.jit(lambda m: m @ m[0]),
         jax.jit(lambda m: (m * m[0]).sum(axis=1)),
     ]
-    return matrix.nbytes / min(best_seconds(lambda way=way: way(matrix), calls=1) for way in ways)
+    calls = 1 if on_cpu else 4
+    return matrix.nbytes / min(
+        best_seconds(lambda way=way: way(matrix), calls=calls) for way in ways
+    )
 
 
 def measure_matmul(dtype: str, size: int, calls: int) -> float:
