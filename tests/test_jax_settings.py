@@ -79,6 +79,13 @@ def test_settings_made_after_loading_change_nothing(plain):
         assert outputs(llm) == plain
 
 
+def test_one_function_reads_from_the_device():
+    """On a CPU no guard refuses it, so the test of transfers above says nothing there."""
+    sources = (ROOT / "llama_jax").rglob("*.py")
+    users = {path.name for path in sources if "device_get(" in path.read_text("utf-8")}
+    assert users == {"jax_settings.py"}
+
+
 def test_logits_have_32_bits_for_a_program_that_computes_with_64():
     with jax.enable_x64(True):
         assert Llama.load().logits(IDS).dtype == np.float32

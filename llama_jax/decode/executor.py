@@ -27,7 +27,7 @@ from llama_jax.decode.programs import (
 from llama_jax.decode.sizes import Sizes
 from llama_jax.decode.state import Admission, DecodeState
 from llama_jax.decode.steps import Logprobs, StepOutputs
-from llama_jax.jax_settings import pinned_settings
+from llama_jax.jax_settings import pinned_settings, to_host
 from llama_jax.nn.transformer import Params, Transformer
 
 
@@ -144,7 +144,7 @@ class Executor:
         for start, size in self.sizes.chunks(len(tokens)):
             program = Logits(size, self.sizes.bucket(start + size))
             cache, logits = self._call(program, self.params, cache, tokens, start)
-            parts.append(jax.device_get(logits)[: len(tokens) - start])
+            parts.append(to_host(logits)[: len(tokens) - start])
         return np.concatenate(parts)
 
     def warm_up(self) -> Iterator[tuple[int, int]]:

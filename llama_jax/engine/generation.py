@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-import jax
-
 from llama_jax.decode.sampling import NO_TOKEN
 from llama_jax.decode.steps import Logprobs
 from llama_jax.engine.clock import Clock
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.result import FinishReason, Piece, Result, Timings, TokenLogprob, Usage
+from llama_jax.jax_settings import to_host
 from llama_jax.text.stop import StopCutter
 from llama_jax.text.tokenizer import EOS_ID, StreamDecoder, Tokenizer
 
@@ -211,7 +210,7 @@ def token_logprobs(
     logprobs: Logprobs, column: int, tokens: Sequence[int], count: int
 ) -> list[TokenLogprob]:
     """Turn one column of arrays into a TokenLogprob for each token, with `count` alternatives."""
-    chosen, top, ids = (a[:, column].tolist() for a in jax.device_get(logprobs))
+    chosen, top, ids = (a[:, column].tolist() for a in to_host(logprobs))
     return [
         TokenLogprob(token, chosen[t], list(zip(ids[t][:count], top[t][:count], strict=True)))
         for t, token in enumerate(tokens)

@@ -11,6 +11,7 @@ from llama_jax.decode.state import Admission, DecodeState
 from llama_jax.decode.steps import Logprobs, StepOutputs
 from llama_jax.engine.generation import Generation
 from llama_jax.engine.slots import Slot
+from llama_jax.jax_settings import to_host
 
 
 @dataclasses.dataclass
@@ -114,7 +115,7 @@ class Pipeline:
     def receive(self) -> tuple[InFlight, np.ndarray]:
         """Wait for the oldest results in flight; return them with their tokens [steps, columns]."""
         oldest = self._in_flight.popleft()
-        return oldest, jax.device_get(oldest.outputs.tokens)
+        return oldest, to_host(oldest.outputs.tokens)
 
     def _take_state(self) -> DecodeState:
         """Return the state for a call that consumes it."""
