@@ -24,13 +24,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
 
-# Many tests build their own executor of one and the same program: compile it once a session.
+# Many tests, and the processes that they start, build their own executor of one and the same
+# program: compile it once a session.
 _CACHE = tempfile.TemporaryDirectory(prefix="llama_jax_tests_")
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-os.environ["XDG_CACHE_HOME"] = _CACHE.name  # what commands run by tests compile
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 REQUIRE_ALL = "LLAMA_JAX_REQUIRE_ALL_TESTS"
 """Set in CI: a test that would be skipped for want of a package or of the assets fails instead."""

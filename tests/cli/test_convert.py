@@ -20,8 +20,9 @@ def test_the_second_run_converts_and_downloads_nothing(cli, hub, hf, tmp_path, m
     assert status == 0
     assert "writing " in notes
     hub.log.clear()
-    assert cli(checkpoint, "--convert", *PROMPT)[:2] == (0, text)
-    assert "writing " not in cli(checkpoint, "--convert", *PROMPT)[2]
+    status, again, notes = cli(checkpoint, "--convert", *PROMPT)
+    assert (status, again) == (0, text)
+    assert "writing " not in notes
     assert hub.downloaded == []
 
 

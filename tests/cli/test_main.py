@@ -74,9 +74,7 @@ def test_the_installed_command_does_what_run_py_does(tmp_path):
     command = [sys.executable, "-c", COMMAND, *arguments]
     options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
     installed = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
-    ours = run_py(*arguments, cwd=tmp_path)
-    assert (installed.returncode, installed.stdout) == (ours.returncode, ours.stdout)
-    assert ours.stdout == PARIS_ANSWER
+    assert (installed.returncode, installed.stdout) == (0, PARIS_ANSWER)
 
 
 @pytest.mark.parametrize(

@@ -46,18 +46,27 @@ def entries(folder):
     return sorted(p.name for p in folder.iterdir() if p.name.endswith("-cache"))
 
 
-def test_a_second_run_compiles_nothing(tmp_path):
-    _, misses, tokens, warning = generate(XDG_CACHE_HOME=str(tmp_path))
-    folder = tmp_path / "llama_jax" / "compiled"
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A home whose cache was filled by one run."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def first(home):
+    """What that run returned."""
+    return generate(XDG_CACHE_HOME=str(home))
+
+
+def test_a_second_run_compiles_nothing(home, first):
+    _, misses, tokens, warning = first
+    folder = home / "llama_jax" / "compiled"
     stored = entries(folder)
     assert warning == "None"
     assert misses == len(stored) > 3  # prefill, decode and what is smaller
     assert folder.stat().st_mode & 0o777 == 0o700
-    hits, still_missed, again, _ = generate(XDG_CACHE_HOME=str(tmp_path))
+    assert generate(XDG_CACHE_HOME=str(home)) == (len(stored), 0, tokens, "None")
     assert entries(folder) == stored
-    assert hits == len(stored)
-    assert still_missed == 0
-    assert again == tokens
 
 
 @pytest.mark.slow
@@ -70,27 +79,38 @@ def test_jax_own_settings_win(tmp_path):
     assert not (tmp_path / "home").exists()
 
 
-def test_damaged_entries_are_removed_with_one_line_and_written_again(tmp_path):
-    home = {"XDG_CACHE_HOME": str(tmp_path)}
-    _, misses, tokens, _ = generate(**home)
-    folder = tmp_path / "llama_jax" / "compiled"
+def test_damaged_entries_are_removed_with_one_line_and_written_again(home, first):
+    _, misses, tokens, _ = first
+    folder = home / "llama_jax" / "compiled"
+    environment = {"XDG_CACHE_HOME": str(home)}
     stored = entries(folder)
     empty, torn, other = (folder / name for name in stored[:3])
     empty.write_bytes(b"")
     torn.write_bytes(torn.read_bytes()[:-9])
     other.write_bytes(b"not a program")
     said = f"removed 3 damaged entries of {folder}: these programs are compiled again"
-    assert generate(**home) == (misses - 3, 3, tokens, said)
+    assert generate(**environment) == (misses - 3, 3, tokens, said)
     assert entries(folder) == stored
     assert all(path.stat().st_size > 100 for path in (empty, torn, other))
-    assert generate(**home) == (misses, 0, tokens, "None")
+    assert generate(**environment) == (misses, 0, tokens, "None")
 
 
-def test_a_folder_that_cannot_be_written_is_done_without(tmp_path):
+@pytest.fixture
+def unconfigured():
+    """JAX without a cache of its own, as in a process that begins."""
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+@pytest.mark.usefixtures("unconfigured")
+def test_a_folder_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    hits, _, _, warning = generate(XDG_CACHE_HOME=str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     said = "no cache of compiled programs (Not a directory): each run compiles anew"
-    assert (hits, warning) == (0, said)
+    assert compile_cache.use_compile_cache() == said
+    assert jax.config.values["jax_compilation_cache_dir"] is None
 
 
 def test_a_disk_that_fills_up_costs_no_line_for_each_program(tmp_path):
@@ -99,16 +119,12 @@ def test_a_disk_that_fills_up_costs_no_line_for_each_program(tmp_path):
     generate(before=limited, XDG_CACHE_HOME=str(tmp_path))
 
 
+@pytest.mark.usefixtures("unconfigured")
 def test_a_user_without_a_home_is_done_without(monkeypatch):
     def no_home(self):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(pathlib.Path, "expanduser", no_home)
-    folder = jax.config.values["jax_compilation_cache_dir"]
-    jax.config.update("jax_compilation_cache_dir", None)
-    try:
-        compile_cache.use_compile_cache()
-        assert jax.config.values["jax_compilation_cache_dir"] is None
-    finally:
-        jax.config.update("jax_compilation_cache_dir", folder)
+    compile_cache.use_compile_cache()
+    assert jax.config.values["jax_compilation_cache_dir"] is None

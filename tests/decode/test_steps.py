@@ -98,41 +98,48 @@ def make_successor(params=None, batch=1, drawable=None, **changes):
     )
 
 
-def test_counts_up_by_hand():
-    ex = make_successor()
+@pytest.fixture(scope="module")
+def successor():
+    return make_successor()
+
+
+def test_counts_up_by_hand(successor):
+    ex = successor
     assert run(ex, [5, 9], 10) == list(range(10, 20))
     assert run(ex, [22], 4) == [23, 0, 1, 2]
     assert run(ex, [3], 1) == [4]
 
 
 @pytest.mark.parametrize("stop", [4, 5, 6, 7, 8, 9])
-def test_stops_at_the_stop_token_wherever_it_falls_in_a_chunk(stop):
-    ex = make_successor()
-    assert run(ex, [3], 16, stop=stop) == list(range(4, stop + 1))
+def test_stops_at_the_stop_token_wherever_it_falls_in_a_chunk(successor, stop):
+    assert run(successor, [3], 16, stop=stop) == list(range(4, stop + 1))
 
 
-@pytest.mark.parametrize("start", [3, 8])
-def test_stops_at_whichever_of_several_stop_tokens_comes_first(start):
+def test_stops_at_whichever_of_several_stop_tokens_comes_first():
     ex = make_successor(eos_tokens=(11, 2, 7))
-    expected = {3: [4, 5, 6, 7], 8: [9, 10, 11]}
-    assert run(ex, [start], 16, stop=[11, 2, 7]) == expected[start]
-    assert run(ex, [start], 16, stop=[NO_TOKEN] * 3) == [(start + n) % 24 for n in range(1, 17)]
+    for start, expected in ((3, [4, 5, 6, 7]), (8, [9, 10, 11])):
+        assert run(ex, [start], 16, stop=[11, 2, 7]) == expected
+        assert run(ex, [start], 16, stop=[NO_TOKEN] * 3) == [(start + n) % 24 for n in range(1, 17)]
 
 
-@pytest.mark.parametrize(
-    "params", [{}, {"temperature": 2.0, "seed": 3}, {"temperature": 3.0, "top_p": 0.9, "top_k": 9}]
-)
-def test_ids_that_are_not_drawable_are_sampled_by_a_model_without_them(params):
+def test_ids_that_are_not_drawable_are_sampled_by_a_model_without_them():
     """The tokens are those of the model whose last rows were cut off."""
     config, whole = successor_params()
     rng = np.random.default_rng(0)
     whole["embed"] = jnp.asarray(rng.normal(size=(24, 24)), jnp.float32)
     whole["lm_head"] = jnp.asarray(rng.normal(size=(24, 24)) + 3, jnp.float32)
     cut = whole | {"embed": whole["embed"][:17], "lm_head": whole["lm_head"][:17]}
-    limited = run(make_successor(whole, drawable=17), [5, 9], 24, repetition_penalty=1.2, **params)
-    expected = run(make_successor(cut, vocab_size=17), [5, 9], 24, repetition_penalty=1.2, **params)
-    assert limited == expected
-    assert run(make_successor(whole), [5, 9], 24, repetition_penalty=1.2, **params) != expected
+    models = (
+        make_successor(whole, drawable=17),
+        make_successor(cut, vocab_size=17),
+        make_successor(whole),
+    )
+    sampled = {"temperature": 3.0, "top_p": 0.9, "top_k": 9}
+    for params in ({}, {"temperature": 2.0, "seed": 3}, sampled):
+        limited, expected, free = (
+            run(ex, [5, 9], 24, repetition_penalty=1.2, **params) for ex in models
+        )
+        assert limited == expected != free
     assert config.vocab_size == 24
 
 
@@ -270,7 +277,9 @@ def named(ex, *kinds):
     return [name for name in ex.compiled.names if name.split("(")[0] in kinds]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow), "bfloat16"]
+)
 def test_the_cache_is_donated(dtype):
     """The compiled programs alias every byte of the cache: nothing of it is copied out."""
     ex = make(dtype=dtype)

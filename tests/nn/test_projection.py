@@ -41,7 +41,7 @@ def test_equals_the_float64_oracle(any_implementation, inputs, outputs, dtype):
     """With x rounded to the weight's dtype beforehand, so that rounding explains no difference."""
     x, weight = draw(inputs, outputs, dtype)
     x = x.astype(dtype).astype(jnp.float32)
-    for rows in (1, 2, 3, 7, 30):
+    for rows in (1, 2, 30):
         got = any_implementation(x[:rows], weight)
         assert got.dtype == jnp.float32
         atol = 6e-6 * inputs**0.5  # 4.5e-6 was seen on a GPU
