@@ -34,6 +34,16 @@ BASES = ("/v1", f"/client/v4/accounts/{ACCOUNT}/ai/v1")
 FREE = [{"role": "user", "content": "Tell me of the sea"}]
 """What the demo model does not know: its answer depends on the seed."""
 
+
+def second_turn(answer):
+    """Return the dialog of FREE, its answer, and another question."""
+    return [
+        *FREE,
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "And then?"},
+    ]
+
+
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
 
 
@@ -88,6 +98,9 @@ def test_cloudflare_run(native, llm, asking):
     assert len(events) > 1
     assert "".join(event["response"] for event in events) == expected.response
     assert events[-1]["usage"] == native_usage(expected)
+    second = second_turn(expected.response)
+    again = native.ai.run(MODEL, account_id=ACCOUNT, messages=second, seed=7, max_tokens=9)
+    assert again["response"] == llm.generate(messages=second, seed=7, max_tokens=9).response
 
 
 def test_cloudflare_errors(native, server):
@@ -353,6 +366,12 @@ def test_litellm(server, llm, monkeypatch, provider):
     texts = [chunk.choices[0].delta.content or "" for chunk in stream]
     assert "".join(texts) == expected.response
     assert len(texts) > 1
+    second = second_turn(expected.response)
+    again = litellm.completion(
+        **{**asking, "messages": [FREE[0], whole.choices[0].message, second[2]]}
+    )
+    answer = llm.generate(messages=second, temperature=2, max_tokens=40, seed=7).response
+    assert again.choices[0].message.content == answer
     with pytest.raises(litellm.AuthenticationError, match="Incorrect API key"):
         litellm.completion(**{**asking, "api_key": "wrong"})
     with pytest.raises(litellm.NotFoundError, match="does not exist"):
@@ -386,6 +405,10 @@ def test_langchain(server, llm):
     total = functools.reduce(operator.add, parts)
     assert total.usage_metadata["total_tokens"] == whole.usage_metadata["total_tokens"]
     assert total.response_metadata["finish_reason"] == "length"
+    second = second_turn(expected.response)
+    answer = llm.generate(messages=second, temperature=2, max_tokens=12, seed=7).response
+    for said in (whole, total):
+        assert model.invoke([FREE[0], said, second[2]]).content == answer
 
 
 def test_llama_index(server, llama_index):
