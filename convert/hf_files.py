@@ -17,6 +17,7 @@ KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 
 PATTERNS = tuple(f"{stem}*{suffix}" for stem, suffix in KINDS)
 
+_LONGEST_NAME = 255  # bytes, on all common file systems
 _MOST_SHARDS = 10_000  # of the whole set, which is listed to name what is missing
 
 
@@ -32,6 +33,12 @@ class Stored(NamedTuple):
 def is_weights(name: str) -> bool:
     """Tell whether a file's name is one of weights."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS)
+
+
+def is_file_name(name: str) -> bool:
+    """Tell whether a text from a file is the name of one beside it, not a path and not too long."""
+    beside = pathlib.PurePath(name).name == name and name not in ("", "..")
+    return beside and len(name.encode(errors="replace")) <= _LONGEST_NAME
 
 
 def read_all_headers(folder: pathlib.Path) -> dict[str, Stored]:
@@ -90,7 +97,7 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     unexpected = [
         f"{file!r:.80}"
         for file in files.values()
-        if not isinstance(file, str) or pathlib.PurePath(file).name != file or file in ("", "..")
+        if not isinstance(file, str) or not is_file_name(file)
     ]
     if unexpected:
         raise InputError(

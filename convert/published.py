@@ -7,6 +7,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from convert.corruption import abbreviate, corrupted
+from convert.hf_files import is_file_name
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.regular_file import open_regular, read_regular
@@ -39,7 +40,7 @@ def check_list(path: pathlib.Path, *, progress: bool = False) -> int:
         name = name.strip().lstrip("*")
         if not line.strip() or name == path.name:
             continue
-        if len(md5) != 32 or pathlib.PurePath(name).name != name or name in ("", ".."):
+        if len(md5) != 32 or not is_file_name(name):
             raise InputError(
                 f"{path}: got the line {line[:60]!r}, expected an MD5 sum and a file's name; "
                 "download it again"

@@ -129,13 +129,15 @@ def test_a_header_of_any_size_is_not_read(hf, refused):
     assert f"model.safetensors {expected}; download it again" in refused(hf)
 
 
-@pytest.mark.parametrize("name", ["..", ".", "../model.safetensors", "/etc/hostname", 5, ""])
+@pytest.mark.parametrize(
+    "name", ["..", ".", "../model.safetensors", "/etc/hostname", 5, "", "é" * 128]
+)
 def test_an_index_names_files_beside_it_only(tmp_path, weights, refused, name):
     folder = write_hf(tmp_path / "hf", weights, shards=2)
     index = folder / "model.safetensors.index.json"
     places = json.loads(index.read_text())["weight_map"]
     edit(index, weight_map=places | {"model.norm.weight": name})
-    assert f"weight_map names {name!r}, expected files beside it" in refused(folder)
+    assert f"weight_map names {name!r:.80}, expected files beside it" in refused(folder)
 
 
 def test_a_shard_s_name_says_how_many_are_listed_at_most(hf, refused):
@@ -224,3 +226,9 @@ def test_patterns_that_take_for_ever_are_refused(hf, tmp_path, refused, pattern)
     (lora / "adapter_config.json").write_text(json.dumps(values))
     expected = "expected regular expressions with few repetitions, and values"
     assert expected in refused(hf, "hf", f"--adapter={lora}")
+
+
+@pytest.mark.parametrize("name", ["..", "../secret", "x" * 256])
+def test_a_list_of_checksums_names_files_beside_it_only(hf, refused, name):
+    (hf / "checklist.chk").write_text(f"{32 * '0'}  {name}\n")
+    assert "checklist.chk: got the line '000000" in refused(hf)
