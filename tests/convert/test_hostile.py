@@ -62,6 +62,7 @@ def test_a_config_out_of_range(hf, refused, change, expected):
     assert expected in refused(hf)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -111,6 +112,7 @@ def test_a_file_that_is_none_is_one_line(hf, tokenizer, refused, name, kind):
     assert name in line or (name, kind) == ("config.json", "absent")
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("kind", ["pipe", "folder", "/dev/zero"])
 @pytest.mark.parametrize(
     "name", ["pytorch_model.bin", BIN_INDEX, "pytorch_model-00001-of-00002.bin"]
@@ -145,6 +147,7 @@ def test_a_shard_s_name_says_how_many_are_listed_at_most(hf, refused):
     assert "a shard's name says that there are 99999999999, expected at most 10,000" in refused(hf)
 
 
+@pytest.mark.parity
 def test_parts_that_could_grow_are_not_read(tmp_path, weights, refused):
     """A compressed part of a PyTorch file becomes a thousand times its size."""
     folder = write_bin(tmp_path / "bin", weights)
@@ -155,6 +158,7 @@ def test_parts_that_could_grow_are_not_read(tmp_path, weights, refused):
     assert f"pytorch_model.bin has compressed parts, or {expected}" in refused(folder)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("kind", ["meta", "expanded"])
 def test_a_shape_without_data_is_no_tensor(tmp_path, weights, refused, kind):
     import torch
