@@ -59,7 +59,9 @@ def test_requests_beyond_the_drain_time_end_by_an_error():
 
 
 def test_sighup_lets_a_stream_end():
-    with served() as server, server.ask("POST", COMPLETIONS, endless(1)) as running:
+    # These tests may run under `nohup`, whose children ignore the signal.
+    heard = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    with served(before=heard) as server, server.ask("POST", COMPLETIONS, endless(1)) as running:
         first = read_first(running)
         server.process.send_signal(signal.SIGHUP)
         assert events_of((first + running.read()).decode())[-1] == "[DONE]"
