@@ -25,7 +25,7 @@ def use_compile_cache() -> str | None:
     folder; `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing. What is in the folder is run as
     code: it is its owner's alone.
 
-    Entries that are damaged, as a full disk leaves them, are removed: JAX would warn of each in
+    Entries that are corrupt, as a full disk leaves them, are removed: JAX would warn of each in
     every run, and never write it again.
 
     Returns:
@@ -38,7 +38,7 @@ def use_compile_cache() -> str | None:
         folder = user_cache() / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
-        warning = _remove_damaged(folder)
+        warning = _remove_corrupt(folder)
     except (OSError, RuntimeError) as error:  # no home, another's folder, a full or read-only disk
         reason = getattr(error, "strerror", None) or error
         return f"no cache of compiled programs ({reason}): each run compiles anew"
@@ -51,20 +51,20 @@ def use_compile_cache() -> str | None:
     return warning
 
 
-def _remove_damaged(folder: pathlib.Path) -> str | None:
+def _remove_corrupt(folder: pathlib.Path) -> str | None:
     """Remove the entries that cannot be read, of those written since the last check; say so."""
     stamp, began = folder / _CHECKED, time.time()
     last = stamp.stat().st_mtime if stamp.exists() else 0.0
     written = [entry for entry in folder.glob(_ENTRIES) if entry.stat().st_mtime >= last]
-    damaged = [entry for entry in written if not _is_whole(entry)]
-    for entry in damaged:
+    corrupt = [entry for entry in written if not _is_whole(entry)]
+    for entry in corrupt:
         entry.unlink(missing_ok=True)
     stamp.touch()
     os.utime(stamp, (began, began))
-    if not damaged:
+    if not corrupt:
         return None
     return (
-        f"removed {len(damaged):,} damaged entries of {folder}: these programs are compiled again"
+        f"removed {len(corrupt):,} corrupt entries of {folder}: these programs are compiled again"
     )
 
 

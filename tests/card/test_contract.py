@@ -286,7 +286,7 @@ def test_any_json_is_a_request_or_an_input_error(body):
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(BODIES.map(json.dumps), st.data())
-def test_damaged_json_is_parsed_as_python_does_or_refused(text, data):
+def test_corrupt_json_is_parsed_as_python_does_or_refused(text, data):
     start = data.draw(st.integers(0, len(text)))
     end = data.draw(st.integers(start, min(len(text), start + 3)))
     patch = data.draw(st.text('{}[]",:\\-+.0123456789eEINa \n\x00\xff', max_size=3))

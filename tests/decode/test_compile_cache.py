@@ -79,7 +79,7 @@ def test_jax_own_settings_win(tmp_path):
     assert not (tmp_path / "home").exists()
 
 
-def test_damaged_entries_are_removed_with_one_line_and_written_again(home, first):
+def test_corrupt_entries_are_removed_with_one_line_and_written_again(home, first):
     _, misses, tokens, _ = first
     folder = home / "llama_jax" / "compiled"
     environment = {"XDG_CACHE_HOME": str(home)}
@@ -88,7 +88,7 @@ def test_damaged_entries_are_removed_with_one_line_and_written_again(home, first
     empty.write_bytes(b"")
     torn.write_bytes(torn.read_bytes()[:-9])
     other.write_bytes(b"not a program")
-    said = f"removed 3 damaged entries of {folder}: these programs are compiled again"
+    said = f"removed 3 corrupt entries of {folder}: these programs are compiled again"
     assert generate(**environment) == (misses - 3, 3, tokens, said)
     assert entries(folder) == stored
     assert all(path.stat().st_size > 100 for path in (empty, torn, other))
