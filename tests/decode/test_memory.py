@@ -73,6 +73,6 @@ def test_a_machines_room_is_the_containers_too(monkeypatch, files, room):
 
 def test_caches_are_allocated_before_the_first_request(monkeypatch):
     llm = Llama.load(slots=2, context=64)
-    list(llm.engine.warm_up())
+    next(llm.engine.warm_up())  # before the first program
     monkeypatch.setattr(llm.executor, "init_state", pytest.fail)
     assert llm.generate(prompt="Hello", max_tokens=2).tokens

@@ -155,6 +155,7 @@ def test_connection_outlives_an_error(server):
         assert Answer(client).json["result"]["response"] == ANSWER
 
 
+@pytest.mark.slow
 def test_drain_does_not_wait_for_a_stalled_body():
     with served(drain_s=3600) as server, connected(server, head(9) + b"{") as client:
         wait_until(lambda: server.metrics()["num_connections"] == 2)
@@ -190,6 +191,7 @@ def test_half_closed_client_gets_all_pipelined_answers(server):
 PROBED = "from llama_jax.server import connection; connection.FIRST_PROBE_S = 0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_half_closed_client_that_is_gone_frees_its_slots(stream):
     """It closed both directions, which looks like a half-close until something is sent."""
@@ -203,6 +205,7 @@ def test_half_closed_client_that_is_gone_frees_its_slots(stream):
         assert server.metrics()["generation_tokens_total"] < 128 * 500
 
 
+@pytest.mark.slow
 def test_sign_of_life_does_not_disturb_an_answer():
     data = request(endless(48) | {"stream": False}, COMPLETIONS)
     with served(max_queue=None, before=PROBED) as server, connected(server, data) as client:
@@ -401,6 +404,7 @@ def cpu_s(server):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
 def test_no_descriptor_left_is_no_storm():
     """The limit is set too high here, as if files had taken what was meant for connections."""
