@@ -15,7 +15,7 @@ from benchmarks.cases import PEERS, Case, Engine, make_plan, parse_peer
 from benchmarks.limits import median
 from benchmarks.measure import Run, measure_limits
 from benchmarks.report import make_report
-from llama_jax.decode.memory import host_memory
+from llama_jax.decode.host import free_memory
 from llama_jax.errors import InputError
 
 FLAGS = command.make_flags(
@@ -71,7 +71,7 @@ def run() -> int:
     command.note("measuring the machine's limits")
     limits = [measure_limits(), measure_limits()]
     on_gpu = limits[0].backend != "cpu"
-    memory = limits[0].memory if on_gpu else host_memory()
+    memory = limits[0].memory if on_gpu else free_memory()
     plan, skipped = make_plan(config, engines, cases, memory)
     log = pathlib.Path(f"{path}.log")
     measured = Run(plan, config, checkpoint, FLAGS.rounds, FLAGS.warm_start, on_gpu, log)

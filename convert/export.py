@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from convert.names import names
 from llama_jax.config import ModelConfig
-from llama_jax.text.tokenizer import BOS_ID
+from llama_jax.text.tokenizer import BOS_ID, transformers_config
 from llama_jax.weights.atomic_directory import atomic_directory
 from llama_jax.weights.checkpoint import open_checkpoint, read_tensors
 from llama_jax.weights.shards import Tensor, group
@@ -41,7 +41,7 @@ def export_hf(path: pathlib.Path, out: pathlib.Path, *, progress: bool = False) 
         size = write_hf(folder, read_tensors(path, progress=progress), config, values["dtype"])
         if "tokenizer.model" in values["files"]:
             shutil.copyfile(path / "tokenizer.model", folder / "tokenizer.model")
-            _write_json(folder / "tokenizer_config.json", _tokenizer_config(config))
+            _write_json(folder / "tokenizer_config.json", transformers_config(config.max_seq_len))
     return size
 
 
@@ -135,18 +135,6 @@ def _scaling(config: ModelConfig) -> dict[str, Any]:
     rope = {"rope_type": "linear", "factor": config.rope_factor}
     before = max(1, int(config.max_seq_len / config.rope_factor))
     return {"rope_scaling": rope | {"original_max_position_embeddings": before}}
-
-
-def _tokenizer_config(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "model_max_length": config.max_seq_len,
-    }
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

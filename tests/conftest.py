@@ -4,6 +4,7 @@ import importlib.util
 import io
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from xml.etree import ElementTree
@@ -101,6 +102,15 @@ def llama_index() -> pathlib.Path:
     if not python.exists():
         _skip_or_fail("needs llama-index in tests/llama_index/.venv")
     return python
+
+
+@pytest.fixture(scope="session")
+def node_clients() -> pathlib.Path:
+    """The program of Node's clients; see CONTRIBUTING.md."""
+    folder = pathlib.Path(__file__).with_name("node")
+    if shutil.which("node") is None or not (folder / "node_modules").is_dir():
+        _skip_or_fail("needs node, and npm install --prefix tests/node")
+    return folder / "clients.mjs"
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from llama_jax import InputError, Llama
 from llama_jax.batch import Batch
 from llama_jax.card.schemas import MODEL
 from llama_jax.demo import DEMO_CHECKPOINT
+from tests.helpers.batches import answers, run
 from tests.helpers.serving import CHAT, COMPLETIONS, serving
 
 REQUESTS = [
@@ -33,16 +34,6 @@ def files(tmp_path):
     lines = [json.dumps(request) for request in REQUESTS]
     (tmp_path / "in.jsonl").write_text("\n".join([*lines[:2], "", "{", *lines[2:]]))
     return tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-
-
-def run(files, llm):
-    with Batch(*files) as batch:
-        steps = sum(1 for _ in batch.run(llm))
-    return batch, steps, [json.loads(line) for line in files[1].read_text().splitlines()]
-
-
-def answers(rows):
-    return [row["result"]["tokens"] if "result" in row else row["error"] for row in rows]
 
 
 def test_results_are_in_order_and_equal_those_of_single_requests(files, llm):

@@ -14,6 +14,7 @@ from llama_jax import InputError, Llama
 from llama_jax.batch import Batch, requests
 from llama_jax.demo import DEMO_CHECKPOINT
 from tests.helpers import ROOT
+from tests.helpers.batches import answers, run
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +28,6 @@ def files(tmp_path):
     lines = [json.dumps({"prompt": "Hi", "seed": i, "max_tokens": 3}) for i in range(1, 8)]
     (tmp_path / "in.jsonl").write_text("\n".join([*lines[:2], "", "{", *lines[2:]]))
     return tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-
-
-def run(files, llm):
-    with Batch(*files) as batch:
-        steps = sum(1 for _ in batch.run(llm))
-    return batch, steps, [json.loads(line) for line in files[1].read_text().splitlines()]
-
-
-def answers(rows):
-    return [row["result"]["tokens"] if "result" in row else row["error"] for row in rows]
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ class Requests:
         self._file: BinaryIO = _open(path, status)
         try:
             self.total = sum(1 for _ in self)
-        except BaseException:
+        except BaseException:  # an interrupt too: nobody else can close it
             self.close()
             raise
 
@@ -82,7 +82,7 @@ def _open(path: pathlib.Path, status: os.stat_result) -> BinaryIO:
     try:
         with path.open("rb") as pipe:
             _copy(path, pipe, copy)
-    except BaseException:
+    except BaseException:  # an interrupt too
         with contextlib.suppress(OSError):  # on a full disk the rest cannot be written either
             copy.close()
         raise

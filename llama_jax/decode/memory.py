@@ -1,24 +1,16 @@
 """Memory: what a model takes on its device, and what the device has left."""
 
-import contextlib
 import dataclasses
-import pathlib
-import re
 
 import jax.numpy as jnp
 
 from llama_jax.config import ModelConfig
+from llama_jax.decode.host import free_memory
 from llama_jax.decode.plan import Plan, choose_plan
 from llama_jax.decode.sizes import Sizes
 from llama_jax.errors import InputError
 from llama_jax.jax_settings import Device, default_device
 from llama_jax.nn.transformer import param_count
-
-_CONTROL_GROUPS = (
-    ("memory.max", "memory.stat", r"^anon (\d+)$"),
-    ("memory/memory.limit_in_bytes", "memory/memory.stat", r"^total_rss (\d+)$"),
-)
-"""Of a container, by version 2 and 1: its limit, and what its processes hold but could not drop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,25 +50,10 @@ def available_memory(device: Device) -> int | None:
     Of a GPU or TPU it is what JAX may take (XLA_PYTHON_CLIENT_MEM_FRACTION of a GPU's memory).
     """
     if device.platform == "cpu":
-        return host_memory()
+        return free_memory()
     stats = device.memory_stats() or {}
     limit = stats.get("bytes_limit")
     return None if limit is None else max(0, limit - stats.get("bytes_in_use", 0))
-
-
-def host_memory() -> int | None:
-    """Return the bytes that this machine's processes may still take, within a container's limit.
-
-    None: the system does not tell.
-    """
-    free = _find(pathlib.Path("/proc/meminfo"), r"^MemAvailable:\s*(\d+) kB$")
-    rooms = [] if free is None else [free * 1024]
-    groups = pathlib.Path("/sys/fs/cgroup")
-    for limit_file, held_file, pattern in _CONTROL_GROUPS:
-        limit, held = _find(groups / limit_file, r"^(\d+)$"), _find(groups / held_file, pattern)
-        if limit is not None:
-            rooms.append(max(0, limit - (held or 0)))
-    return min(rooms, default=None)
 
 
 def check_fits(config: ModelConfig, dtype: str, slots: int, context: int) -> None:
@@ -108,11 +85,3 @@ def check_fits(config: ModelConfig, dtype: str, slots: int, context: int) -> Non
 
 def _size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
-
-
-def _find(path: pathlib.Path, pattern: str) -> int | None:
-    """Return the number that a pattern finds in a file of the system; None: there is none."""
-    with contextlib.suppress(OSError):
-        if found := re.search(pattern, path.read_text("ascii"), re.MULTILINE):
-            return int(found[1])
-    return None

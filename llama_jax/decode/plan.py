@@ -3,12 +3,10 @@
 Each choice was measured; docs/performance.md has the figures and the commands.
 """
 
-import contextlib
-import os
-import pathlib
 from typing import NamedTuple
 
 from llama_jax.config import ModelConfig
+from llama_jax.decode.host import total_memory
 from llama_jax.jax_settings import default_device
 from llama_jax.nn.cpu_kernels import has_kernels
 from llama_jax.nn.transformer import KernelChoice, param_count
@@ -74,12 +72,5 @@ def choose_plan(config: ModelConfig, dtype: str) -> Plan:
 
 
 def _fits(size: int) -> bool:
-    """Return whether so many bytes leave a third of the memory, the machine's or container's."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):  # not POSIX: no saying
-        return False
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups, version 2 and 1
-        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
-            memory = min(memory, int(pathlib.Path("/sys/fs/cgroup", name).read_text("ascii")))
-    return size < 2 * memory // 3
+    """Return whether so many bytes leave a third of the memory; no, if the system does not tell."""
+    return size < 2 * (total_memory() or 0) // 3

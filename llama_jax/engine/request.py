@@ -7,7 +7,7 @@ from typing import Any
 from llama_jax.engine.parameters import Parameters, make_parameters, parameter_problems
 from llama_jax.errors import InputError, one_line
 from llama_jax.text.chat import Message, check_dialog, encode_dialog
-from llama_jax.text.tokenizer import BOS_ID, Tokenizer
+from llama_jax.text.tokenizer import BOS_ID, BOS_PIECE, Tokenizer
 
 _PROMPTS = ("prompt", "messages", "prompt_tokens", "system", "raw")
 _OPTIONS = ("allow_control_tags", "parse_control")
@@ -51,7 +51,7 @@ class GenerationRequest:
         if self.prompt_tokens is not None:
             return self.add_bos and self.prompt_tokens[0] != BOS_ID
         if self.raw_prompt is not None:
-            has_bos = self.parse_control and self.raw_prompt.startswith("<s>")
+            has_bos = self.parse_control and self.raw_prompt.startswith(BOS_PIECE)
             return self.add_bos and not has_bos
         return False
 

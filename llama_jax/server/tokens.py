@@ -20,7 +20,7 @@ from llama_jax.server.service import Service
 from llama_jax.server.types import Count
 from llama_jax.server.workers_ai import check_model, service_of
 from llama_jax.text.chat import CHAT_TEMPLATE, encode_dialog
-from llama_jax.text.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from llama_jax.text.tokenizer import BOS_ID, Tokenizer, transformers_config
 
 _EXPECTED = {"bool_type": "true or false", "string_type": "a string"}
 
@@ -89,17 +89,8 @@ async def detokenize(request: Request) -> Response:
 async def tokenizer_info(request: Request) -> Response:
     """GET .../tokenizer_info: special tokens and chat template."""
     service = service_of(request)
-    tokenizer = _tokenizer_of(service)
-    info: TokenizerInfo = {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": tokenizer.piece(BOS_ID),
-        "eos_token": tokenizer.piece(EOS_ID),
-        "unk_token": tokenizer.piece(0),
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "model_max_length": service.llm.context,
-        "chat_template": CHAT_TEMPLATE,
-    }
+    _tokenizer_of(service)
+    info = transformers_config(service.llm.context) | {"chat_template": CHAT_TEMPLATE}
     return CompactJSONResponse(info)
 
 

@@ -5,6 +5,7 @@ import functools
 import itertools
 import pathlib
 import re
+from typing import Any
 
 import sentencepiece
 
@@ -13,6 +14,8 @@ from llama_jax.regular_file import read_regular
 
 BOS_ID = 1
 EOS_ID = 2
+BOS_PIECE = "<s>"
+EOS_PIECE = "</s>"
 
 
 class Tokenizer:
@@ -125,6 +128,23 @@ class Tokenizer:
     def is_control(self, token: int) -> bool:
         """Return whether an id decodes to nothing: BOS, EOS, and ids beyond the pieces."""
         return token >= self.vocab_size or self._sp.IsControl(token)
+
+
+def transformers_config(context: int) -> dict[str, Any]:
+    """Return a tokenizer's properties by the names of transformers' tokenizer_config.json.
+
+    Args:
+        context: tokens that the model holds.
+    """
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": BOS_PIECE,
+        "eos_token": EOS_PIECE,
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "model_max_length": context,
+    }
 
 
 def unnamed_piece(token: int) -> str:

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from llama_jax import InputError, Llama
-from llama_jax.decode import memory
+from llama_jax.decode import host, memory
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.plan import Plan
 from llama_jax.decode.programs import InitState
@@ -30,7 +30,7 @@ def test_a_model_takes_the_bytes_of_its_arrays(plan, slots, context):
 
 
 def test_a_model_without_room_is_refused_before_its_weights_are_read(monkeypatch):
-    monkeypatch.setattr(memory, "host_memory", lambda: 10_000_000)
+    monkeypatch.setattr(memory, "free_memory", lambda: 10_000_000)
     monkeypatch.setattr("llama_jax.llama.load_checkpoint", pytest.fail)
     expected = (
         r"the model needs 138\.42 MB: 4\.20 MB of weights and 134\.22 MB of caches "
@@ -50,17 +50,20 @@ def test_a_gpus_room_is_what_jax_may_still_take(stats, room):
 
 
 @pytest.mark.parametrize(
-    ("files", "room"),
+    ("files", "free", "total"),
     [
-        ({"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   7 kB\n"}, 7 * 1024),
-        ({"/proc/meminfo": "MemAvailable: 7 kB\n", "memory.max": "max\n"}, 7 * 1024),
-        ({"memory.max": "5000\n", "memory.stat": "anon 2000\nfile 900\n"}, 3000),
-        ({"memory.max": "5000\n", "/proc/meminfo": "MemAvailable: 2 kB\n"}, 2048),
-        ({"memory/memory.limit_in_bytes": "500\n", "memory/memory.stat": "total_rss 600\n"}, 0),
-        ({}, None),
+        ({"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   7 kB\n"}, 7 * 1024, 8000),
+        ({"/proc/meminfo": "MemAvailable: 7 kB\n", "memory.max": "max\n"}, 7 * 1024, 8000),
+        ({"memory.max": "5000\n", "memory.stat": "anon 2000\nfile 900\n"}, 3000, 5000),
+        ({"memory.max": "5000\n", "/proc/meminfo": "MemAvailable: 2 kB\n"}, 2048, 5000),
+        (
+            {"memory/memory.limit_in_bytes": "500\n", "memory/memory.stat": "total_rss 600\n"},
+            *(0, 500),
+        ),
+        ({}, None, 8000),
     ],
 )
-def test_a_machines_room_is_the_containers_too(monkeypatch, files, room):
+def test_a_machines_memory_is_the_containers_too(monkeypatch, files, free, total):
     def read_text(self, *_):
         content = files.get(str(self).removeprefix("/sys/fs/cgroup/"))
         if content is None:
@@ -68,7 +71,9 @@ def test_a_machines_room_is_the_containers_too(monkeypatch, files, room):
         return content
 
     monkeypatch.setattr(pathlib.Path, "read_text", read_text)
-    assert memory.host_memory() == room
+    monkeypatch.setattr(host.os, "sysconf", {"SC_PAGE_SIZE": 4, "SC_PHYS_PAGES": 2000}.get)
+    assert host.free_memory() == free
+    assert host.total_memory() == total
 
 
 def test_caches_are_allocated_before_the_first_request(monkeypatch):

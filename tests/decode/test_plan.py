@@ -52,7 +52,7 @@ def this_cpu(monkeypatch):
     def set_up(*, kernels, memory=2**40):
         monkeypatch.setattr(plan, "default_device", lambda: types.SimpleNamespace(platform="cpu"))
         monkeypatch.setattr(plan, "has_kernels", lambda: kernels)
-        monkeypatch.setattr(plan.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}.get)
+        monkeypatch.setattr(plan, "total_memory", lambda: memory)
 
     return set_up
 

@@ -2,31 +2,22 @@
 
 import json
 import os
-import shutil
 import subprocess
 
 import pytest
 
-from tests.helpers import ROOT
 from tests.helpers.server_process import TOKEN, served
 from tests.helpers.serving import MODEL
 
-FOLDER = ROOT / "tests" / "node"
 ANSWERS = ["The capital of France is Paris.", "The capital of Japan is Tokyo."]
 
-pytestmark = [
-    pytest.mark.clients,
-    pytest.mark.skipif(
-        shutil.which("node") is None or not (FOLDER / "node_modules").is_dir(),
-        reason="needs node, and npm install --prefix tests/node",
-    ),
-]
+pytestmark = pytest.mark.clients
 
 
-def test_clients_of_node_hold_a_dialog_whole_and_streamed():
+def test_clients_of_node_hold_a_dialog_whole_and_streamed(node_clients):
     with served() as server:
         done = subprocess.run(
-            ["node", FOLDER / "clients.mjs", f"{server.url}/v1", TOKEN, MODEL],
+            ["node", node_clients, f"{server.url}/v1", TOKEN, MODEL],
             capture_output=True,
             text=True,
             timeout=120,

@@ -24,11 +24,11 @@ from llama_jax.server.openai.parameters import (
     check_parameters,
     refuse_unsupported,
 )
+from llama_jax.text.tokenizer import BOS_PIECE
 
 MAX_CHOICES = 8
 MAX_COMPLETION_LOGPROBS = 5
 
-_BOS = "<s>"
 _MAX_CARD_SEED = 9_999_999_999
 _TEXT = {"type": "string", "minLength": 1}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
@@ -156,15 +156,16 @@ def parse_completion(body: bytes, models: Sequence[str], max_choices: int) -> Pa
     for i, prompt in enumerate(request.prompt):
         if scored and not request.parse_control and _begins_with_bos(prompt):
             raise InputError(
-                f"prompt[{i}] begins with {_BOS}, which would be scored as plain text, expected "
-                "text without it (BOS is put before each prompt); remove it, or set parse_control"
+                f"prompt[{i}] begins with {BOS_PIECE}, which would be scored as plain text, "
+                "expected text without it (BOS is put before each prompt); remove it, or set "
+                "parse_control"
             )
         requests += _choices(_continuation(request, prompt, parameters), n)
     return _parsed(request, requests, ignored, echo=bool(request.echo))
 
 
 def _begins_with_bos(prompt: str | list[int]) -> bool:
-    return isinstance(prompt, str) and prompt.startswith(_BOS)
+    return isinstance(prompt, str) and prompt.startswith(BOS_PIECE)
 
 
 def _continuation(
