@@ -16,8 +16,8 @@ CONFIGS = ROOT / "configs"
     ("name", "parameters"),
     [
         ("llama-2-7b-chat-fp16", 6_738_415_616),
-        ("llama-2-7b", 6_738_415_616),
-        ("llama-2-13b", 13_015_864_320),
+        pytest.param("llama-2-7b", 6_738_415_616, marks=pytest.mark.slow),
+        pytest.param("llama-2-13b", 13_015_864_320, marks=pytest.mark.slow),
         ("llama-2-13b-chat", 13_015_864_320),
         pytest.param("llama-2-70b", 68_976_648_192, marks=pytest.mark.slow),
         pytest.param("llama-2-70b-chat", 68_976_648_192, marks=pytest.mark.slow),

@@ -55,7 +55,9 @@ def cli(capsys):
     return call
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(s, marks=[pytest.mark.slow] * (s == "13b")) for s in SHAPES]
+)
 def test_parameters_are_the_models(shape):
     config = load_shape(shape)
     params = param_shapes(config)

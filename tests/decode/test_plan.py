@@ -85,25 +85,26 @@ def test_an_accelerator_runs_ahead(monkeypatch):
 
 
 def make(dtype, plan, request, batch=1):
+    """An executor of one layer: what a plan decides is equal in all."""
     if plan.kernels.projection == "native":
         request.getfixturevalue("native_kernels")
-    rng = np.random.default_rng(0)
+    config, rng = dataclasses.replace(CONFIG, num_layers=1), np.random.default_rng(0)
     params = jax.tree.map(
         lambda a: jnp.asarray(rng.normal(0, a.shape[-1] ** -0.5, a.shape), dtype),
-        param_shapes(CONFIG),
+        param_shapes(config),
     )
-    return Executor(CONFIG, params, dtype, batch=batch, context=640, plan=plan)
+    return Executor(config, params, dtype, batch=batch, context=640, plan=plan)
 
 
 @pytest.mark.parametrize(
     ("dtype", "plan"),
-    [*CPU_PLANS, ("float32", Plan("float32", "float32", KernelChoice("plain", "whole")))],
+    [*CPU_PLANS[1:], ("float32", Plan("float32", "float32", KernelChoice("plain", "whole")))],
 )
 def test_every_plan_computes_the_same_logits(dtype, plan, request):
     tokens = np.random.default_rng(1).integers(0, 1000, 300).tolist()
     got = make(dtype, plan, request).logits(tokens)
     # The same weights, the products and the cache in float32.
-    reference = Plan("float32", "float32", KernelChoice("plain", "blocks"))
+    _, reference = CPU_PLANS[0]
     expected = make(dtype, reference, request).logits(tokens)
     error = np.sqrt(np.mean((got - expected) ** 2)) / expected.std()
     assert error < {"float32": 1e-6, "float16": 5e-4, "bfloat16": 1e-2}[dtype]
@@ -169,10 +170,10 @@ def test_the_token_loop_copies_and_converts_no_weight_and_no_cache(dtype, plan, 
     # Nor before the loop: what it needs beside its arguments is small.
     temporary = ex.programs[name].memory_analysis().temp_size_in_bytes
     weights = sum(a.nbytes for a in jax.tree.leaves(ex.params))
-    assert temporary < 0.1 * weights * batch
+    assert temporary < 0.15 * weights * batch
 
 
-@pytest.mark.parametrize("form", ["plain", "native"])
+@pytest.mark.parametrize("form", ["plain", pytest.param("native", marks=pytest.mark.slow)])
 def test_the_demo_answers_by_every_plan(form, request):
     if form == "native":
         request.getfixturevalue("native_kernels")
@@ -186,13 +187,15 @@ def test_the_demo_answers_by_every_plan(form, request):
     assert llm.executor.compiled.names  # it was this plan that answered
 
 
-@pytest.mark.parametrize("width", [256, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("width", "layers"), [(256, 1), pytest.param(1024, 2, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_with_kernels_a_logit_has_the_same_bits_however_it_is_computed(
-    native_kernels, dtype, width
+    native_kernels, dtype, width, layers
 ):
     """Alone or in a batch of any size, in a prompt, in chunks of any size, or token by token."""
-    config = dataclasses.replace(CONFIG, dim=width, num_heads=8, num_kv_heads=4)
+    config = dataclasses.replace(CONFIG, dim=width, num_layers=layers, num_heads=8, num_kv_heads=4)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda a: jnp.asarray(rng.normal(0, a.shape[-1] ** -0.5, a.shape), dtype),

@@ -48,7 +48,11 @@ def oracle(q, k, v, positions, rows):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "kv_heads", "width"),
-    [(1, 1, 4, 4, 64), (1, 20, 8, 2, 128), (3, 1, 6, 2, 16), (2, 7, 4, 1, 8), (1, 5, 3, 3, 100)],
+    [
+        *[(1, 20, 8, 2, 128), (2, 7, 4, 1, 8), (1, 5, 3, 3, 100)],
+        pytest.param(1, 1, 4, 4, 64, marks=pytest.mark.slow),
+        pytest.param(3, 1, 6, 2, 16, marks=pytest.mark.slow),
+    ],
 )
 def test_equals_the_float64_oracle(implementation, dtype, batch, length, heads, kv_heads, width):
     q = draw((batch, length, heads, width))

@@ -7,7 +7,13 @@ import pytest
 
 from llama_jax.nn import cpu_kernels, projection
 
-SIZES = [(1, 1), (5, 3), (16, 4), (33, 7), (64, 64), (1024, 65), (1030, 130), (2100, 9), (7, 3000)]
+SIZES = [
+    *[(1, 1), (5, 3), (1024, 65), (1030, 130), (7, 3000)],
+    *[
+        pytest.param(*size, marks=pytest.mark.slow)
+        for size in [(16, 4), (33, 7), (64, 64), (2100, 9)]
+    ],
+]
 
 
 def implementations(*names):

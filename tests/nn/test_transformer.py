@@ -75,7 +75,9 @@ def test_half_precision_is_close(dtype):
     assert error.max() / oracle.std() < {jnp.float16: 0.008, jnp.bfloat16: 0.08}[dtype]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.bfloat16]
+)
 def test_cached_equals_uncached_at_every_split(dtype):
     params, model = random_params(SMALL, dtype), Transformer(SMALL, dtype)
     tokens = TOKENS[:16]
