@@ -249,7 +249,7 @@ def test_a_full_queue_is_429(client, llm, monkeypatch):
 
 def test_a_client_has_its_share_of_the_queue_by_its_address(llm):
     request = make_request(prompt="x", max_tokens=1)
-    with serving(llm, max_queue_per_client=3) as client:
+    with serving(llm, max_queue_per_client=3, timeout_s=9) as client:
         with paused(llm):
             others = [llm.engine.submit(request, client="10.0.0.1") for _ in range(50)]
             own = [llm.engine.submit(request, client="testclient") for _ in range(4 + 3)]
