@@ -74,6 +74,11 @@ class Generation:
         return self._ended.is_set()
 
     @property
+    def submitted(self) -> float:
+        """When it was submitted, on the clock of `time.perf_counter`."""
+        return self._times.submitted
+
+    @property
     def max_tokens(self) -> int:
         """Tokens to generate at most; the engine has set it."""
         limit = self.request.parameters.max_tokens
@@ -222,7 +227,7 @@ class _Times:
 
     def __init__(self, clock: Clock):
         self._clock = clock
-        self._submitted = time.perf_counter()
+        self.submitted = time.perf_counter()
         self._compiled = clock.compiled_s
         self._queue_s: float | None = None
         self._began = self._first = self._last = clock.worked_s
@@ -239,7 +244,7 @@ class _Times:
             self._first = self._last
 
     def _waited(self) -> float:
-        return time.perf_counter() - self._submitted
+        return time.perf_counter() - self.submitted
 
     def summary(self, prompt_length: int, reused: int) -> Timings:
         """Return the timings; load_s, which the engine does not know, is 0."""

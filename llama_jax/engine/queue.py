@@ -3,9 +3,13 @@
 import collections
 import itertools
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 
 from llama_jax.engine.generation import Generation
+
+ACTIVE_S = 60.0
+"""How long a client counts as active after a request."""
 
 
 class Queue:
@@ -19,6 +23,8 @@ class Queue:
     def __init__(self) -> None:
         self._by_client: dict[str, collections.deque[Generation]] = {}
         """The client whose turn it is comes first."""
+        self._last_request: dict[str, float] = {}
+        """When each active client last had one, in rising order."""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -41,22 +47,44 @@ class Queue:
         with self._lock:
             own = self._by_client.setdefault(generation.client, collections.deque())
             own.append(generation)
+            self._last_request.pop(generation.client, None)
+            self._last_request[generation.client] = time.monotonic()
 
-    @property
-    def first(self) -> Generation | None:
-        """The request whose turn it is; None: none waits."""
-        with self._lock:
-            return next((own[0] for own in self._by_client.values()), None)
+    def next(self, free: int, holders: Collection[str]) -> list[Generation]:
+        """Return the requests that free slots are for, in the order in which they get them.
 
-    def take(self) -> Generation:
-        """Take out `first`, which gets a slot: the next client's turn comes."""
+        Each client's first comes in turn, then each one's second. The last free slot is kept for a
+        client that has none, if another was active in the last ACTIVE_S: it need not wait for an
+        answer to end.
+
+        Args:
+            free: how many slots are free.
+            holders: the clients that have slots.
+        """
         with self._lock:
-            (client, own), *others = self._by_client.items()
-            later = dict(others)
-            if len(own) > 1:
-                later[client] = collections.deque(itertools.islice(own, 1, None))
+            rounds = itertools.zip_longest(*self._by_client.values())
+            waiting = (each for round_ in rounds for each in round_ if each is not None)
+            if self._num_active(holders) <= 1:
+                return list(itertools.islice(waiting, free))
+            chosen, holders = [], set(holders)
+            for each in waiting:
+                if len(chosen) + (each.client in holders) < free:
+                    chosen.append(each)
+                    holders.add(each.client)
+            return chosen
+
+    def take(self, generation: Generation) -> None:
+        """Take out one of the `next`, which gets a slot: its client's turn comes after the others'.
+
+        Of the `next`, each client's first stays among them, however many others are taken.
+        """
+        with self._lock:
+            later = dict(self._by_client)
+            own = collections.deque(later.pop(generation.client))
+            own.remove(generation)
+            if own:
+                later[generation.client] = own
             self._by_client = later  # in one step: an interrupt loses no request
-            return own[0]
 
     def remove(self, generation: Generation) -> None:
         """Take out a request that ends without a slot; its client keeps its turn."""
@@ -65,3 +93,10 @@ class Queue:
             own.remove(generation)
             if not own:
                 del self._by_client[generation.client]
+
+    def _num_active(self, holders: Collection[str]) -> int:
+        """Return how many clients have requests, or had one lately."""
+        since = time.monotonic() - ACTIVE_S
+        while self._last_request and next(iter(self._last_request.values())) < since:
+            del self._last_request[next(iter(self._last_request))]
+        return len({*self._last_request, *self._by_client, *holders})

@@ -1,14 +1,14 @@
 """Scheduler: what each turn does. Which prompts are read, which slots decode, who gets the tokens.
 
 A turn reads a bounded piece of the next prompts, so that a long one does not hold up the answers in
-flight, and then runs some decode steps of every answer.
+flight, and then runs some decode steps of every answer. `Prefills` says in which order prompts are
+read, so that a long one does not hold up short ones either.
 
 What a slot's cache holds stays there when its request has ended: a prompt that begins with the same
 tokens need not read them again (a prefix cache hit). It makes no difference to the tokens
 (tests/engine/test_engine.py).
 """
 
-import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from llama_jax.decode.steps import Logprobs
 from llama_jax.engine.clock import Clock
 from llama_jax.engine.generation import Generation, token_logprobs
 from llama_jax.engine.pipeline import Column, Pipeline
+from llama_jax.engine.prefills import Prefills
 from llama_jax.engine.queue import Queue
 from llama_jax.engine.result import FinishReason
 from llama_jax.engine.slots import Slot, assign_slot
@@ -45,16 +46,6 @@ class Counts:
     def count_end(self, reason: str) -> None:
         """Count a request that ended."""
         self.ended[reason] = self.ended.get(reason, 0) + 1
-
-
-@dataclasses.dataclass
-class _PrefillInProgress:
-    """A prompt on its way into a slot."""
-
-    slot: Slot
-    generation: Generation
-    chunks: collections.deque[tuple[int, int]]
-    """Those not read yet: (start, size)."""
 
 
 class Scheduler:
@@ -81,7 +72,7 @@ class Scheduler:
         self.pipeline = Pipeline(executor)
         self.slots = [Slot(index) for index in range(executor.batch)]
         self._executor, self._queue, self._clock, self._reuse = executor, queue, clock, reuse
-        self._prefill: _PrefillInProgress | None = None
+        self._prefills = Prefills()
         self._admitted = itertools.count(1)
 
     @property
@@ -99,14 +90,15 @@ class Scheduler:
     def fail_all(self, error: BaseException) -> None:
         """End all requests in slots by an error; the queue stays."""
         self.failures += 1
-        self._prefill = None
+        self._prefills.clear()
         self.pipeline.reset()
         for slot in self.slots:
             if slot.generation is not None and not slot.generation.done:
                 self._fail(slot.generation, error)
             slot.generation, slot.cached = None, []
-        if (first := self._queue.first) and first.done:  # interrupted just as it got its slot
-            self._queue.remove(first)
+        for generation in self._queue:
+            if generation.done:  # interrupted just as it got its slot
+                self._queue.remove(generation)
 
     def fail_queue(self, error: BaseException) -> None:
         """End all requests that wait by an error."""
@@ -128,22 +120,25 @@ class Scheduler:
 
     def _read_prompts(self) -> None:
         """Read as many tokens of the next prompts as the largest chunk has."""
-        budget = self._executor.plan.prefill_sizes[-1]
-        while True:
-            self._prefill = self._prefill or self._admit()
-            if self._prefill is None:
-                return
-            _, size = self._prefill.chunks[0]
+        sizes = self._executor.plan.prefill_sizes
+        budget = sizes[-1]
+        while budget >= sizes[0] and (generation := self._prefills.next(self._admissible)):
+            if generation not in self._prefills:
+                self._admit(generation)
+            slot, start, size = self._prefills.chunk(generation)
             if size > budget:
                 return
             budget -= size
-            self._read_chunk(self._prefill)
+            self._read_chunk(slot, generation, start, size)
 
-    def _admit(self) -> _PrefillInProgress | None:
-        """Give the next request in the queue a slot, if one is free."""
-        generation = self._queue.first
-        if self.running == len(self.slots) or generation is None:
-            return None
+    @property
+    def _admissible(self) -> list[Generation]:
+        """The requests in the queue that a slot is free for."""
+        holders = [slot.generation.client for slot in self.slots if slot.generation is not None]
+        return self._queue.next(len(self.slots) - len(holders), holders)
+
+    def _admit(self, generation: Generation) -> None:
+        """Take a request out of the queue and give it a free slot."""
         parameters, prompt = generation.request.parameters, generation.prompt
         # To be scored, every token of a prompt must be read.
         reuse = self._reuse and not parameters.prompt_logprobs
@@ -152,7 +147,7 @@ class Scheduler:
         # From here on it is the slot's: whatever fails below ends it, and does not lose it.
         slot.generation, slot.num_dispatched = generation, 0
         slot.last_used = next(self._admitted)
-        self._queue.take()
+        self._queue.take(generation)
         if source is not slot:
             self.pipeline.copy_slot(source, slot)
         slot.cached = source.cached[:start]
@@ -177,20 +172,17 @@ class Scheduler:
         generation.begin(start)
         self.counts.prompt_tokens += len(prompt)
         self.counts.cached_tokens += start
-        chunks = collections.deque(self._executor.sizes.chunks(len(prompt), start))
-        return _PrefillInProgress(slot, generation, chunks)
+        self._prefills.add(slot, generation, self._executor.sizes.chunks(len(prompt), start))
 
-    def _read_chunk(self, prefill: _PrefillInProgress) -> None:
+    def _read_chunk(self, slot: Slot, generation: Generation, start: int, size: int) -> None:
         """Read the next chunk of a prompt."""
-        slot, generation = prefill.slot, prefill.generation
-        start, size = prefill.chunks.popleft()
         self.pipeline.prefill_chunk(slot, generation, start, size)
         # Read with scores, tokens may have other bits than those of a prompt that is only read.
         scored = generation.request.parameters.prompt_logprobs
         reusable = self._executor.plan.batch_invariant or not scored
         slot.cached = generation.prompt[: start + size] if reusable else []
-        if not prefill.chunks:
-            slot.num_dispatched, self._prefill = 1, None
+        if self._prefills.take(generation):
+            slot.num_dispatched = 1
         self._receive_ready()
 
     # Tokens.
@@ -258,8 +250,7 @@ class Scheduler:
         """Make a slot available to the next request."""
         generation, slot.generation = slot.generation, None
         assert generation is not None
-        if self._prefill is not None and self._prefill.slot is slot:
-            self._prefill = None
+        self._prefills.remove(generation)
         if self._executor.plan.batch_invariant and slot.num_dispatched:
             # Else tokens read one by one have other bits than those of a prompt.
             slot.cached = [*generation.prompt, *generation.tokens[:-1]]

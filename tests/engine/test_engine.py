@@ -428,7 +428,7 @@ def test_a_turn_reads_as_many_short_prompts_as_a_long_chunk_has_room_for(ex):
 # The queue and the slots.
 
 
-def test_first_come_first_served(ex, monkeypatch):
+def test_of_equal_prompts_the_first_comes_first(ex, monkeypatch):
     began, begin = [], Generation.begin
 
     def noted(self, reused):
@@ -437,7 +437,8 @@ def test_first_come_first_served(ex, monkeypatch):
 
     monkeypatch.setattr(Generation, "begin", noted)
     engine = make(ex)
-    generations = [engine.submit(question(i, max_tokens=i % 5 + 1)) for i in range(20)]
+    prompts = [draw_ids(i, 20, ex) for i in range(20)]
+    generations = [engine.submit(sampled(p, max_tokens=len(p) % 5 + 1)) for p in prompts]
     generations[9].cancel()
     rest(engine)
     assert began == [generation for generation in generations if not generation.cancelled]
@@ -711,11 +712,11 @@ def test_an_interrupt_as_a_request_gets_its_slot_ends_it_once(ex):
     class Interrupted(Queue):
         calls = 0
 
-        def take(self):
+        def take(self, generation):
             self.calls += 1
             if self.calls == 1:
                 raise KeyboardInterrupt
-            return super().take()
+            super().take(generation)
 
     engine._queue = engine._scheduler._queue = Interrupted()
     first, second = (engine.submit(endless(i, max_tokens=9)) for i in range(2))

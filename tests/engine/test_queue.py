@@ -1,13 +1,14 @@
 """The queue's order: one client's requests keep theirs, clients take turns."""
 
 import collections
+import time
 
 import hypothesis
 import pytest
 from hypothesis import strategies as st
 
 from llama_jax import Llama, QueueFullError
-from llama_jax.engine.queue import Queue
+from llama_jax.engine.queue import ACTIVE_S, Queue
 from llama_jax.engine.request import make_request
 
 
@@ -21,9 +22,9 @@ class Waiting:
 def taken(queue):
     """Return (client, number) of all in the order in which they get slots."""
     order = []
-    while (first := queue.first) is not None:
-        assert queue.take() is first
-        order.append((first.client, first.number))
+    while first := queue.next(1, []):
+        queue.take(first[0])
+        order.append((first[0].client, first[0].number))
     return order
 
 
@@ -33,8 +34,9 @@ def test_clients_take_turns():
         queue.append(Waiting(client, number))
     assert (len(queue), queue.count("a"), queue.count("x")) == (6, 3, 0)
     expected = [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("b", 1), ("a", 2)]
+    assert [(each.client, each.number) for each in queue.next(7, [])] == expected[:6]
     assert taken(queue) == expected
-    assert (len(queue), list(queue), queue.first) == (0, [], None)
+    assert (len(queue), list(queue), queue.next(1, [])) == (0, [], [])
 
 
 @hypothesis.given(st.lists(st.sampled_from("abc-x"), max_size=60), st.randoms())
@@ -44,13 +46,14 @@ def test_no_request_waits_for_more_than_one_of_each_other_client(events, random)
     since = collections.Counter()  # slots given to others since a client's first began to wait
     for number, event in enumerate(events):
         if event == "-":
-            first = queue.first
-            assert (first is None) == (not waiting)
-            if first is None:
+            firsts = queue.next(1, [])
+            assert bool(firsts) == bool(waiting)
+            if not firsts:
                 continue
+            [first] = firsts
             own = [each for each in waiting if each.client == first.client]
             assert own[0] is first
-            assert queue.take() is first
+            queue.take(first)
             waiting.remove(first)
             for other in {each.client for each in waiting} - {first.client}:
                 since[other, first.client] += 1
@@ -68,6 +71,45 @@ def test_no_request_waits_for_more_than_one_of_each_other_client(events, random)
             waiting.append(Waiting(event, number))
             queue.append(waiting[-1])
         assert sorted(each.number for each in queue) == [each.number for each in waiting]
+
+
+@hypothesis.given(st.lists(st.sampled_from("abc")), st.integers(1, 12), st.randoms())
+def test_the_next_may_get_their_slots_in_any_order(clients, free, random):
+    """Clients without a slot keep theirs, and the last slot is no second one of a client."""
+    queue, holders = Queue(), []
+    for number, client in enumerate(clients):
+        queue.append(Waiting(client, number))
+    while left := queue.next(free, holders):
+        one = random.choice(left)
+        queue.take(one)
+        assert one not in list(queue)
+        assert free > 1 or one.client not in holders or set(clients) == {one.client}
+        free, holders = free - 1, [*holders, one.client]
+        new = {each.client for each in left} - set(holders)
+        assert new <= {each.client for each in queue.next(free, holders)}
+    assert free <= 1 or not queue
+
+
+def test_the_last_slot_is_kept_while_another_client_is_active(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    queue = Queue()
+    queue.append(Waiting("polite", 0))
+    queue.take(*queue.next(1, []))
+    for number in range(5):
+        queue.append(Waiting("greedy", number))
+    assert len(queue.next(3, [])) == 2  # the first, and one more
+    assert len(queue.next(3, ["greedy"])) == 2
+    assert queue.next(1, ["greedy"]) == []
+    queue.append(Waiting("polite", 1))
+    assert [each.client for each in queue.next(1, ["greedy"])] == ["polite"]
+    queue.take(*queue.next(1, ["greedy"]))
+    now = ACTIVE_S - 1
+    assert queue.next(1, ["greedy"]) == []
+    now = ACTIVE_S + 1
+    assert queue.next(1, ["greedy", "polite"]) == []  # it still has a slot
+    assert len(queue.next(1, ["greedy"])) == 1
+    assert len(queue.next(9, ["greedy"])) == 5
 
 
 def test_one_client_with_many_requests_holds_no_other_up_and_has_its_share():
