@@ -70,6 +70,9 @@ class RequestMiddleware:
                 await log.error_reply()(scope, receive, send_logged)
             elif not isinstance(error, TimeoutError):
                 raise  # the response has begun: it can only be cut off
+            # Its frames hold the body and, through the log, the error itself: a cycle, which would
+            # keep the body until the next garbage collection.
+            error.__traceback__ = error.__context__ = None
         finally:
             endpoint = scope.get("endpoint")
             log.route = getattr(endpoint, "__name__", log.route)

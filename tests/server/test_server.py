@@ -1,6 +1,7 @@
 """The server: what every route has in common, and the routes of Workers AI."""
 
 import asyncio
+import gc
 import json
 import logging
 import re
@@ -319,6 +320,34 @@ def test_a_bug_is_500_and_logged(client, llm, monkeypatch, caplog):
         caplog.clear()
     monkeypatch.undo()
     assert client.post(RUN, json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [(RUN, {"prompt": 1}), (COMPLETIONS, {"prompt": "word " * 1000}), ("/tokenize", {"prompt": 1})],
+)
+def test_refused_request_leaves_nothing_for_the_garbage_collector(llm, path, fields):
+    """The frames of an error hold the body, and all that was made of it."""
+    mark = ["a value of this body"]
+
+    def remains():
+        return sum(type(each) is list and each == mark for each in gc.get_objects()) > 1
+
+    async def run():
+        app = make_app(llm)
+        async with app.router.lifespan_context(app):
+            await asyncio.to_thread(wait_until, lambda: app.state.service.ready)
+            call = RawCall(path, {"model": MODEL, "more": mark, **fields})
+            gc.collect()
+            gc.disable()
+            try:
+                await call.run(app)
+                wait_until(lambda: not remains(), 5)  # the thread may hold it for a moment
+            finally:
+                gc.enable()
+            return call.sent[0]["status"]
+
+    assert asyncio.run(run()) >= 400
 
 
 def test_an_error_in_midstream_ends_it_without_done(client, llm, monkeypatch):
