@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from llama_jax.llama import Llama
 from llama_jax.server import access_log, errors, page, tokens, workers_ai
+from llama_jax.server.body_budget import BodyBudget
 from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.metrics import Metrics
 from llama_jax.server.middleware import RequestMiddleware
@@ -40,7 +41,9 @@ def create_app(llm: Llama, settings: Settings | None = None) -> Starlette:
 
 def app_of(service: Service) -> Starlette:
     """Return the application for a service."""
-    settings, metrics = service.settings, Metrics(service.llm)
+    settings = service.settings
+    budget = BodyBudget(settings.max_body_bytes)
+    metrics = Metrics(service.llm, budget)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -55,7 +58,7 @@ def app_of(service: Service) -> Starlette:
         metrics.observe(log)
         access_log.write(log)
 
-    middleware = [Middleware(RequestMiddleware, settings, end)]
+    middleware = [Middleware(RequestMiddleware, settings, budget, end)]
     if settings.allowed_origins:
         # Outside RequestMiddleware, so that these pages can read its errors too.
         cors = Middleware(

@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from llama_jax.llama import Llama
+from llama_jax.server.body_budget import BodyBudget
 from llama_jax.server.request_log import RequestLog
 
 _PREFIX = "llama_jax_"
@@ -32,9 +33,10 @@ class Metrics:
 
     Args:
         llm: the model whose engine is read at every scrape.
+        budget: counts the requests' bodies; read at every scrape.
     """
 
-    def __init__(self, llm: Llama):
+    def __init__(self, llm: Llama, budget: BodyBudget):
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(llm))
         self._requests = self._counter(
@@ -67,6 +69,13 @@ class Metrics:
         self._generated = self._histogram(
             "request_generation_tokens", "Tokens generated per generation.", _TOKENS
         )
+
+        bodies = Gauge(
+            f"{_PREFIX}request_body_bytes",
+            "Bytes of the bodies of requests under way.",
+            registry=self._registry,
+        )
+        bodies.set_function(lambda: budget.held)
 
     def watch(self, connections: Connections) -> None:
         """Report connections too, at every scrape."""

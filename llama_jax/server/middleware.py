@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_jax.server import errors
 from llama_jax.server.auth import OPEN_PATHS, check_page, check_token
+from llama_jax.server.body_budget import BodyBudget, BodyShare
 from llama_jax.server.errors import ApiError
 from llama_jax.server.request_log import RequestLog
 from llama_jax.server.settings import Settings
@@ -40,11 +41,19 @@ class RequestMiddleware:
     Args:
         app: the routes.
         settings: the server's settings.
+        budget: where the bodies are counted.
         on_end: called with the log of each request when it has ended.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, on_end: Callable[[RequestLog], None]):
-        self._app, self._settings, self._on_end = app, settings, on_end
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        budget: BodyBudget,
+        on_end: Callable[[RequestLog], None],
+    ):
+        self._app, self._settings = app, settings
+        self._budget, self._on_end = budget, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -61,7 +70,8 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            await self._respond(scope, receive, send_logged)
+            with self._budget.share() as share:
+                await self._respond(scope, receive, send_logged, share)
         except ClientDisconnectedError:
             log.disconnected = True
         except Exception as error:
@@ -79,7 +89,7 @@ class RequestMiddleware:
             self._on_end(log)
         return None
 
-    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(self, scope: Scope, receive: Receive, send: Send, share: BodyShare) -> None:
         if (refusal := scope.get(errors.REFUSAL)) is not None:
             raise refusal
         headers = Headers(scope=scope)
@@ -89,7 +99,7 @@ class RequestMiddleware:
             check_token(headers, self._settings.api_token)
         try:
             async with asyncio.timeout(min(self._settings.timeout_s, BODY_S)):
-                body = await _read_body(scope, receive, self._settings.max_body_bytes)
+                body = await _read_body(scope, receive, self._settings.max_body_bytes, share)
         except TimeoutError:
             raise ApiError(errors.TIMEOUT, headers={"connection": "close"}) from None
         # The generation has its own deadline. This one is for a client that does not read.
@@ -97,14 +107,15 @@ class RequestMiddleware:
             await _while_connected(self._app(scope, _replay(body, receive), send), receive)
 
 
-async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """Read a body up to the limit.
+async def _read_body(scope: Scope, receive: Receive, limit: int, share: BodyShare) -> bytes:
+    """Read a body up to the limit, and count it.
 
     The rest of a larger body is read and discarded, unless it is very large. A client that is still
     writing when the connection closes may never read the error.
 
     Raises:
         TimeoutError: nothing came for too long.
+        ApiError: it is too large, or there is no room for it beside the others.
     """
     headers = Headers(scope=scope)
     refusal = ApiError(errors.TOO_LARGE, headers={"connection": "close"})
@@ -123,11 +134,13 @@ async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         size += len(part)
         more = message.get("more_body", False)
         if size <= limit:
+            share.take(len(part))
             body += part
         elif size > _DISCARDED * limit:
             raise refusal
         else:
             body.clear()
+            share.release()
     if size > limit:
         raise refusal
     return bytes(body)

@@ -14,6 +14,7 @@ from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.result import Piece, Result
 from llama_jax.llama import Llama
 from llama_jax.server.errors import UNAVAILABLE, ApiError
+from llama_jax.server.in_thread import in_thread
 from llama_jax.server.request_log import RequestLog
 from llama_jax.server.settings import Settings
 
@@ -117,7 +118,7 @@ class Service:
             # In a thread: encoding a prompt of megabytes would block all other requests.
             share = self.settings.max_queue_per_client
             submit = functools.partial(self.llm.engine.submit, client=log.client, share=share)
-            await asyncio.to_thread(answers.submit, submit, requests)
+            await in_thread(answers.submit, submit, requests, on_cancel=answers.cancel)
         except BaseException:  # a cancelled request too: nobody reads what was submitted
             answers.cancel()
             raise

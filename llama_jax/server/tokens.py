@@ -1,6 +1,5 @@
 """Routes of the tokenizer, in vLLM's form: text to token ids, ids to text, and what it is."""
 
-import asyncio
 from collections.abc import Callable
 from typing import Annotated, NotRequired, TypeVar
 
@@ -13,6 +12,7 @@ from llama_jax.card import contract
 from llama_jax.engine.request import check_tokens
 from llama_jax.errors import InputError
 from llama_jax.server.compact_json import CompactJSONResponse
+from llama_jax.server.in_thread import in_thread
 from llama_jax.server.openai.messages import ChatMessage, to_dialog, wrong
 from llama_jax.server.openai.messages import refusal as messages_refusal
 from llama_jax.server.openai.requests import warning_of
@@ -97,7 +97,7 @@ async def tokenizer_info(request: Request) -> Response:
 async def _answer(request: Request, respond: Callable[[Service, bytes], object]) -> Response:
     """Respond from a thread, as a body may have megabytes."""
     body = await request.body()
-    return CompactJSONResponse(await asyncio.to_thread(respond, service_of(request), body))
+    return CompactJSONResponse(await in_thread(respond, service_of(request), body))
 
 
 def _tokenize(service: Service, body: bytes) -> TokenizeResponse:

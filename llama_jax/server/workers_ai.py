@@ -1,6 +1,5 @@
 """The native routes of Workers AI: run a model, search for models, read a model's schema."""
 
-import asyncio
 import contextlib
 from typing import Any
 
@@ -15,6 +14,7 @@ from llama_jax.engine.result import Result
 from llama_jax.errors import InputError
 from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.errors import NO_MODEL, ApiError
+from llama_jax.server.in_thread import in_thread
 from llama_jax.server.request_log import request_log_of
 from llama_jax.server.service import Answers, Service
 from llama_jax.server.sse import DONE, Events, EventStream, event
@@ -32,7 +32,7 @@ async def run(request: Request) -> Response:
     service, log = service_of(request), request_log_of(request.scope)
     check_model(service, request.path_params["model"])
     body = await request.body()
-    parsed, generation = await asyncio.to_thread(_parse, body)
+    parsed, generation = await in_thread(_parse, body)
     notes = [
         _note(f"{name} is not in this model's input schema: it was ignored")
         for name in parsed.ignored

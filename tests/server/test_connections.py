@@ -16,6 +16,7 @@ from llama_jax import InputError
 from llama_jax.server import acceptor
 from llama_jax.server.acceptor import MAX_CONNECTIONS, RESERVED_DESCRIPTORS, connection_limit
 from llama_jax.server.admission import Admission
+from llama_jax.server.body_budget import LARGEST_BODIES
 from llama_jax.server.connection import State
 from tests.helpers.server_process import TOKEN, endless, read_first, served
 from tests.helpers.serving import ANSWER, COMPLETIONS, QUESTION, RUN, events_of, wait_until
@@ -297,6 +298,28 @@ def test_upgrade_is_ignored_without_a_word(server):
     with connected(server, b"GET /healthz HTTP/1.1\r\n" + lines) as client:
         assert Answer(client).text == "ok\n"
     assert "upgrade" not in server.log.lower()
+
+
+# Larger bodies than there is room for.
+
+
+def test_stalled_large_bodies_do_not_shut_out_small_requests():
+    largest = 1 << 18
+    with served(max_body_bytes=largest) as server, contextlib.ExitStack() as stack:
+        for _ in range(LARGEST_BODIES):
+            stack.enter_context(connected(server, head(largest + 1) + bytes(largest)))
+        wait_until(lambda: server.metrics()["request_body_bytes"] == LARGEST_BODIES * largest)
+        for path, is_openai in ((RUN, False), (COMPLETIONS, True)):
+            with connected(server, request(bytes(largest), path)) as client:
+                answer = Answer(client)
+                assert answer.headers["retry-after"] == "5"
+                check_refusal(server, answer, 503, 5001, is_openai, path)
+                assert read_all(client) == b""
+        with connected(server, request(KNOWN)) as client:
+            assert Answer(client).json["result"]["response"] == ANSWER
+        assert healthy(server)
+        stack.close()
+        wait_until(lambda: server.metrics()["request_body_bytes"] == 0)
 
 
 # More connections than there is room for.

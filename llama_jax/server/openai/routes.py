@@ -1,6 +1,5 @@
 """OpenAI's routes: chat completions, completions, and the list of models."""
 
-import asyncio
 import contextlib
 import functools
 import time
@@ -12,6 +11,7 @@ from starlette.responses import Response
 
 from llama_jax.engine.result import Result
 from llama_jax.server.compact_json import CompactJSONResponse
+from llama_jax.server.in_thread import in_thread
 from llama_jax.server.openai.requests import ParsedRequest, parse_chat, parse_completion
 from llama_jax.server.openai.responses import (
     ChatChoices,
@@ -45,7 +45,7 @@ async def completions(request: Request) -> Response:
     answers = await service.answer(request_log_of(request.scope), parsed.requests)
     make = functools.partial(CompletionChoices, parsed, service.llm.tokenizer, answers.prompts)
     try:
-        choices = await asyncio.to_thread(make)  # it decodes the prompts
+        choices = await in_thread(make)  # it decodes the prompts
     except BaseException:  # a cancelled request too: nobody reads what was submitted
         answers.cancel()
         raise
@@ -82,7 +82,7 @@ async def _parse(
     """Parse a body in a thread, as it may have megabytes."""
     service = service_of(request)
     body = await request.body()
-    return await asyncio.to_thread(parse, body, service.settings.models, service.most_answers)
+    return await in_thread(parse, body, service.settings.models, service.most_answers)
 
 
 async def _respond(
@@ -101,7 +101,7 @@ async def _respond(
         return EventStream(log, answers, events, keep_alive_s)
     results = await answers.results()
     # In a thread: the text offsets of a long prompt take a while.
-    body = await asyncio.to_thread(whole_body, parsed, results, choices)
+    body = await in_thread(whole_body, parsed, results, choices)
     return CompactJSONResponse(body)
 
 

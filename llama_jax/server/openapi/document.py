@@ -19,7 +19,7 @@ _ERRORS = {
 }
 _BUSY = {
     429: "The queue is full.",
-    503: "The model is warming up, or the server is shutting down.",
+    503: "The model is warming up, the server is shutting down, or too many requests are open.",
 }
 
 
