@@ -94,7 +94,8 @@ class Admission:
         """Serve or refuse a request."""
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and self._is_crowded():
             scope[errors.REFUSAL] = ApiError(
-                errors.UNAVAILABLE, "too many requests are open", headers={"connection": "close"}
+                *(errors.CONNECTIONS_FULL, "too many requests are open"),
+                headers={"connection": "close"},
             )
         await self._app(scope, receive, send)
 

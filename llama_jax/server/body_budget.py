@@ -57,7 +57,7 @@ class BodyShare:
         budget = self._budget
         if self._held + count > SMALL_BYTES and budget.held + count > budget.limit:
             raise ApiError(
-                *(errors.UNAVAILABLE, "too many large requests are under way"),
+                *(errors.BODIES_FULL, "too many large requests are under way"),
                 headers={"connection": "close"},
             )
         self._held += count

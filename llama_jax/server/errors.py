@@ -9,7 +9,7 @@ routes the status and the object are OpenAI's own.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from llama_jax.engine.engine import ContextError, QueueFullError
+from llama_jax.engine.engine import ContextError
 from llama_jax.errors import InputError
 from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.types import Error, ErrorNote, OpenAIError
@@ -35,6 +35,8 @@ class Kind(NamedTuple):
     chain: tuple[int, str] | None = None
     """The cause: code and text."""
     retry_after_s: int | None = None
+    rejection: str | None = None
+    """Why a request was refused that may be accepted later; the metrics' name for it."""
 
 
 NO_TOKEN = Kind(
@@ -118,12 +120,22 @@ FULL = Kind(
         "rate_limit_error",
     ),
     retry_after_s=1,
+    rejection="queue_full",
+)
+CLIENT_FULL = FULL._replace(
+    openai=FULL.openai._replace(
+        text="Too many requests from your address wait already, please try again later"
+    ),
+    rejection="client_share",
 )
 UNAVAILABLE = Kind(
     *(503, 5001, "Ai: The model is not available now: {}"),
     OpenAIKind(503, "service_unavailable", "The model is not available now: {}", "server_error"),
     retry_after_s=5,
+    rejection="unavailable",
 )
+BODIES_FULL = UNAVAILABLE._replace(rejection="large_bodies")
+CONNECTIONS_FULL = UNAVAILABLE._replace(rejection="connections")
 NOT_HTTP = Kind(
     *(400, 6003, "The request is not valid HTTP: {}"),
     OpenAIKind(400, "invalid_http", "The request is not valid HTTP: {}"),
@@ -223,8 +235,6 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(TOO_LONG, sum(counts), error.context, *counts)
         case InputError():
             return ApiError(BAD_INPUT, error)
-        case QueueFullError():
-            return ApiError(FULL)
         case TimeoutError():
             # Without this header the official clients would repeat the request twice.
             return ApiError(TIMEOUT, headers={"x-should-retry": "false"})

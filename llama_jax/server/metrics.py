@@ -1,5 +1,6 @@
 """Metrics for Prometheus; they have vLLM's names where their meaning is the same."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -16,6 +17,9 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 3
 _SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
+_PROMPTS = {"short": 256, "medium": 2048, "long": math.inf}
+"""Classes of prompts, by the most tokens. The engine reads 128 or 256 tokens of prompts a turn: a
+short one takes a turn or two, a long one more than eight."""
 
 
 class Connections(Protocol):
@@ -43,25 +47,26 @@ class Metrics:
             "http_requests", "HTTP requests.", "route", "method", "status"
         )
         self._errors = self._counter("errors", "Errors returned to clients.", "code")
+        self._rejections = self._counter(
+            "rejections", "Requests refused that may be accepted later.", "reason"
+        )
         self._disconnects = self._counter(
             "client_disconnects", "Clients that disconnected before the response ended.", "route"
         )
         self._successes = self._counter(
             "request_success", "Generations completed.", "route", "finished_reason"
         )
-        self._first = self._histogram(
-            "time_to_first_token_seconds", "Time to first token (TTFT).", _SECONDS
-        )
+        self._first = self._by_prompt("time_to_first_token_seconds", "Time to first token (TTFT).")
         self._per_token = self._histogram(
             "time_per_output_token_seconds",
             "Mean inter-token latency of a request.",
             _SHORT_SECONDS,
         )
-        self._whole = self._histogram(
-            "e2e_request_latency_seconds", "Time from a request to its response's end.", _SECONDS
+        self._whole = self._by_prompt(
+            "e2e_request_latency_seconds", "Time from a request to its response's end."
         )
-        self._queued = self._histogram(
-            "request_queue_time_seconds", "Time a generation waited for a slot.", _SECONDS
+        self._queued = self._by_prompt(
+            "request_queue_time_seconds", "Time a generation waited for a slot."
         )
         self._prompt = self._histogram(
             "request_prompt_tokens", "Prompt tokens per generation.", _TOKENS
@@ -69,7 +74,6 @@ class Metrics:
         self._generated = self._histogram(
             "request_generation_tokens", "Tokens generated per generation.", _TOKENS
         )
-
         bodies = Gauge(
             f"{_PREFIX}request_body_bytes",
             "Bytes of the bodies of requests under way.",
@@ -92,17 +96,21 @@ class Metrics:
         self._requests.labels(log.route, method, status).inc()
         if log.error is not None:
             self._errors.labels(str(log.error.kind.code)).inc()
+            if (reason := log.error.kind.rejection) is not None:
+                self._rejections.labels(reason).inc()
         if log.disconnected:
             self._disconnects.labels(log.route).inc()
         for result in log.results:
             self._successes.labels(log.route, result.finish_reason).inc()
-            self._queued.observe(result.timings.queue_s)
-            self._prompt.observe(len(result.prompt_tokens))
+            length = len(result.prompt_tokens)
+            self._queued.labels(_prompt_class(length)).observe(result.timings.queue_s)
+            self._prompt.observe(length)
             self._generated.observe(len(result.tokens))
+        prompt = _prompt_class(log.longest_prompt)
         if log.first_text_s is not None:
-            self._first.observe(log.first_text_s)
+            self._first.labels(prompt).observe(log.first_text_s)
         if log.results and log.error is None:
-            self._whole.observe(log.duration_s)
+            self._whole.labels(prompt).observe(log.duration_s)
         if (seconds := log.s_per_token) is not None:
             self._per_token.observe(seconds)
 
@@ -111,6 +119,19 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(_PREFIX + name, text, buckets=buckets, registry=self._registry)
+
+    def _by_prompt(self, name: str, text: str) -> Histogram:
+        """Return a histogram of seconds by class of prompt."""
+        histogram = Histogram(
+            _PREFIX + name, text, ["prompt"], buckets=_SECONDS, registry=self._registry
+        )
+        for prompt in _PROMPTS:
+            histogram.labels(prompt)  # reported from the start, with zeros
+        return histogram
+
+
+def _prompt_class(tokens: int) -> str:
+    return next(name for name, most in _PROMPTS.items() if tokens <= most)
 
 
 class _EngineCollector(Collector):

@@ -37,6 +37,8 @@ class RequestLog:
     """The error returned to the client, as a response or within a stream."""
     prompt_tokens: int = 0
     """Tokens of all prompts submitted."""
+    longest_prompt: int = 0
+    """Tokens of the longest of them."""
     completion_tokens: int = 0
     """Tokens of all generations so far."""
     results: list[Result] = dataclasses.field(default_factory=list)

@@ -320,6 +320,7 @@ def test_stalled_large_bodies_do_not_shut_out_small_requests():
         assert healthy(server)
         stack.close()
         wait_until(lambda: server.metrics()["request_body_bytes"] == 0)
+        assert server.metrics()['rejections_total{reason="large_bodies"}'] == 2
 
 
 # More connections than there is room for.
@@ -414,6 +415,7 @@ def test_busy_connections_are_kept_and_others_refused():
         holding.close()
         for client in clients:
             assert events_of(Answer(client).text)[-1] == "[DONE]"
+        assert server.metrics()['rejections_total{reason="connections"}'] == 20
 
 
 def healthy(server):

@@ -17,6 +17,7 @@ from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.request import make_request
 from llama_jax.server import middleware, page
 from llama_jax.server.openapi import document as openapi
+from llama_jax.server.request_log import RequestLog
 from llama_jax.server.settings import Settings
 from tests.helpers.serving import (
     ANSWER,
@@ -244,6 +245,7 @@ def test_a_full_queue_is_429(client, llm, monkeypatch):
         text = "Ai: Capacity temporarily exceeded, please try again."
         check_error(response, 429, 3040, text)
         assert int(response.headers["retry-after"]) > 0
+        assert rejections(client) == {"queue_full": 1}
     wait_until(lambda: all(generation.done for generation in waiting))
     assert client.post(RUN, json={"prompt": "x", "max_tokens": 1}).status_code == 200
 
@@ -255,6 +257,9 @@ def test_a_client_has_its_share_of_the_queue_by_its_address(llm):
             others = [llm.engine.submit(request, client="10.0.0.1") for _ in range(50)]
             own = [llm.engine.submit(request, client="testclient") for _ in range(4 + 3)]
             assert client.post(RUN, json={"prompt": "x"}).status_code == 429
+            response = client.post(COMPLETIONS, json={"model": MODEL, "prompt": "x"})
+            assert response.json()["error"]["message"].startswith("Too many requests from your")
+            assert rejections(client) == {"client_share": 2}
         wait_until(lambda: all(generation.done for generation in [*others, *own]))
         assert client.post(RUN, json={"prompt": "x", "max_tokens": 1}).status_code == 200
     with pytest.raises(InputError, match="max_queue_per_client is -1, expected a whole number"):
@@ -807,6 +812,12 @@ def metrics_of(client):
     return {name: value for name, value in samples.items() if not name[0].endswith("_created")}
 
 
+def rejections(client):
+    """Return how many requests were refused, by reason."""
+    name = "llama_jax_rejections_total"
+    return {key[1]: value for key, value in metrics_of(client).items() if key[0] == name}
+
+
 def test_metrics_count(client, llm):
     before = metrics_of(client)
     for stream in (False, True):
@@ -827,18 +838,39 @@ def test_metrics_count(client, llm):
     assert grown("llama_jax_prompt_tokens_total") == 28
     assert grown("llama_jax_generation_tokens_total") == 16  # with EOS
     assert grown("llama_jax_request_generation_tokens_sum") == 14
-    for histogram in (
-        "time_to_first_token_seconds",
-        "time_per_output_token_seconds",
-        "e2e_request_latency_seconds",
-        "request_queue_time_seconds",
+    for histogram, *labels in (
+        ("time_to_first_token_seconds", "short"),
+        ("time_per_output_token_seconds",),
+        ("e2e_request_latency_seconds", "short"),
+        ("request_queue_time_seconds", "short"),
     ):
-        assert grown(f"llama_jax_{histogram}_count") == 2
-        assert 0 < grown(f"llama_jax_{histogram}_sum") < 20
+        assert grown(f"llama_jax_{histogram}_count", *labels) == 2
+        assert 0 < grown(f"llama_jax_{histogram}_sum", *labels) < 20
     assert after["llama_jax_num_requests_running",] == 0
     assert after["llama_jax_num_requests_waiting",] == 0
     assert after["llama_jax_num_slots",] == 4
     assert after["llama_jax_compiled_programs",] == len(llm.executor.compiled.names)
+
+
+def test_latencies_are_told_apart_by_the_prompts_length(llm):
+    """Of a request with several prompts the longest counts, for the queue each one."""
+    with serving(llm) as client:
+        for prompt in ([5] * 256, [[5] * 200] * 2, [5] * 257, [[5] * 9, [5] * 300]):
+            body = {"model": MODEL, "prompt": prompt, "max_tokens": 1, "add_special_tokens": False}
+            assert client.post(COMPLETIONS, json=body).status_code == 200
+        client.app.state.metrics.observe(
+            RequestLog("POST", COMPLETIONS, longest_prompt=2049, first_text_s=1)
+        )
+        counts = metrics_of(client)
+    for histogram, short, medium, long in (
+        ("time_to_first_token_seconds", 2, 2, 1),
+        ("e2e_request_latency_seconds", 2, 2, 0),
+        ("request_queue_time_seconds", 4, 2, 0),
+    ):
+        name = f"llama_jax_{histogram}_count"
+        assert counts[name, "short"] == short
+        assert counts[name, "medium"] == medium
+        assert counts[name, "long"] == long
 
 
 def test_metrics_show_the_queue(client, llm):

@@ -18,7 +18,7 @@ _ERRORS = {
     500: "Internal error.",
 }
 _BUSY = {
-    429: "The queue is full.",
+    429: "The queue, or the client's share of it, is full.",
     503: "The model is warming up, the server is shutting down, or too many requests are open.",
 }
 
