@@ -50,6 +50,10 @@ class QueueFullError(Exception):
     """The queue is full; try again later."""
 
 
+class ClientShareError(QueueFullError):
+    """The client's share of the queue is full."""
+
+
 class EngineFailedError(RuntimeError):
     """The device fails every call; only a new process can help."""
 
@@ -127,7 +131,7 @@ class Engine:
             InputError: text without a tokenizer, or ids outside the vocabulary.
             ContextError: prompt and max_tokens, or 1 token if none is given, do not fit the
                 context.
-            QueueFullError: the queue is full, or the client's share of it.
+            QueueFullError: the queue is full, or the client's share of it (ClientShareError).
             EngineFailedError: `run` gave up.
         """
         prompt = request.encode(self.tokenizer, self.executor.config.vocab_size)
@@ -149,7 +153,9 @@ class Engine:
                 raise QueueFullError(f"{self.queued} requests wait already; try again later")
             own, free = self._queue.count(client), self.executor.batch - self.running
             if share is not None and own >= share + free:
-                raise QueueFullError(f"{own} requests of this client wait already; try again later")
+                raise ClientShareError(
+                    f"{own} requests of this client wait already; try again later"
+                )
             self._queue.append(generation)
         self._work.set()
         return generation

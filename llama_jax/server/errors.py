@@ -9,7 +9,7 @@ routes the status and the object are OpenAI's own.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from llama_jax.engine.engine import ContextError
+from llama_jax.engine.engine import ClientShareError, ContextError, QueueFullError
 from llama_jax.errors import InputError
 from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.types import Error, ErrorNote, OpenAIError
@@ -235,6 +235,10 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(TOO_LONG, sum(counts), error.context, *counts)
         case InputError():
             return ApiError(BAD_INPUT, error)
+        case ClientShareError():
+            return ApiError(CLIENT_FULL)
+        case QueueFullError():
+            return ApiError(FULL)
         case TimeoutError():
             # Without this header the official clients would repeat the request twice.
             return ApiError(TIMEOUT, headers={"x-should-retry": "false"})

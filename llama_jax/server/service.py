@@ -9,12 +9,11 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from llama_jax.engine.engine import QueueFullError
 from llama_jax.engine.generation import Generation
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.result import Piece, Result
 from llama_jax.llama import Llama
-from llama_jax.server.errors import CLIENT_FULL, FULL, UNAVAILABLE, ApiError
+from llama_jax.server.errors import UNAVAILABLE, ApiError
 from llama_jax.server.in_thread import in_thread
 from llama_jax.server.request_log import RequestLog
 from llama_jax.server.settings import Settings
@@ -107,8 +106,9 @@ class Service:
         """Submit the generations of one HTTP request: all of them or none.
 
         Raises:
-            ApiError: the model is not ready, or not any more; or there is no room for all of them.
+            ApiError: the model is not ready, or not any more.
             InputError: see `Engine.submit`.
+            QueueFullError: there is no room for all of them.
         """
         if self.unready:
             raise ApiError(UNAVAILABLE, f"it is {self.unready}")
@@ -116,7 +116,8 @@ class Service:
         self._answers.add(answers)
         try:
             # In a thread: encoding a prompt of megabytes would block all other requests.
-            submit = functools.partial(self._submit, log.client)
+            share = self.settings.max_queue_per_client
+            submit = functools.partial(self.llm.engine.submit, client=log.client, share=share)
             await in_thread(answers.submit, submit, requests, on_cancel=answers.cancel)
         except BaseException:  # a cancelled request too: nobody reads what was submitted
             answers.cancel()
@@ -124,16 +125,6 @@ class Service:
         lengths = list(map(len, answers.prompts))
         log.prompt_tokens, log.longest_prompt = sum(lengths), max(lengths)
         return answers
-
-    def _submit(
-        self, client: str, request: GenerationRequest, on_change: Callable[[], None]
-    ) -> Generation:
-        engine, share = self.llm.engine, self.settings.max_queue_per_client
-        try:
-            return engine.submit(request, on_change, client=client, share=share)
-        except QueueFullError:
-            is_own = share is not None and engine.has_room
-            raise ApiError(CLIENT_FULL if is_own else FULL) from None
 
     def _work(self) -> None:
         """Run the engine; the whole life of its thread."""
