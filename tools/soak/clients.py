@@ -1,4 +1,4 @@
-"""The soak's traffic: clients that ask, stream, disconnect, err, stall and crowd."""
+"""The well-behaved clients, which ask, stream, disconnect, err and send much; a greedy one."""
 
 import asyncio
 import collections
@@ -11,47 +11,67 @@ from typing import Any
 import httpx2 as httpx
 
 from llama_jax.card.schemas import MODEL
+from tools.soak.answers import CHAT, COMPLETIONS, NATIVE, Known, WrongAnswerError
+from tools.soak.server import TOKEN
 
-TOKEN = "soak"
-"""What the server must want of its clients."""
-NATIVE = f"/client/v4/accounts/soak/ai/run/{MODEL}"
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
 DONE = "data: [DONE]"
 WORDS = ["the", "sea", "a", "king", "of", "and", "tell", "me", "what", "is", "fox"]
+GREED, BURST = 64, 40
+"""Requests that the greedy client has in flight; those of a burst."""
+HUGE = [
+    (b"x" * (9 << 20), 413),
+    (json.dumps({"prompt": "word " * 26_000}).encode(), 413),
+    (json.dumps({"prompt": "x" * (7 << 20)}).encode(), 400),
+    (json.dumps({"prompt": "x", "a": [[]] * (1 << 20), "max_tokens": 2}).encode(), 200),
+]
+"""Bodies of megabytes, and the statuses of their answers."""
 
 
-class WrongAnswerError(Exception):
-    """An answer that the server must not give."""
-
-
-def connect(url: str) -> httpx.AsyncClient:
-    """Return one client's connections to a server."""
+def connect(url: str, address: str = "127.0.0.1") -> httpx.AsyncClient:
+    """Return one client's connections to a server, from an address of its own."""
     headers = {"authorization": f"Bearer {TOKEN}"}
-    return httpx.AsyncClient(base_url=url, headers=headers, timeout=300)
+    transport = httpx.AsyncHTTPTransport(local_address=address)
+    return httpx.AsyncClient(base_url=url, headers=headers, timeout=300, transport=transport)
+
+
+async def be_greedy(http: httpx.AsyncClient, counts: collections.Counter[str]) -> None:
+    """Keep GREED requests for long answers in flight, until cancelled."""
+    body = {"model": MODEL, "prompt": "The", "max_tokens": 400, "ignore_eos": True}
+
+    async def one() -> None:
+        while True:
+            response = await http.post(COMPLETIONS, json=body)
+            counts[f"greedy: {response.status_code}"] += 1
+            if response.status_code != 200:
+                await asyncio.sleep(float(response.headers["retry-after"]))
+
+    await asyncio.gather(*(one() for _ in range(GREED)))
 
 
 class Client:
     """One client, which does one thing after the other.
 
     Args:
-        http: what it calls with.
+        url: the server's.
+        address: its own.
+        known: requests whose answers are known.
         rng: decides what it does.
         counts: what it did, by name; shared.
-        room: how many requests the server takes in at once.
     """
 
     def __init__(
         self,
-        http: httpx.AsyncClient,
+        url: str,
+        address: str,
+        known: list[Known],
         rng: random.Random,
         counts: collections.Counter[str],
-        room: int,
     ):
-        self._http, self._rng, self._counts, self._room = http, rng, counts, room
+        self._url, self._address, self._known = url, address, known
+        self._http, self._rng, self._counts = connect(url, address), rng, counts
         self._kinds: dict[Callable[[], Awaitable[None]], float] = {
             self.whole: 6,
-            self.known: 4,
+            self.known: 12,
             self.streamed: 6,
             self.cancelled: 6,
             self.given_up: 2,
@@ -59,7 +79,6 @@ class Client:
             self.huge: 1,
             self.slow: 1,
             self.burst: 0.5,
-            self.broken_off: 2,
         }
 
     async def one(self) -> None:
@@ -80,10 +99,10 @@ class Client:
 
     async def known(self) -> None:
         """Ask what has one right answer."""
-        body = {"prompt": QUESTION, "temperature": 0}
-        response = self._check(await self._http.post(NATIVE, json=body), 200, 429)
-        if response.status_code == 200 and response.json()["result"]["response"] != ANSWER:
-            raise WrongAnswerError(f"a wrong answer: {response.text}")
+        known = self._rng.choice(self._known)
+        response = await self._http.post(known.path, json=known.body)
+        if self._check(response, known.status, 429).status_code != 429:
+            known.check(response.status_code, response.content)
 
     async def streamed(self) -> None:
         """Read a stream to its end."""
@@ -136,14 +155,7 @@ class Client:
 
     async def huge(self) -> None:
         """Send megabytes."""
-        content, status = self._rng.choice(
-            [
-                (b"x" * (9 << 20), 413),
-                (json.dumps({"prompt": "word " * 26_000}).encode(), 413),
-                (json.dumps({"prompt": "x" * (7 << 20)}).encode(), 400),
-                (json.dumps({"prompt": "x", "a": [[]] * (1 << 20), "max_tokens": 2}).encode(), 200),
-            ]
-        )
+        content, status = self._rng.choice(HUGE)
         self._check(await self._http.post(NATIVE, content=content), status, 429)
 
     async def slow(self) -> None:
@@ -159,25 +171,13 @@ class Client:
     async def burst(self) -> None:
         """Ask for more at once than there is room for."""
         body = {"prompt": "x", "max_tokens": 5}
-        async with connect(str(self._http.base_url)) as http:
-            posts = (http.post(NATIVE, json=body) for _ in range(self._room + 10))
+        async with connect(self._url, self._address) as http:
+            posts = (http.post(NATIVE, json=body) for _ in range(BURST))
             responses = await asyncio.gather(*posts)
         for response in responses:
             self._check(response, 200, 429)
             if response.status_code == 429 and not int(response.headers["retry-after"]) > 0:
                 raise WrongAnswerError("a 429 without Retry-After")
-
-    async def broken_off(self) -> None:
-        """Connect, send a part of a request, and hang up."""
-        request = (
-            f"POST {NATIVE} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\n"
-            'content-length: 60\r\n\r\n{"prompt": "x'
-        ).encode()
-        url = self._http.base_url
-        _, writer = await asyncio.open_connection(url.host, url.port)
-        writer.write(request[: self._rng.randrange(len(request))])
-        await writer.drain()
-        writer.close()
 
     def _body(self) -> tuple[str, dict[str, Any]]:
         """Return a path, and a body that is right for it."""
