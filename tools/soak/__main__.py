@@ -86,8 +86,9 @@ class Soak:
             await asyncio.sleep(self._alone_s)
             await self._drive()
             self.report.add_seen(await seen)
-        async with connect(self._server.url) as http:
-            await self._check_end(http)
+        if self._server.process.poll() is None:
+            async with connect(self._server.url) as http:
+                await self._check_end(http)
         print("done:", json.dumps(dict(sorted(self._counts.items()))))
 
     async def _drive(self) -> None:
@@ -204,7 +205,7 @@ def _cpu_s() -> float:
 def main(_: list[str]) -> None:
     """Soak, and fail if anything was wrong."""
     logging.set_verbosity(logging.WARNING)  # httpx logs every request
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with serving() as server:
         known = ask_all(server.url, step=1 if _MINUTES.value >= 1 else 16)

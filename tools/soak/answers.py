@@ -64,7 +64,7 @@ def ask_all(url: str, step: int) -> list[Known]:
         Known(NATIVE, {"prompt": QUESTION, "temperature": 0}, text=ANSWER),
     ]
     for length in range(1, CONTEXT, step):
-        prompt = [rng.randrange(3, VOCABULARY) for _ in range(length)]
+        prompt = [1, *(rng.randrange(3, VOCABULARY) for _ in range(length - 1))]
         limits = {"max_tokens": min(8, CONTEXT - length), "temperature": 0}
         requests.append(Known(COMPLETIONS, {**model, **limits, "prompt": prompt}))
     for seed in range(1, DRAWN + 1):

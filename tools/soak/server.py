@@ -59,7 +59,9 @@ class Server:
 
     @property
     def cpu_s(self) -> float:
-        """The processor time that it has used."""
+        """The processor time that it has used; 0 once it has ended."""
+        if self.process.poll() is not None:
+            return 0
         fields = self._proc("stat").rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
