@@ -1,9 +1,54 @@
 """What the command line says to the person, on stderr."""
 
+import contextlib
+import io
+import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from llama_jax.engine.result import Result
 from llama_jax.llama import Llama
+
+
+class _Lossy(io.FileIO):
+    """A file descriptor that drops what it cannot write."""
+
+    def write(self, data: Any) -> int:
+        """Write, or lose it."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def lose_what_stderr_refuses() -> None:
+    """Go on where stderr is a file on a full disk, or a pipe that nobody reads any more."""
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        raw = _Lossy(sys.stderr.fileno(), "w", closefd=False)
+        encoding, errors = sys.stderr.encoding, sys.stderr.errors
+        sys.stderr = io.TextIOWrapper(raw, encoding, errors, line_buffering=True)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def writing_stdout() -> Iterator[None]:
+    """Write out stdout in the end. If it refuses, say so in one line and exit 2.
+
+    A reader that closed its pipe, as `head` does, has had enough: that is no error.
+    """
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # `>&-` closes it
+                sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None:  # of another file
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not isinstance(error, BrokenPipeError):
+            note(f"error: cannot write stdout ({error.strerror or error}); make room for it")
+            sys.exit(2)
 
 
 def note(text: str) -> None:

@@ -60,7 +60,7 @@ _EXAMPLES = {
 
 _END = """\
 Generated text goes to stdout, everything else to stderr.
-Exit status: 0 done, 2 a mistake in the input, 130 interrupted."""
+Exit status: 0 done, 2 a mistake in the input or a full disk, 130 interrupted."""
 
 
 def version_text() -> str:

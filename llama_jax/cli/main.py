@@ -10,7 +10,7 @@ from absl import flags as absl_flags
 from llama_jax.cli import flags
 from llama_jax.cli.batch import batch
 from llama_jax.cli.chat import chat
-from llama_jax.cli.console import note
+from llama_jax.cli.console import lose_what_stderr_refuses, note, writing_stdout
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.generate import generate
 from llama_jax.cli.help import help_text, version_text
@@ -24,8 +24,10 @@ _RUN = {"": generate, "chat": chat, "batch": batch, "score": score, "serve": ser
 
 def entry() -> None:
     """Run the command `llama-jax`."""
+    lose_what_stderr_refuses()
     flags.define()
-    app.run(main, flags_parser=parse_flags)
+    with writing_stdout():
+        app.run(main, flags_parser=parse_flags)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -64,8 +66,6 @@ def main(argv: list[str]) -> None:
         note("")
         # XLA's threads may be compiling: the interpreter's own exit would free what they use.
         os._exit(130)
-    except BrokenPipeError:  # the reader of stdout closed it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run_verb(arguments: list[str]) -> None:

@@ -9,6 +9,8 @@ routes the status and the object are OpenAI's own.
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
+
 from llama_jax.engine.engine import ClientShareError, ContextError, QueueFullError
 from llama_jax.errors import InputError
 from llama_jax.server.compact_json import CompactJSONResponse
@@ -154,6 +156,9 @@ INTERNAL = Kind(
 REFUSAL = "llama_jax.refusal"
 """Key of a request's scope: the error by which the connection refuses it, if it does."""
 
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+"""XLA's status in the text of such an error."""
+
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -242,4 +247,6 @@ def to_api_error(error: Exception) -> ApiError:
         case TimeoutError():
             # Without this header the official clients would repeat the request twice.
             return ApiError(TIMEOUT, headers={"x-should-retry": "false"})
+        case jax.errors.JaxRuntimeError() if _OUT_OF_MEMORY in str(error):
+            return ApiError(UNAVAILABLE, "its device is out of memory")
     return ApiError(INTERNAL)

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from llama_jax.engine.result import Result
-from llama_jax.server.errors import INTERNAL, ApiError, to_api_error
+from llama_jax.server.errors import INTERNAL, UNAVAILABLE, ApiError, to_api_error
 from llama_jax.server.types import Error
 
 _LOGGER = logging.getLogger("llama_jax.server")
@@ -72,10 +72,12 @@ class RequestLog:
             self.first_text_s = self.last_text_s
 
     def fail(self, error: Exception) -> None:
-        """Record an exception as the error for the client; a bug is logged."""
+        """Record an exception as the error for the client; a bug or the device's is logged."""
         self.error = to_api_error(error)
         if self.error.kind is INTERNAL:
             _LOGGER.error("request %s failed", self.id, exc_info=error)
+        elif self.error.kind is UNAVAILABLE and self.error is not error:
+            _LOGGER.error("request %s failed: %.500s", self.id, error)
 
     def error_body(self) -> Error:
         """Return the body for the recorded error, in the form of the request's route."""

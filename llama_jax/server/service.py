@@ -51,6 +51,7 @@ class Service:
         self.failed = False
         """Whether the engine ended by itself."""
         self._answers: weakref.WeakSet[Answers] = weakref.WeakSet()
+        self._answers_lock = threading.RLock()  # a signal's handler may interrupt `answer`
 
     @property
     def unready(self) -> str | None:
@@ -83,7 +84,7 @@ class Service:
 
     def cancel_all(self) -> None:
         """Cancel all requests in flight."""
-        for answers in list(self._answers):
+        for answers in self._all_answers():
             answers.cancel()
 
     def stop(self) -> None:
@@ -110,10 +111,11 @@ class Service:
             InputError: see `Engine.submit`.
             QueueFullError: there is no room for all of them.
         """
-        if self.unready:
-            raise ApiError(UNAVAILABLE, f"it is {self.unready}")
         answers = Answers(log, log.began + self.settings.timeout_s)
-        self._answers.add(answers)
+        with self._answers_lock:
+            self._answers.add(answers)
+        if self.unready:  # asked after it is listed: an engine that ends now abandons it
+            raise ApiError(UNAVAILABLE, f"it is {self.unready}")
         try:
             # In a thread: encoding a prompt of megabytes would block all other requests.
             share = self.settings.max_queue_per_client
@@ -139,6 +141,12 @@ class Service:
         except BaseException:  # whatever it is, the server must learn that its engine is gone
             _LOGGER.exception("the engine stopped")
             self.failed = True
+            for answers in self._all_answers():
+                answers.abandon()
+
+    def _all_answers(self) -> "list[Answers]":
+        with self._answers_lock:
+            return list(self._answers)
 
 
 class Answers:
@@ -153,7 +161,7 @@ class Answers:
         self._log, self._deadline = log, deadline
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
         self._generations: list[Generation] = []
-        self._cancelled = False
+        self._cancelled = self._abandoned = False
 
     def submit(
         self,
@@ -184,6 +192,11 @@ class Answers:
         for generation in list(self._generations):
             generation.cancel()
 
+    def abandon(self) -> None:
+        """End them by an error: no engine works on them any more; may be called in any thread."""
+        self._abandoned = True
+        self._on_change()
+
     async def stream(self) -> AsyncGenerator[tuple[int, Piece | Result], None]:
         """Yield each generation's pieces and then its result, with its number, as they come.
 
@@ -207,6 +220,8 @@ class Answers:
                         del waiting[number]
                         yield number, self._result(generation)
                 if waiting:
+                    if self._abandoned:
+                        raise ApiError(UNAVAILABLE, "it is broken")
                     async with asyncio.timeout(max(0, self._deadline - time.perf_counter())):
                         await self._changed.wait()
         finally:

@@ -19,6 +19,7 @@ from tests.helpers.commands import PARIS, PARIS_ANSWER, run_py
 
 COMMAND = "from llama_jax.cli.main import entry; entry()"
 """What the installed command `llama-jax` runs."""
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 
 
 def flags_in(help_text):
@@ -119,6 +120,28 @@ def test_a_reader_that_closes_stdout_is_no_error():
     os.close(write)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+@FULL
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [[PARIS], [PARIS, "--output=json"], ["--help"]])
+def test_a_full_disk_under_stdout_is_one_line_and_exit_2(arguments, unbuffered):
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = run_py(
+            *arguments, capture_output=False, stdout=full, stderr=subprocess.PIPE, env=environment
+        )
+    assert done.returncode == 2
+    said = "error: cannot write stdout (No space left on device); make room for it\n"
+    assert done.stderr.endswith(said)
+    assert "Traceback" not in done.stderr
+
+
+@FULL
+def test_a_full_disk_under_stderr_costs_what_is_said_there_alone():
+    with open("/dev/full", "w") as full:
+        done = run_py(PARIS, capture_output=False, stdout=subprocess.PIPE, stderr=full)
+    assert (done.stdout, done.returncode) == (PARIS_ANSWER, 0)
 
 
 def test_ctrl_c_while_compiling_exits_130():

@@ -9,15 +9,21 @@ import concurrent.futures
 import contextlib
 import http.client
 import json
+import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
+import jax
 import pytest
 
 from llama_jax import Llama
 from llama_jax.demo import DEMO_CHECKPOINT
+from tests.helpers import ROOT
 from tests.helpers.server_process import ENDLESS, QUEUE, SLOTS, TOKEN, read_first, served
 from tests.helpers.serving import (
     ANSWER,
@@ -25,6 +31,7 @@ from tests.helpers.serving import (
     MODEL,
     QUESTION,
     RUN,
+    paused,
     serving,
     wait_until,
 )
@@ -253,6 +260,156 @@ def test_a_fault_in_one_request_leaves_the_others_alone(monkeypatch, caplog):
         assert "secret" not in "".join(answer.text for answer in answers)
         wait_until(lambda: llm.engine.running == llm.engine.queued == 0)
     assert "a secret" in caplog.text
+
+
+# Faults of the machine.
+
+
+def test_a_device_out_of_memory_costs_the_requests_in_slots_and_no_other(monkeypatch, caplog):
+    """They get 503 with Retry-After, or an event; those that wait are answered as if alone."""
+    llm = Llama.load(DEMO_CHECKPOINT, slots=SLOTS)
+    decode, known = llm.executor.decode, {**KNOWN, "seed": 5}
+    out = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+
+    def fail_once(*args):
+        if llm.engine.queued < SLOTS:
+            return decode(*args)
+        monkeypatch.setattr(llm.executor, "decode", decode)
+        raise out
+
+    with serving(llm) as client, concurrent.futures.ThreadPoolExecutor(2 * SLOTS) as pool:
+
+        def ask(number):
+            return client.post(RUN, json={**known, "stream": number % 2 == 0})
+
+        right = {True: ask(0).text, False: ask(1).text}
+        monkeypatch.setattr(llm.executor, "decode", fail_once)
+        with paused(llm):
+            answers = [pool.submit(ask, number) for number in range(2 * SLOTS)]
+            wait_until(lambda: llm.engine.queued == 2 * SLOTS)
+        answers = [answer.result() for answer in answers]
+        failed = [answer for answer in answers if "out of memory" in answer.text]
+        assert len(failed) == SLOTS
+        for answer in failed:
+            assert answer.status_code == 200 or answer.headers["retry-after"]
+            assert answer.status_code in (200, 503)
+            assert '"code":5001' in answer.text
+        for answer in answers:
+            assert answer in failed or answer.text == right["data:" in answer.text]
+        assert [ask(0).text, ask(1).text] == [right[True], right[False]]
+    assert caplog.text.count("RESOURCE_EXHAUSTED") == SLOTS
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a secret"), MemoryError("a secret")], ids=type)
+def test_a_fault_in_a_worker_thread_costs_its_request_alone(error, monkeypatch, caplog):
+    llm = Llama.load(DEMO_CHECKPOINT, slots=SLOTS)
+    submit = llm.engine.submit
+
+    def flaky(request, *args, **kwargs):
+        if request.parameters.seed == 13:
+            raise error
+        return submit(request, *args, **kwargs)
+
+    monkeypatch.setattr(llm.engine, "submit", flaky)
+    with serving(llm) as client, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        seeds = [13, 12, 13, 14, 13, 15]
+        answers = list(pool.map(lambda seed: client.post(RUN, json={**KNOWN, "seed": seed}), seeds))
+        assert [answer.status_code for answer in answers] == [500, 200] * 3
+        assert {a.json()["result"].get("response", ANSWER) for a in answers} == {ANSWER}
+        assert "secret" not in "".join(answer.text for answer in answers)
+        monkeypatch.undo()
+        assert client.post(RUN, json={**KNOWN, "seed": 13}).json()["result"]["response"] == ANSWER
+    assert "a secret" in caplog.text
+
+
+def test_an_engine_that_ends_by_itself_leaves_no_request_waiting(monkeypatch):
+    """A bug outside of what a turn catches: all requests get 503, those that wait too."""
+    llm = Llama.load(DEMO_CHECKPOINT, slots=1)
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 400, "ignore_eos": True}
+    with (
+        serving(llm, timeout_s=20) as client,
+        concurrent.futures.ThreadPoolExecutor(4) as pool,
+    ):
+        with paused(llm):
+            answers = [pool.submit(client.post, COMPLETIONS, json=body) for _ in range(4)]
+            wait_until(lambda: llm.engine.queued == 4)
+
+            def fail():
+                raise RuntimeError("a bug")
+
+            monkeypatch.setattr(llm.engine._clock, "start", fail)
+        assert [answer.result().status_code for answer in answers] == [503] * 4
+        assert client.get("/healthz").status_code == 200
+        assert client.get("/readyz").status_code == 503
+
+
+LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
+CACHED = """
+import os, jax
+from llama_jax import use_compile_cache
+os.environ["XDG_CACHE_HOME"] = {home!r}
+jax.config.update("jax_compilation_cache_dir", None)
+use_compile_cache()
+"""
+
+
+@pytest.mark.parametrize("fault", ["full", "gone", "read-only", "corrupt"])
+def test_a_cache_of_programs_that_fails_while_serving_costs_a_compilation(tmp_path, fault):
+    """When the cause goes, what is compiled is kept again. A full disk is a limit on files here."""
+    folder, kept = tmp_path / "llama_jax" / "compiled", tmp_path / "kept"
+    before = CACHED.format(home=str(tmp_path))
+    with served(before=before) as server:
+        assert_well(server)
+    before += LIMITED if fault == "full" else ""
+    with served(before=before) as server:
+        if fault == "corrupt":
+            for entry in folder.glob("*-cache"):
+                entry.write_bytes(b"not a program")
+        else:
+            folder.rename(kept)
+        if fault == "full":
+            folder.mkdir()
+        elif fault == "read-only":
+            folder.write_text("a file: a folder of mode 555 would not stop root")
+        assert_well(server)
+        if fault == "read-only":
+            folder.unlink()
+        if fault not in ("full", "corrupt"):
+            folder.mkdir(exist_ok=True)
+            before = set(folder.iterdir())
+            scored = {"model": MODEL, "prompt": "x", "max_tokens": 1, "logprobs": 1, "echo": True}
+            assert server.post(COMPLETIONS, scored)[0] == 200
+            assert set(folder.iterdir()) > before
+        assert_well(server)
+
+
+def test_a_log_that_cannot_be_written_stops_no_request(tmp_path):
+    """A limit on the size of a file fails as a full disk does; emptied, the file grows again."""
+    log = tmp_path / "log"
+    code = f"import sys; sys.argv = ['run.py', 'serve', '--port=0']\n{LIMITED}\n"
+    code += "from llama_jax.cli.main import entry\nentry()"
+    with log.open("ab") as file:
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=file, cwd=ROOT)
+    try:
+        wait_until(lambda: "serving" in log.read_text() or process.poll() is not None)
+        [port] = re.findall(r"http://127\.0\.0\.1:(\d+) ", log.read_text())
+        for emptied in (False, True):
+            if emptied:
+                os.truncate(log, 0)
+            for _ in range(20):
+                connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=30)
+                with contextlib.closing(connection):
+                    connection.request("POST", RUN, json.dumps(KNOWN))
+                    answer = json.loads(connection.getresponse().read())
+                assert answer["result"]["response"] == ANSWER
+            assert log.stat().st_size == 2000
+        assert json.loads(log.read_text().splitlines()[0])["status"] == 200
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 # The end.
