@@ -1,5 +1,6 @@
 """The soak's figures, and which of them are out of bounds."""
 
+import os
 import time
 
 import numpy as np
@@ -65,4 +66,6 @@ class Report:
         server, load = (cpu_s / max(self._seconds, 1e-9) for cpu_s in self.cpu_s)
         print(f"cores used: server {server:.2f}, load {load:.2f}; ", end="")
         print(f"the observer {self._observer_cpu_s:.1f} s in all")
+        average = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+        print(f"{average}, what else runs here included")
         print(f"descriptors at most: {self.files} of {DESCRIPTORS}")
