@@ -34,8 +34,8 @@ from tools.soak.server import END_S, SLOTS, Server, serving
 CLIENTS, HOSTILE, HOSTILE_ADDRESSES = 6, 80, 4
 PAUSE_S = 0.25
 """Between two requests of a well-behaved client, on average."""
-IMPORT_S = 5
-"""For the observer's process to begin."""
+IMPORT_S, WARM_S = 5, 300
+"""For the observer's process to begin; when growth begins to count."""
 
 _MINUTES = flags.DEFINE_float("minutes", 30, "How long the load lasts.", lower_bound=0.1)
 _SEED = flags.DEFINE_integer("seed", 0, "Decides each client's requests; not how they interleave.")
@@ -66,7 +66,6 @@ class Soak:
         self._server, self._known = server, known
         minutes = _MINUTES.value
         self._alone_s = min(60, minutes * 15) + IMPORT_S
-        self._warm_s = 60 * min(5, minutes / 2)
         self._began = time.monotonic() + self._alone_s
         """When the load begins."""
         self._end = self._began + minutes * 60
@@ -138,7 +137,7 @@ class Soak:
             if now - self._began >= minute * 60:
                 await self._report(http, minute)
                 minute += 1
-            if self._warm is None and now - self._began >= self._warm_s:
+            if self._warm is None and now - self._began >= WARM_S:
                 self._warm = self._server.rss_mib, self._server.files
             self.report.files = max(self.report.files, self._server.files)
             asked = time.monotonic()
@@ -173,9 +172,9 @@ class Soak:
         if (slots := await self._slots_at_once(http)) != SLOTS:
             self.problems.append(f"{slots} of {SLOTS} slots are left")
         if self._warm is None:
-            return  # the server ended before
+            return  # the run was too short to tell
         growth, files = self._server.rss_mib - self._warm[0], self._server.files - self._warm[1]
-        print(f"growth since minute {self._warm_s / 60:g}: {growth:.1f} MiB, {files} files")
+        print(f"growth since minute {WARM_S / 60:g}: {growth:.1f} MiB, {files} files")
         if growth > _GROWTH.value:
             self.problems.append(f"the server grew by {growth:.0f} MiB")
         if files > 0:  # there was traffic then, and now there is none

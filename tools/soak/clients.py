@@ -18,6 +18,8 @@ DONE = "data: [DONE]"
 WORDS = ["the", "sea", "a", "king", "of", "and", "tell", "me", "what", "is", "fox"]
 GREED, BURST = 64, 40
 """Requests that the greedy client has in flight; those of a burst."""
+REUSE_S = 0.5
+"""For which an idle connection is used again: the server may close older ones to make room."""
 HUGE = [
     (b"x" * (9 << 20), 413),
     (json.dumps({"prompt": "word " * 26_000}).encode(), 413),
@@ -30,7 +32,8 @@ HUGE = [
 def connect(url: str, address: str = "127.0.0.1") -> httpx.AsyncClient:
     """Return one client's connections to a server, from an address of its own."""
     headers = {"authorization": f"Bearer {TOKEN}"}
-    transport = httpx.AsyncHTTPTransport(local_address=address)
+    limits = httpx.Limits(keepalive_expiry=REUSE_S)
+    transport = httpx.AsyncHTTPTransport(limits=limits, local_address=address)
     return httpx.AsyncClient(base_url=url, headers=headers, timeout=300, transport=transport)
 
 
