@@ -43,7 +43,11 @@ async def be_greedy(http: httpx.AsyncClient, counts: collections.Counter[str]) -
 
     async def one() -> None:
         while True:
-            response = await http.post(COMPLETIONS, json=body)
+            try:
+                response = await http.post(COMPLETIONS, json=body)
+            except httpx.TransportError:
+                counts["greedy: reset"] += 1  # a crowd pushed its new connection out
+                continue
             counts[f"greedy: {response.status_code}"] += 1
             if response.status_code != 200:
                 await asyncio.sleep(float(response.headers["retry-after"]))
