@@ -16,6 +16,9 @@ from llama_jax.engine.request import GenerationRequest, make_request
 from llama_jax.errors import InputError
 from llama_jax.strict_json import parse_json
 
+MAX_CONTAINERS = 2**16
+"""Objects and arrays in a body; a conversation has one for each message."""
+
 MAX_NAMES = 16
 """How many ignored fields are named."""
 
@@ -49,7 +52,7 @@ def parse_body(text: bytes, name: str = "body") -> Any:
     Raises:
         InputError: see `parse_json`.
     """
-    return parse_json(text, name)
+    return parse_json(text, name, max_containers=MAX_CONTAINERS)
 
 
 def check(payload: Any) -> CardRequest:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax import InputError
-from llama_jax.card.contract import CardRequest, SchemaError, check, parse_body
+from llama_jax.card.contract import MAX_CONTAINERS, CardRequest, SchemaError, check, parse_body
 from llama_jax.card.schemas import INPUT_SCHEMA, OUTPUT_SCHEMA
 from llama_jax.engine.parameters import SCHEMAS as PARAMETERS
 from llama_jax.engine.request import make_request
@@ -209,7 +209,9 @@ def test_every_parameter_of_the_card_is_one_of_the_requests():
         (b'{"a": 1, "b": 2,\n"a": 1}', "the key 'a' is given twice"),
         (b'[{"a": 1}, {"a": 1, "\\u0061": 2}]', "the key 'a' is given twice"),
         (b"[" * 65 + b"]" * 65, "nested deeper than 64"),
-        (b'{"a":' * 1_000_000, "nested deeper than 64"),
+        (b'{"a":' * MAX_CONTAINERS, "nested deeper than 64"),
+        (b"[%s[]]" % (b"[]," * (MAX_CONTAINERS - 1)), "65,537 objects and arrays, expected"),
+        (b'{"a[\\"{": %s' % (b'[{"b": ""},{' * 40_000), "120,001 objects and arrays, expected"),
         (b'{"prompt":\n"\xff"}', "'utf-8' codec can't decode byte 0xff"),
         (b'"\xed\xa0\x80"', "'utf-8' codec can't decode byte 0xed"),
         (json.dumps({"prompt": "hi"}).encode("utf-16"), "'utf-8' codec can't decode byte 0xff"),
@@ -230,6 +232,8 @@ def test_bodies_that_are_not_json(body, expected):
         ('"[[[ {\\"a\\": NaN, \\"a\\": 1e999"', '[[[ {"a": NaN, "a": 1e999'),
         ('[{"a": 1}, {"a": {"a": ["a", "a"]}}]', [{"a": 1}, {"a": {"a": ["a", "a"]}}]),
         ("[" * 64 + "]" * 64, json.loads("[" * 64 + "]" * 64)),
+        ("[%s[]]" % ("[]," * (MAX_CONTAINERS - 2)), [[]] * (MAX_CONTAINERS - 1)),
+        ('["%s"]' % ('[{\\"' * MAX_CONTAINERS), ['[{"' * MAX_CONTAINERS]),
         ("1" * 1000, int("1" * 1000)),
         ("[1e308, -0.0, 1E-999]", [1e308, 0.0, 0.0]),
         ('"\\ud83d\\ude00"', "😀"),

@@ -181,17 +181,21 @@ class Soak:
             self.problems.append(f"{files} more files are open than amid the traffic")
 
     async def _slots_at_once(self, http: httpx.AsyncClient) -> int:
-        """Return how many requests run at once if there are more than slots."""
+        """Return how many requests run at once if there are more than slots, of two clients.
+
+        One of them alone would not get the last slot.
+        """
         body = {"model": MODEL, "prompt": "x", "max_tokens": 500, "ignore_eos": True}
-        posts = [
-            asyncio.create_task(http.post(COMPLETIONS, json=body | {"temperature": 5}))
-            for _ in range(SLOTS + 2)
-        ]
         most = 0
-        while not all(post.done() for post in posts):
-            most = max(most, int((await read_metrics(http))["num_requests_running"]))
-            await asyncio.sleep(0.02)
-        await asyncio.gather(*posts)
+        async with connect(self._server.url, "127.0.0.4") as other:
+            posts = [
+                asyncio.create_task(client.post(COMPLETIONS, json=body | {"temperature": 5}))
+                for client in [http, other] * SLOTS
+            ]
+            while not all(post.done() for post in posts):
+                most = max(most, int((await read_metrics(http))["num_requests_running"]))
+                await asyncio.sleep(0.02)
+            await asyncio.gather(*posts)
         return most
 
 
