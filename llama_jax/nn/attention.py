@@ -107,7 +107,10 @@ def whole(
     """
     q = _group_heads(q, k.shape[1])
     k, v = (ops.as_float(_cut(a, slots, q.shape[0], 0, attend_len)) for a in (k, v))
-    scores = _dot("bkgth,bksh->bkgts", q.astype(k.dtype), k)
+    # One free dimension of q: with two, XLA on a GPU transposes all keys of the cache.
+    batch, kv_heads, group, length, head_dim = q.shape
+    queries = q.reshape(batch, kv_heads, group * length, head_dim).astype(k.dtype)
+    scores = _dot("bkqh,bksh->bkqs", queries, k).reshape(batch, kv_heads, group, length, -1)
     visible = jnp.arange(attend_len)[None, None, :] <= positions[:, :, None]
     scores = jnp.where(visible[:, None, None, :, :], scores, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1)

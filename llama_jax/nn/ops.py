@@ -27,10 +27,20 @@ def embed(tokens: Int[Array, "B T"], table: Float[Array, "V D"]) -> Float[Array,
     """Look up each token's embedding, in float32."""
     if table.dtype != jnp.bfloat16:
         return table[tokens].astype(jnp.float32)
+    # What keeps XLA on a CPU from a copy of the whole table makes one on a TPU.
+    look_up = lax.platform_dependent(tokens, table, cpu=_look_up_bits, default=_look_up)
+    return look_up.astype(jnp.float32)
+
+
+def _look_up(tokens: Int[Array, "B T"], table: Float[Array, "V D"]) -> Float[Array, "B T D"]:
+    return table[tokens]
+
+
+def _look_up_bits(tokens: Int[Array, "B T"], table: Float[Array, "V D"]) -> Float[Array, "B T D"]:
     # As bits, since XLA on a CPU would first widen the whole table; and tied to the tokens, since
     # it would copy the bits of the whole table to take that out of the token loop.
     table, tokens = lax.optimization_barrier((table, tokens))
-    return as_float(lax.bitcast_convert_type(table, jnp.uint16)[tokens]).astype(jnp.float32)
+    return as_float(lax.bitcast_convert_type(table, jnp.uint16)[tokens])
 
 
 def rms_norm(
