@@ -17,6 +17,7 @@ import pytest
 from convert.__main__ import main
 from llama_jax import Llama
 from llama_jax.decode import sampling
+from llama_jax.decode.filters import apply_filters
 from tests.helpers.stories import BOS, PUBLISHED
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("one_torch_thread")]
@@ -244,7 +245,9 @@ def our_filtered(logits: np.ndarray, prompt: list[int], output: list[int]) -> np
     arrays = (jnp.asarray(np.tile(a, (len(rows), 1))) for a in (logits, in_prompt, counts))
     logits, in_prompt, counts = arrays
     penalised = sampling.apply_penalties(logits, params, in_prompt, counts)
-    return np.asarray(sampling.apply_filters(penalised / params.temperature[:, None], params))
+    scaled = penalised / params.temperature[:, None]
+    filters = {"top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
+    return np.asarray(apply_filters(scaled, **filters))
 
 
 @pytest.mark.parametrize("spread", [0.5, 3.0])

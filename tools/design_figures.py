@@ -121,7 +121,8 @@ def sampling_cost() -> None:
     """Draw from 32,000 logits with and without top-p."""
     vocab_size = 32_000
     logits = jax.random.normal(jax.random.key(0), (1, vocab_size))
-    none = jnp.zeros((1, vocab_size), bool), jnp.zeros((1, vocab_size), jnp.int32)
+    shape = 1, vocab_size
+    none = jnp.zeros(shape), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32)
     draw = jax.jit(sampling.sample)
     for name, top_p in (("no filter", None), ("top-p", 0.9)):
         params = jax.tree.map(jnp.asarray, sampling.make_params(1, 0.6, top_p=top_p))

@@ -19,6 +19,11 @@ CASES = [
     (7, {"temperature": 1.0, "top_k": 3}),
     (7, {"temperature": 1.0, "top_p": 0.5}),
     (7, {"temperature": 2.0, "top_k": 6, "top_p": 0.8}),
+    (7, {"temperature": 1.0, "min_p": 0.3}),
+    (7, {"temperature": 2.0, "top_p": 0.9, "min_p": 0.4}),
+    (7, {"temperature": 1.0, "logit_bias": {"0": -100, "7": 3.5}}),
+    (7, {"temperature": 0.0, "logit_bias": {"0": -0.75, "5": 0.5}}),
+    (7, {"temperature": 1.0, "allowed_tokens": [3, 4, 6, 9]}),
     (7, {"temperature": 1.0, "repetition_penalty": 1.3}),
     (7, {"temperature": 1.0, "frequency_penalty": 0.5, "presence_penalty": 0.5}),
     (
@@ -27,6 +32,9 @@ CASES = [
             "temperature": 0.8,
             "top_k": 9,
             "top_p": 0.95,
+            "min_p": 0.05,
+            "logit_bias": {"7": 2.5, "9": -1.0},
+            "allowed_tokens": [0, 2, 4, 5, 6, 7, 8, 9, 10],
             "repetition_penalty": 1.1,
             "frequency_penalty": 0.2,
             "presence_penalty": 0.1,
@@ -47,11 +55,14 @@ def tokens(seed: int, parameters: dict) -> list[int]:
     logits = jnp.asarray([LOGITS], jnp.float32)
     in_prompt = jnp.asarray([np.isin(np.arange(size), IN_PROMPT)])
     counts = jnp.asarray([np.bincount(OUTPUT, minlength=size)], jnp.int32)
-    params = sampling.make_params(seed=seed, **parameters)
-    return [
-        int(sampling.sample(logits, params, jnp.asarray([step], jnp.int32), in_prompt, counts)[0])
-        for step in range(16)
-    ]
+    others = dict(parameters)
+    logit_bias = {int(token): b for token, b in others.pop("logit_bias", {}).items()}
+    bias = jnp.asarray(
+        sampling.make_bias(size, logit_bias, others.pop("allowed_tokens", None))[None]
+    )
+    params = sampling.make_params(seed=seed, **others)
+    steps = (jnp.asarray([step], jnp.int32) for step in range(16))
+    return [int(sampling.sample(logits, params, t, bias, in_prompt, counts)[0]) for t in steps]
 
 
 def block(values: list) -> str:

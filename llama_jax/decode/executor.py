@@ -11,6 +11,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.decode.plan import Plan, choose_plan
 from llama_jax.decode.programs import (
     Admit,
+    ClearSlot,
     CompiledPrograms,
     CompileLog,
     CopySlot,
@@ -88,6 +89,10 @@ class Executor:
     def copy_slot(self, state: DecodeState, source: int, target: int) -> DecodeState:
         """Copy the cache of one slot to another; see `state.copy_slot`."""
         return self._call(CopySlot(), state, source, target)
+
+    def clear_slot(self, state: DecodeState, slot: int) -> DecodeState:
+        """Set the cache of one slot to zero; see `state.clear_slot`. Compiled at its first use."""
+        return self._call(ClearSlot(), state, slot)
 
     def prefill_chunk(
         self,

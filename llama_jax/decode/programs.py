@@ -98,22 +98,38 @@ class Admit(Program):
         return "admit"
 
 
-@dataclasses.dataclass(frozen=True)
-class Release(Program):
-    """End a slot's request early."""
+class SlotProgram(Program):
+    """Change one slot."""
 
     donated: ClassVar[tuple[int, ...]] = (0,)
-
-    def function(self, target: Target) -> Callable[..., Any]:
-        """Return `state.release`."""
-        return state.release
 
     def arguments(self, old: DecodeState, slot: int = 0) -> tuple[Any, ...]:
         """Return the arguments of a call."""
         return old, np.int32(slot)
 
+
+@dataclasses.dataclass(frozen=True)
+class Release(SlotProgram):
+    """End a slot's request early."""
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `state.release`."""
+        return state.release
+
     def __str__(self) -> str:
         return "release"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClearSlot(SlotProgram):
+    """Set the cache of one slot to zero."""
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `state.clear_slot`."""
+        return state.clear_slot
+
+    def __str__(self) -> str:
+        return "clear_slot"
 
 
 @dataclasses.dataclass(frozen=True)

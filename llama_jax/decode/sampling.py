@@ -1,12 +1,14 @@
-"""The sampling law, version 1: how logits and a seed become a token. Pure functions, all float32.
+"""The sampling law, version 2: how logits and a seed become a token. Pure functions, all float32.
 
     token_t = argmax(filtered_logits_t + Gumbel(fold_in(key(seed), t)))
 
 t is the token's index in the output. Nothing else enters: not the batch slot, the neighbours, the
-chunk, streaming, or the resume point. The filters, in order: repetition, frequency and presence
-penalty, temperature, top-k, top-p. docs/sampler.md states the law in full, with test vectors.
+chunk, streaming, or the resume point. The filters, in order: bias, repetition, frequency and
+presence penalty, temperature, top-k, top-p, min-p. docs/sampler.md states the law in full, with
+test vectors.
 """
 
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -15,22 +17,23 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-SAMPLER_VERSION = 1
+from llama_jax.decode.filters import apply_filters
+
+SAMPLER_VERSION = 2
 
 AnyArray = Array | np.ndarray
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are 0. Some clients send 1e-08 where they mean greedy."""
 
-HEAD = 1024
-"""Tokens to look through for a cut before all of the vocabulary is sorted."""
-
-
 TOP_LOGPROBS = 20
 """The most likely tokens whose log-probabilities are returned: the limit of OpenAI's interface."""
 
 NO_TOKEN = -1
 """Where a slot that is done emits no token, and where a request has no stop token."""
+
+NOT_FINITE = -2
+"""In place of a token: the row's logits have a NaN or an infinity, or no token is left."""
 
 
 class SamplingParams(NamedTuple):
@@ -44,6 +47,8 @@ class SamplingParams(NamedTuple):
     """Tokens kept; 0 is off."""
     top_p: Float[AnyArray, "B"]
     """Probability kept; 1 and above is off, 0 keeps one token."""
+    min_p: Float[AnyArray, "B"]
+    """Least probability kept, relative to the likeliest token's; 0 is off, at most 1."""
     repetition_penalty: Float[AnyArray, "B"]
     """Over prompt and output; 1 is off, and so is 0."""
     frequency_penalty: Float[AnyArray, "B"]
@@ -65,6 +70,7 @@ def make_params(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     frequency_penalty: float = 0.0,
     presence_penalty: float = 0.0,
@@ -75,38 +81,81 @@ def make_params(
         temperature=np.array([temperature], np.float32),
         top_k=np.array([top_k or 0], np.int32),
         top_p=np.array([1.0 if top_p is None else top_p], np.float32),
+        min_p=np.array([min_p], np.float32),
         repetition_penalty=np.array([repetition_penalty], np.float32),
         frequency_penalty=np.array([frequency_penalty], np.float32),
         presence_penalty=np.array([presence_penalty], np.float32),
     )
 
 
+def make_bias(
+    vocab_size: int,
+    logit_bias: Mapping[int, float | int] | None = None,
+    allowed_tokens: Collection[int] | None = None,
+) -> Float[np.ndarray, "V"]:
+    """Return what is added to a row's logits.
+
+    Args:
+        vocab_size: V.
+        logit_bias: added to some tokens' logits.
+        allowed_tokens: the others get -inf, so they are never drawn; None: all.
+    """
+    bias = np.zeros(vocab_size, np.float32)
+    for token, value in (logit_bias or {}).items():
+        bias[token] = value
+    if allowed_tokens is not None:
+        banned = np.ones(vocab_size, bool)
+        banned[list(allowed_tokens)] = False
+        bias[banned] = -np.inf
+    return bias
+
+
 def sample(
     logits: Float[Array, "B V"],
     params: SamplingParams,
     steps: Int[Array, "B"],
+    bias: Float[Array, "B V"],
     in_prompt: Bool[Array, "B V"],
     output_counts: Int[Array, "B V"],
 ) -> Int[Array, "B"]:
     """Draw the next token of each row by the law.
 
     Args:
-        logits: float32, finite.
+        logits: float32.
         params: one entry per row.
         steps: index t in the output of the token to draw.
+        bias: as from `make_bias`.
         in_prompt: the tokens that occur in the row's prompt.
         output_counts: how often each token occurs in the row's output so far.
 
     Returns:
-        Token ids. Ties go to the lower id.
+        Token ids; ties go to the lower id. NOT_FINITE for a row without a finite maximum.
     """
+    logits = logits + bias
+    is_finite = jnp.isfinite(jnp.max(logits, axis=-1))
     logits = apply_penalties(logits, params, in_prompt, output_counts)
     greedy = params.temperature < GREEDY_BELOW
-    temperature = jnp.where(greedy, jnp.ones_like(params.temperature), params.temperature)
-    filtered = apply_filters(logits / temperature[:, None], params)
-    noise = jax.vmap(gumbel, in_axes=(0, 0, None))(params.seeds, steps, logits.shape[-1])
-    scores = jnp.where(greedy[:, None], logits, filtered + noise)
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+    def noisy() -> Float[Array, "B V"]:
+        temperature = jnp.where(greedy, jnp.ones_like(params.temperature), params.temperature)
+        filtered = apply_filters(
+            logits / temperature[:, None],
+            top_k=jnp.where(greedy, 0, params.top_k),
+            top_p=jnp.where(greedy, 1.0, params.top_p),
+            min_p=jnp.where(greedy, 0.0, params.min_p),
+        )
+        noise = jax.vmap(gumbel, in_axes=(0, 0, None))(params.seeds, steps, logits.shape[-1])
+        return jnp.where(greedy[:, None], logits, filtered + noise)
+
+    scores = lax.cond(jnp.all(greedy), lambda: logits, noisy)
+    return jnp.where(is_finite, _first_argmax(scores), NOT_FINITE)
+
+
+def _first_argmax(scores: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """Return the least index of each row's maximum: 6 times as fast as XLA's argmax on a CPU."""
+    ids = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, :]
+    best = jnp.max(scores, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(scores == best, ids, scores.shape[-1]), axis=-1)
 
 
 def gumbel(seed: UInt32[AnyArray, "2"], step: Int[Array, ""], vocab_size: int) -> Float[Array, "V"]:
@@ -144,75 +193,3 @@ def apply_penalties(
     counts = output_counts.astype(jnp.float32)
     logits = logits - params.frequency_penalty[:, None] * counts
     return logits - params.presence_penalty[:, None] * (counts > 0).astype(jnp.float32)
-
-
-def apply_filters(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:
-    """Set to -inf what top-k, then top-p over what top-k left, cut; the best token always stays.
-
-    The order of tokens is by falling logit, then by rising id. top-p cuts a token when the tokens
-    before it already hold more than `top_p`: the one that crosses stays.
-    """
-    in_use = (params.top_k > 0) | (params.top_p < 1)
-    # Ordering the vocabulary is the most expensive part of sampling; the default needs none.
-    return lax.cond(jnp.any(in_use), _filter, lambda logits, _: logits, logits, params)
-
-
-class _Cut(NamedTuple):
-    """Where a row's order of tokens is cut: the last that stays."""
-
-    logit: Float[Array, "B 1"]
-    id: Int[Array, "B 1"]
-    settled: Bool[Array, "B 1"]
-    """The part of the order that was looked at holds the cut."""
-
-
-def _filter(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:
-    vocab_size = logits.shape[-1]
-    ids = jnp.broadcast_to(jnp.arange(vocab_size, dtype=jnp.int32)[None, :], logits.shape)
-    # Of -0 and 0, which are equal, XLA's top-k would take 0 first.
-    ordering = jnp.where(logits == 0, 0.0, logits)
-
-    def cut_whole(head: _Cut) -> _Cut:
-        falling, ids_in_order = lax.sort((-ordering, ids), dimension=-1, is_stable=True, num_keys=1)
-        whole = _cut(-falling, ids_in_order, logits, params)
-        # Row by row, so that none depends on whether its neighbours needed this.
-        return _Cut(*(jnp.where(head.settled, *pair) for pair in zip(head, whole, strict=True)))
-
-    cut = _cut(*lax.top_k(ordering, min(HEAD, vocab_size)), logits, params)
-    if vocab_size > HEAD:
-        cut = lax.cond(jnp.all(cut.settled), lambda head: head, cut_whole, cut)
-    inside = (logits > cut.logit) | ((logits == cut.logit) & (ids <= cut.id))
-    off = ((params.top_k == 0) | (params.top_k >= vocab_size)) & (params.top_p >= 1)
-    return jnp.where(inside | off[:, None], logits, -jnp.inf)
-
-
-def _cut(
-    ordered: Float[Array, "B n"],
-    ids: Int[Array, "B n"],
-    logits: Float[Array, "B V"],
-    params: SamplingParams,
-) -> _Cut:
-    """Look for the cut in the first n tokens of the order."""
-    size, vocab_size = ordered.shape[-1], logits.shape[-1]
-    top_k = jnp.where(params.top_k > 0, params.top_k, vocab_size)[:, None]
-    top_p = params.top_p[:, None]
-    in_top_k = jnp.arange(size, dtype=jnp.int32)[None, :] < top_k
-    # Not ordered[:, :1]: of a slice of its top-k XLA would make a sort.
-    highest = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.where(in_top_k, jnp.exp(ordered - highest), 0.0)
-    all_weights = jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True)
-    total = jnp.where(top_k < vocab_size, jnp.sum(weights, axis=-1, keepdims=True), all_weights)
-    probabilities = weights / total
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = in_top_k & ((before <= top_p) | (top_p >= 1))
-    kept = kept.at[:, 0].set(True)
-
-    # What is kept is a prefix of the order: compare with its last token instead of scattering back.
-    last = jnp.sum(kept, axis=-1, keepdims=True, dtype=jnp.int32) - 1
-    # With top-k off the cut is here if what crosses top_p is; with both off there is none.
-    crossed = (top_k >= vocab_size) & ((last < size - 1) | (top_p >= 1))
-    return _Cut(
-        logit=jnp.take_along_axis(ordered, last, axis=-1),
-        id=jnp.take_along_axis(ids, last, axis=-1),
-        settled=(top_k <= size) | crossed,
-    )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode import sampling
@@ -37,6 +37,8 @@ class DecodeState(NamedTuple):
     """The slot generates nothing: its request ended, it is idle, or still in prefill."""
     wants_logprobs: Bool[Array, "B"]
     sampling: sampling.SamplingParams
+    bias: Float[Array, "B V"]
+    """Added to the logits; -inf for a token that must not be drawn."""
     in_prompt: Bool[Array, "B V"]
     """Whether each token occurs in the prompt, for the repetition penalty."""
     output_counts: Int[Array, "B V"]
@@ -53,6 +55,8 @@ class Admission(NamedTuple):
     stop_tokens: Int[AnyArray, "E"]
     """The tokens that end the request, as many as the model has; NO_TOKEN: none."""
     wants_logprobs: Bool[AnyArray, ""]
+    bias: Float[AnyArray, "V"]
+    """As from `sampling.make_bias`."""
     in_prompt: Bool[AnyArray, "V"]
     """Whether each token occurs in the prompt."""
     start: Int[AnyArray, ""]
@@ -67,6 +71,7 @@ def make_admission(
     limit: int,
     stop_tokens: Sequence[int] = (NO_TOKEN,),
     wants_logprobs: bool = False,
+    bias: np.ndarray | None = None,
     start: int = 0,
 ) -> Admission:
     """Return an Admission of NumPy arrays."""
@@ -77,6 +82,7 @@ def make_admission(
         limit=np.array(limit, np.int32),
         stop_tokens=np.array(stop_tokens, np.int32),
         wants_logprobs=np.array(wants_logprobs),
+        bias=sampling.make_bias(vocab_size) if bias is None else bias,
         in_prompt=in_prompt,
         start=np.array(start, np.int32),
     )
@@ -95,6 +101,7 @@ def init_state(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike)
         done=jnp.ones((batch,), bool),
         wants_logprobs=jnp.zeros((batch,), bool),
         sampling=jax.tree.map(lambda a: jnp.repeat(a, batch, axis=0), sampling.make_params()),
+        bias=jnp.zeros((batch, config.vocab_size), jnp.float32),
         in_prompt=jnp.zeros((batch, config.vocab_size), bool),
         output_counts=jnp.zeros((batch, config.vocab_size), jnp.int32),
     )
@@ -113,6 +120,7 @@ def admit(state: DecodeState, slot: Int[Array, ""], new: Admission) -> DecodeSta
         done=state.done.at[slot].set(True),
         wants_logprobs=state.wants_logprobs.at[slot].set(new.wants_logprobs),
         sampling=jax.tree.map(lambda a, b: a.at[slot].set(b[0]), state.sampling, new.sampling),
+        bias=state.bias.at[slot].set(new.bias),
         in_prompt=state.in_prompt.at[slot].set(new.in_prompt),
         output_counts=state.output_counts.at[slot].set(0),
     )
@@ -126,6 +134,14 @@ def release(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
 def copy_slot(state: DecodeState, source: Int[Array, ""], target: Int[Array, ""]) -> DecodeState:
     """Copy the cache of one slot to another; `state` is donated."""
     return state._replace(cache=kv.copy_slot(state.cache, source, target))
+
+
+def clear_slot(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
+    """Set the cache of one slot to zero; `state` is donated.
+
+    Positions that are not read have no weight in attention, but NaN times zero is NaN.
+    """
+    return state._replace(cache=kv.clear_slot(state.cache, slot))
 
 
 def gather_rows(state: DecodeState, slots: Int[Array, "n"]) -> DecodeState:

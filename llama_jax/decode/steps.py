@@ -14,8 +14,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.decode import sampling
-from llama_jax.decode.sampling import NO_TOKEN, TOP_LOGPROBS
+from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE, TOP_LOGPROBS
 from llama_jax.decode.state import DecodeState, gather_rows, scatter_rows
+from llama_jax.decode.sums import log_softmax
 from llama_jax.nn import cache as kv
 from llama_jax.nn.transformer import Params, Transformer, forward
 
@@ -34,7 +35,8 @@ class StepOutputs(NamedTuple):
     """What some steps generated, one column for each slot computed."""
 
     tokens: Int[Array, "*T n"]
-    """Including the stop token; NO_TOKEN where a slot was done."""
+    """Including the stop token; NO_TOKEN where a slot was done, NOT_FINITE where its request must
+    end by an error."""
     logprobs: Logprobs
     """Zeros in a step in which no slot requests them."""
 
@@ -179,14 +181,18 @@ def _emit(
 ) -> tuple[DecodeState, StepOutputs]:
     """Sample a token for each active slot; record it, and whether it ends the slot."""
     # The law does not depend on the vocabulary's size, so it is applied to a part of it.
-    candidates, in_prompt, output_counts = (
-        array[:, :drawable] for array in (logits, state.in_prompt, state.output_counts)
+    candidates, bias, in_prompt, output_counts = (
+        array[:, :drawable] for array in (logits, state.bias, state.in_prompt, state.output_counts)
     )
-    sampled = sampling.sample(candidates, state.sampling, state.steps, in_prompt, output_counts)
-    tokens = jnp.where(active, sampled, state.tokens)
+    # A slot that is done needs no noise and no filters.
+    temperature = jnp.where(active, state.sampling.temperature, 0.0)
+    params = state.sampling._replace(temperature=temperature)
+    sampled = sampling.sample(candidates, params, state.steps, bias, in_prompt, output_counts)
+    is_finite = sampled != NOT_FINITE
+    tokens = jnp.where(active & is_finite, sampled, state.tokens)
     steps = state.steps + active.astype(jnp.int32)
     stopped = jnp.any(tokens[:, None] == state.stop_tokens, axis=-1)
-    ended = stopped | (steps >= state.limits)
+    ended = stopped | (steps >= state.limits) | jnp.logical_not(is_finite)
     rows = jnp.arange(tokens.shape[0])
     state = state._replace(
         tokens=tokens,
@@ -197,11 +203,11 @@ def _emit(
     logprobs = lax.cond(
         jnp.any(active & state.wants_logprobs), _logprobs, _no_logprobs, logits, tokens
     )
-    return state, StepOutputs(jnp.where(active, tokens, NO_TOKEN), logprobs)
+    return state, StepOutputs(jnp.where(active, sampled, NO_TOKEN), logprobs)
 
 
 def _logprobs(logits: Float[Array, "B V"], tokens: Int[Array, "B"]) -> Logprobs:
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    logprobs = log_softmax(logits)
     top, top_ids = lax.top_k(logprobs, min(TOP_LOGPROBS, logits.shape[-1]))
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
     return Logprobs(chosen, top, top_ids)

@@ -82,6 +82,10 @@ class Pipeline:
         """Copy the cache of one slot to another."""
         self._state = self._executor.copy_slot(self._take_state(), source.index, target.index)
 
+    def clear_slot(self, slot: Slot) -> None:
+        """Set the cache of a slot to zero."""
+        self._state = self._executor.clear_slot(self._take_state(), slot.index)
+
     def release(self, slot: Slot) -> None:
         """End a slot's request on the device."""
         self._state = self._executor.release(self._take_state(), slot.index)

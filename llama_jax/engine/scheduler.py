@@ -18,7 +18,7 @@ import numpy as np
 
 from llama_jax.decode import sampling
 from llama_jax.decode.executor import Executor
-from llama_jax.decode.sampling import NO_TOKEN
+from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE
 from llama_jax.decode.state import make_admission
 from llama_jax.decode.steps import Logprobs
 from llama_jax.engine.clock import Clock
@@ -46,6 +46,20 @@ class Counts:
     def count_end(self, reason: str) -> None:
         """Count a request that ended."""
         self.ended[reason] = self.ended.get(reason, 0) + 1
+
+
+class NotFiniteError(ArithmeticError):
+    """The model's logits have a NaN or an infinity, so there is no token to draw.
+
+    Args:
+        step: how many tokens came before.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(
+            f"the logits of output token {step} have a NaN or an infinity: the weights have one, "
+            "or a value exceeds the dtype; use bfloat16 or float32"
+        )
 
 
 class Scheduler:
@@ -229,6 +243,8 @@ class Scheduler:
     def _hand_over(self, column: Column, tokens: np.ndarray, logprobs: Logprobs) -> None:
         """Give a generation its next tokens, up to the one that ends it."""
         generation, parameters = column.generation, column.generation.request.parameters
+        if NOT_FINITE in tokens[:, column.index]:
+            raise NotFiniteError(len(generation.tokens))
         if generation.max_tokens == 0:  # it has a token only because its prompt was scored
             return self._end(generation, "length")
         own = [token for token in tokens[:, column.index].tolist() if token != NO_TOKEN]
@@ -251,7 +267,10 @@ class Scheduler:
         generation, slot.generation = slot.generation, None
         assert generation is not None
         self._prefills.remove(generation)
-        if self._executor.plan.batch_invariant and slot.num_dispatched:
+        if isinstance(generation.error, NotFiniteError):
+            self.pipeline.clear_slot(slot)
+            slot.cached = []
+        elif self._executor.plan.batch_invariant and slot.num_dispatched:
             # Else tokens read one by one have other bits than those of a prompt.
             slot.cached = [*generation.prompt, *generation.tokens[:-1]]
         if generation.result is None or generation.result.finish_reason != "length":

@@ -72,6 +72,11 @@ def copy_slot(cache: KVCache, source: Int[Array, ""], target: Int[Array, ""]) ->
     return jax.tree.map(copy, cache)
 
 
+def clear_slot(cache: KVCache, slot: Int[Array, ""]) -> KVCache:
+    """Set one slot's keys and values to zero, in every layer."""
+    return jax.tree.map(lambda array: array.at[slot].set(0), cache)
+
+
 def _to_cache(new: Float[Array, "b T K H"], dtype: DTypeLike) -> Shaped[Array, "b K T H"]:
     new = jnp.swapaxes(new, 1, 2)
     if dtype != jnp.uint16:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 
 from llama_jax.engine.engine import ClientShareError, ContextError, QueueFullError
+from llama_jax.engine.scheduler import NotFiniteError
 from llama_jax.errors import InputError
 from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.types import Error, ErrorNote, OpenAIError
@@ -153,6 +154,11 @@ INTERNAL = Kind(
     OpenAIKind(500, None, "The server had an error while processing your request", "server_error"),
 )
 
+NOT_FINITE = Kind(
+    *(500, 5000, "Ai: Internal server error: {}"),
+    OpenAIKind(500, "logits_not_finite", "{}", "server_error"),
+)
+
 REFUSAL = "llama_jax.refusal"
 """Key of a request's scope: the error by which the connection refuses it, if it does."""
 
@@ -240,6 +246,8 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(TOO_LONG, sum(counts), error.context, *counts)
         case InputError():
             return ApiError(BAD_INPUT, error)
+        case NotFiniteError():
+            return ApiError(NOT_FINITE, error)
         case ClientShareError():
             return ApiError(CLIENT_FULL)
         case QueueFullError():

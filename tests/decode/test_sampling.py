@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from llama_jax.decode import sampling
+from llama_jax.decode.filters import apply_filters
 from tests.helpers import ROOT
 
 DOC = ROOT / "docs" / "sampler.md"
@@ -34,10 +35,16 @@ def exact_distribution(
     repetition_penalty=1.0,
     frequency_penalty=0.0,
     presence_penalty=0.0,
+    min_p=0.0,
+    logit_bias=None,
+    allowed_tokens=None,
 ):
     """The law in float64, token by token, sharing nothing with the package."""
     x = [float(v) for v in LOGITS]
     for i in range(len(x)):
+        x[i] += (logit_bias or {}).get(str(i), 0.0)
+        if allowed_tokens is not None and i not in allowed_tokens:
+            x[i] = -np.inf
         if repetition_penalty not in (0, 1) and (IN_PROMPT[i] or COUNTS[i]):
             x[i] = x[i] / repetition_penalty if x[i] > 0 else x[i] * repetition_penalty
         x[i] -= frequency_penalty * COUNTS[i]
@@ -54,6 +61,7 @@ def exact_distribution(
             break
         nucleus.append(i)
         before += weights[i] / total
+    nucleus = [i for i in nucleus if weights[i] >= min_p]
     p = np.zeros(len(x))
     p[nucleus] = weights[nucleus] / weights[nucleus].sum()
     return p
@@ -89,14 +97,22 @@ def exact_draws(n, seed, parameters):
     ]
 
 
-def draw(n, first_step=0, seed=1, **params):
+def filtered_by(logits, params):
+    """The logits that these rows' filters leave."""
+    top_k, top_p, min_p = map(jnp.asarray, (params.top_k, params.top_p, params.min_p))
+    return apply_filters(logits, top_k=top_k, top_p=top_p, min_p=min_p)
+
+
+def draw(n, first_step=0, seed=1, logit_bias=None, allowed_tokens=None, **params):
     """n draws of one request: steps first_step to first_step + n - 1."""
     tile = lambda a: jnp.broadcast_to(jnp.asarray(a)[None], (n, V))  # noqa: E731
+    by_id = {int(token): value for token, value in (logit_bias or {}).items()}
     return np.asarray(
         jax.jit(sampling.sample)(
             tile(LOGITS),
             rows(n, seed=seed, **params),
             jnp.arange(first_step, first_step + n, dtype=jnp.int32),
+            tile(sampling.make_bias(V, by_id, allowed_tokens)),
             tile(IN_PROMPT),
             tile(COUNTS),
         )
@@ -192,7 +208,7 @@ def test_greedy_is_exact_and_ties_go_to_the_lower_id(temperature):
     logits = np.full((3, V), -1.0, np.float32)
     logits[0, [5, 7]] = 4.0
     logits[1, [11]] = 4.0
-    none = jnp.zeros((3, V), bool), jnp.zeros((3, V), jnp.int32)
+    none = jnp.zeros((3, V)), jnp.zeros((3, V), bool), jnp.zeros((3, V), jnp.int32)
     for seed in range(20):
         params = rows(3, seed=seed, temperature=temperature, top_p=0.5, top_k=40)
         drawn = sampling.sample(jnp.asarray(logits), params, jnp.zeros(3, jnp.int32), *none)
@@ -213,7 +229,7 @@ def test_greedy_is_exact_and_ties_go_to_the_lower_id(temperature):
 def test_top_p_keeps_the_token_that_crosses(masses, cuts):
     logits = jnp.log(jnp.asarray([masses], jnp.float32))
     for top_p, kept in cuts:
-        filtered = sampling.apply_filters(logits, rows(1, temperature=1.0, top_p=top_p))
+        filtered = filtered_by(logits, rows(1, top_p=top_p))
         assert np.flatnonzero(np.isfinite(filtered[0])).tolist() == list(range(kept)), top_p
 
 
@@ -241,7 +257,8 @@ def test_a_draw_depends_on_seed_and_step_alone():
     steps = jnp.asarray(shuffled, jnp.int32)
     tile = lambda a: jnp.broadcast_to(jnp.asarray(a)[None], (40, V))  # noqa: E731
     others = rows(40, seed=9, temperature=2.0)
-    drawn = sampling.sample(tile(LOGITS), others, steps, tile(IN_PROMPT), tile(COUNTS))
+    state = tile(np.zeros(V, np.float32)), tile(IN_PROMPT), tile(COUNTS)
+    drawn = sampling.sample(tile(LOGITS), others, steps, *state)
     np.testing.assert_array_equal(drawn, alone[shuffled])
 
 
@@ -296,7 +313,7 @@ CUTS = [
 def test_cuts_of_a_long_vocabulary(cut, scale):
     """What stays, against float64; ties among the logits, but none of mass at the cut."""
     logits = np.round(np.random.default_rng(0).normal(0, scale, LONG), 2).astype(np.float32)
-    got = np.asarray(sampling.apply_filters(jnp.asarray(logits[None]), rows(1, **cut)))[0]
+    got = np.asarray(filtered_by(jnp.asarray(logits[None]), rows(1, **cut)))[0]
     order = np.lexsort((np.arange(LONG), -logits))
     kept = order[: cut.get("top_k", LONG)]
     weights = np.exp(logits[kept].astype(np.float64))
@@ -312,9 +329,9 @@ def test_a_cut_does_not_depend_on_what_the_neighbours_need():
     """Rows that the head settles keep their bits beside one that has the vocabulary sorted."""
     logits = jnp.asarray(np.random.default_rng(1).normal(0, 2, (len(CUTS), LONG)), jnp.float32)
     params = [sampling.make_params(**cut) for cut in CUTS]
-    together = sampling.apply_filters(logits, jax.tree.map(lambda *a: np.concatenate(a), *params))
+    together = filtered_by(logits, jax.tree.map(lambda *a: np.concatenate(a), *params))
     for row, alone in enumerate(params):
-        expected = sampling.apply_filters(logits[row : row + 1], alone)
+        expected = filtered_by(logits[row : row + 1], alone)
         np.testing.assert_array_equal(together[row : row + 1], expected)
 
 
@@ -324,5 +341,5 @@ def test_both_zeros_are_one_logit(vocab_size):
     logits = np.full((1, vocab_size), -1.0, np.float32)
     logits[0, [3, 5, 9]] = -0.0, 0.0, 0.0
     for top_k, kept in ((1, [3]), (2, [3, 5]), (3, [3, 5, 9])):
-        got = sampling.apply_filters(jnp.asarray(logits), rows(1, top_k=top_k))
+        got = filtered_by(jnp.asarray(logits), rows(1, top_k=top_k))
         assert np.flatnonzero(np.asarray(got)[0] > -np.inf).tolist() == kept

@@ -33,6 +33,7 @@ from llama_jax.engine.generation import Generation
 from llama_jax.engine.queue import Queue
 from llama_jax.engine.request import make_request
 from llama_jax.engine.result import Piece
+from llama_jax.engine.scheduler import NotFiniteError
 from llama_jax.engine.stream import Stream
 from llama_jax.text.chat import encode_dialog
 from llama_jax.text.tokenizer import Tokenizer
@@ -727,6 +728,25 @@ def test_an_interrupt_as_a_request_gets_its_slot_ends_it_once(ex):
     rest(engine)
     assert_same(second, alone(ex, second.request))
     assert engine.counts.ended == {"error": 1, "length": 1}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_end_their_request_and_leave_no_trace(any_ex, value):
+    """The token 7 has such an embedding; the other requests, and the slot's next, do not see it."""
+    broken = copy.copy(any_ex)
+    embed = any_ex.params["embed"]
+    broken.params = any_ex.params | {"embed": embed.at[7].set(value)}
+    engine, others = make(broken), [endless(i) for i in range(SLOTS - 1)]
+    running = [engine.submit(request) for request in others]
+    bad = engine.submit(sampled([5, *[7] * 90]))  # longer than the next one's prompt
+    rest(engine)
+    assert type(bad.error) is NotFiniteError
+    assert "logits of output token 0 have a NaN or an infinity" in str(bad.error)
+    assert engine.counts.ended["error"] == 1
+    good = [engine.submit(sampled([5, 9 + i])) for i in range(SLOTS)]
+    rest(engine)
+    for generation in [*running, *good]:
+        assert_same(generation, alone(broken, generation.request))
 
 
 # Threads.

@@ -75,7 +75,7 @@ def test_another_for_each_part(demo, llm, now, tmp_path, tokenizer, monkeypatch)
     changed.plan = llm.executor.plan._replace(decode_steps=4)
     others.append(fingerprint(demo, changed))
     for name, value in {
-        "SAMPLER_VERSION": 2,
+        "SAMPLER_VERSION": 3,
         "__version__": "0",
         "code_digest": lambda package: "other",
         "instruction_set": lambda: "other",

@@ -1,0 +1,115 @@
+"""Filters of the sampling law: top-k, top-p and min-p."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from llama_jax.decode.sums import sum_by_halves, sums_before
+
+HEAD = 1024
+"""Tokens to look through for a cut before all of the vocabulary is sorted."""
+
+
+def apply_filters(
+    logits: Float[Array, "B V"],
+    *,
+    top_k: Int[Array, "B"],
+    top_p: Float[Array, "B"],
+    min_p: Float[Array, "B"],
+) -> Float[Array, "B V"]:
+    """Set to -inf what top-k, then top-p, then min-p cut; the best token always stays.
+
+    The order of tokens is by falling logit, then by rising id. top-p cuts a token when the tokens
+    before it already hold more than `top_p`: the one that crosses stays.
+
+    Args:
+        logits: after the temperature.
+        top_k: tokens kept; 0 is off.
+        top_p: probability kept; 1 and above is off.
+        min_p: least probability kept, relative to the likeliest token's; 0 is off.
+    """
+    # Ordering the vocabulary is the most expensive part of sampling; the default needs none.
+    cuts = jnp.any((top_k > 0) | (top_p < 1))
+    kept = lax.cond(cuts, _apply_cut, lambda logits, *_: logits, logits, top_k, top_p)
+    return lax.cond(jnp.any(min_p > 0), _apply_min_p, lambda kept, *_: kept, kept, logits, min_p)
+
+
+def _apply_min_p(
+    kept: Float[Array, "B V"], logits: Float[Array, "B V"], min_p: Float[Array, "B"]
+) -> Float[Array, "B V"]:
+    """Cut tokens by the quotient of two probabilities, which needs no sum."""
+    likeliest = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.where(jnp.exp(logits - likeliest) >= min_p[:, None], kept, -jnp.inf)
+
+
+class _Cut(NamedTuple):
+    """Where a row's order of tokens is cut: the last that stays."""
+
+    logit: Float[Array, "B 1"]
+    id: Int[Array, "B 1"]
+    settled: Bool[Array, "B 1"]
+    """The part of the order that was looked at holds the cut."""
+
+
+def _apply_cut(
+    logits: Float[Array, "B V"], top_k: Int[Array, "B"], top_p: Float[Array, "B"]
+) -> Float[Array, "B V"]:
+    """Cut by top-k and top-p: both keep a first part of the order."""
+    vocab_size = logits.shape[-1]
+    ids = jnp.broadcast_to(jnp.arange(vocab_size, dtype=jnp.int32)[None, :], logits.shape)
+    # Of -0 and 0, which are equal, XLA's top-k would take 0 first.
+    ordering = jnp.where(logits == 0, 0.0, logits)
+
+    def cut_whole(head: _Cut) -> _Cut:
+        falling, ids_in_order = lax.sort((-ordering, ids), dimension=-1, is_stable=True, num_keys=1)
+        whole = _cut(-falling, ids_in_order, logits, top_k, top_p)
+        # Row by row, so that none depends on whether its neighbours needed this.
+        return _Cut(*(jnp.where(head.settled, *pair) for pair in zip(head, whole, strict=True)))
+
+    cut = _cut(*lax.top_k(ordering, min(HEAD, vocab_size)), logits, top_k, top_p)
+    if vocab_size > HEAD:
+        cut = lax.cond(jnp.all(cut.settled), lambda head: head, cut_whole, cut)
+    inside = _is_until(logits, cut.logit, cut.id)
+    off = ((top_k == 0) | (top_k >= vocab_size)) & (top_p >= 1)
+    return jnp.where(inside | off[:, None], logits, -jnp.inf)
+
+
+def _cut(
+    ordered: Float[Array, "B n"],
+    ids: Int[Array, "B n"],
+    logits: Float[Array, "B V"],
+    top_k: Int[Array, "B"],
+    top_p: Float[Array, "B"],
+) -> _Cut:
+    """Look for the cut in the first n tokens of the order."""
+    size, vocab_size = ordered.shape[-1], logits.shape[-1]
+    top_k, top_p = jnp.where(top_k > 0, top_k, vocab_size)[:, None], top_p[:, None]
+    places = jnp.arange(size, dtype=jnp.int32)[None, :]
+
+    def token_at(place: Int[Array, "B 1"]) -> tuple[Float[Array, "B 1"], Int[Array, "B 1"]]:
+        return (
+            jnp.take_along_axis(ordered, place, axis=-1),
+            jnp.take_along_axis(ids, place, axis=-1),
+        )
+
+    in_top_k = _is_until(logits, *token_at(jnp.minimum(top_k, size) - 1)) | (top_k >= vocab_size)
+    # Not ordered[:, :1]: of a slice of its top-k XLA would make a sort.
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    total = sum_by_halves(jnp.where(in_top_k, jnp.exp(logits - highest), 0.0))
+    probabilities = jnp.where(places < top_k, jnp.exp(ordered - highest) / total, 0.0)
+    beyond = (sums_before(probabilities) > top_p) & (top_p < 1)
+    first_beyond = jnp.min(jnp.where(beyond, places, size), axis=-1, keepdims=True)
+    logit, token = token_at(jnp.minimum(first_beyond, top_k) - 1)
+    # With top-k off the cut is here if what crosses top_p is; with both off there is none.
+    crossed = (top_k >= vocab_size) & ((first_beyond < size) | (top_p >= 1))
+    return _Cut(logit, token, settled=(top_k <= size) | crossed)
+
+
+def _is_until(
+    logits: Float[Array, "B V"], logit: Float[Array, "B 1"], token: Int[Array, "B 1"]
+) -> Bool[Array, "B V"]:
+    """Return whether each token comes before a given one in the order, or is it."""
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
+    return (logits > logit) | ((logits == logit) & (ids <= token))
