@@ -167,21 +167,28 @@ def test_custom_id_and_metadata_come_back(tmp_path, llm):
 
 def test_parameters_of_this_project_are_honoured(tmp_path, llm):
     ours = {"stop": "Paris", "logprobs": 2, "prompt_logprobs": True, "seed": 2**64 - 1}
-    stopped, endless, wrong, wrong_seed = run_lines(
+    paris = llm.generate(**PARIS).tokens
+    chosen = {"logit_bias": {str(paris[0]): -100}, "allowed_tokens": paris, "min_p": 0.1}
+    stopped, endless, biased, wrong, wrong_seed, wrong_id = run_lines(
         tmp_path,
         llm,
         {**PARIS, **ours},
         {**PARIS, "ignore_eos": True, "max_tokens": 20, "seed": 0, "stop": None},
+        {**PARIS, **chosen, "max_tokens": 20},
         {**PARIS, "stop": [3]},
         {**PARIS, "seed": 2**64},
+        {**PARIS, "allowed_tokens": [5000]},
     )
-    assert stopped["ignored"] == endless["ignored"] == []
+    assert stopped["ignored"] == endless["ignored"] == biased["ignored"] == []
     expected = llm.generate(**PARIS, **ours)
     assert stopped["result"]["response"] == expected.response == "The capital of France is "
     assert len(stopped["result"]["logprobs"][0]["top"]) == 2
     assert len(stopped["result"]["prompt_logprobs"]) == len(expected.prompt_tokens)
     assert (stopped["result"]["seed"], endless["result"]["seed"]) == (2**64 - 1, 0)
     assert len(endless["result"]["tokens"]) == 20
+    assert set(biased["result"]["tokens"]) <= set(paris) - {paris[0]}
+    assert biased["result"]["tokens"] == llm.generate(**PARIS, **chosen, max_tokens=20).tokens
+    assert "allowed_tokens has the token id 5000, expected ids from 0 to 1023" in wrong_id["error"]
     assert "stop is [3], expected a string, or a list" in wrong["error"]
     assert "expected an integer from 0 to 18446744073709551615" in wrong_seed["error"]
 

@@ -74,8 +74,7 @@ def check(payload: Any) -> CardRequest:
 def check_extended(payload: Any) -> CardRequest:
     """Check a body that may have the engine's own parameters too.
 
-    They are those that the card does not have (`stop`, `ignore_eos`, `logprobs`,
-    `prompt_logprobs`), and a seed beyond the card's range.
+    They are those of `SCHEMAS` that the card does not have, and a seed beyond the card's range.
 
     Raises:
         SchemaError: see `check`. `CardRequest.request` checks the engine's own parameters.

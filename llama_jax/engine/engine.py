@@ -134,7 +134,10 @@ class Engine:
             QueueFullError: the queue is full, or the client's share of it (ClientShareError).
             EngineFailedError: `run` gave up.
         """
-        prompt = request.encode(self.tokenizer, self.executor.config.vocab_size)
+        vocab_size = self.executor.config.vocab_size
+        prompt = request.encode(self.tokenizer, vocab_size)
+        drawable = vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
+        request.parameters.check_token_ids(drawable)
         request = _fit(request, len(prompt), self.executor.context)
         generation = Generation(
             request,

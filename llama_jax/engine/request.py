@@ -1,7 +1,7 @@
 """GenerationRequest: a prompt and the parameters, checked."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_jax.engine.parameters import Parameters, make_parameters, parameter_problems
@@ -101,7 +101,7 @@ def make_request(
         allow_control_tags: accept tags such as `[INST]` in system and user turns, as plain text.
         parse_control: with raw: read control tokens such as `<s>` as tokens; BOS is not doubled.
         **parameters: the fields of `Parameters`; None stands for the default. A seed is drawn if
-            none is given. `stop` may be one string.
+            none is given. `stop` may be one string, and the ids in `logit_bias` may be strings.
 
     Raises:
         InputError: naming everything that is wrong, the messages' order included.
@@ -146,8 +146,10 @@ def check_tokens(tokens: Any, vocab_size: int, name: str = "prompt_tokens") -> l
 
 def _plain(value: Any) -> Any:
     """Turn NumPy's and JAX's arrays and scalars into Python's lists and numbers."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | range):
         return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
     return value.tolist() if hasattr(value, "tolist") else value
 
 

@@ -165,21 +165,24 @@ class Scheduler:
         if source is not slot:
             self.pipeline.copy_slot(source, slot)
         slot.cached = source.cached[:start]
+        vocab_size = self._executor.config.vocab_size
         new = make_admission(
             sampling.make_params(
                 seed=parameters.seed,
                 temperature=parameters.temperature,
                 top_k=parameters.top_k,
                 top_p=parameters.top_p,
+                min_p=parameters.min_p,
                 repetition_penalty=parameters.repetition_penalty,
                 frequency_penalty=parameters.frequency_penalty,
                 presence_penalty=parameters.presence_penalty,
             ),
             prompt,
-            self._executor.config.vocab_size,
+            vocab_size,
             limit=max(1, generation.max_tokens),
             stop_tokens=generation.stop_tokens,
             wants_logprobs=parameters.logprobs is not None,
+            bias=sampling.make_bias(vocab_size, parameters.logit_bias, parameters.allowed_tokens),
             start=start,
         )
         self.pipeline.admit(slot, new)

@@ -36,7 +36,7 @@ from llama_jax.engine.result import Piece
 from llama_jax.engine.scheduler import NotFiniteError
 from llama_jax.engine.stream import Stream
 from llama_jax.text.chat import encode_dialog
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import EOS_ID, Tokenizer
 from llama_jax.weights.checkpoint import load_checkpoint
 from tests.helpers.models import CONFIG, NATIVE, PURE, PURE_MARKS, random_params
 from tools.demo_corpus import read_corpus
@@ -186,6 +186,9 @@ def draw_request(rng, earlier, vocab_size=DEMO.config.vocab_size):
         ignore_eos=rng.random() < 0.3,
         logprobs=rng.choice([None, None, 0, 3]),
         prompt_logprobs=rng.random() < 0.15,
+        min_p=rng.choice([0, 0, 0.05, 0.5]),
+        logit_bias=rng.choice([None, None, {EOS_ID: 5, 300: 8, 40: -100}]),
+        allowed_tokens=rng.choice([None] * 5 + [range(2, vocab_size, 3)]),
     )
 
 

@@ -4,10 +4,12 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator
 
 from llama_jax import InputError
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.parameters import SCHEMAS as PARAMETERS
+from llama_jax.engine.parameters import parameter_problem
 from llama_jax.engine.request import make_request
 from llama_jax.text.chat import encode_dialog
 from llama_jax.text.tokenizer import Tokenizer
@@ -27,10 +29,13 @@ def test_defaults_are_explicit():
         "temperature": 0.6,
         "top_p": None,
         "top_k": None,
+        "min_p": 0.0,
         "seed": 3,
         "repetition_penalty": 1.0,
         "frequency_penalty": 0.0,
         "presence_penalty": 0.0,
+        "logit_bias": {},
+        "allowed_tokens": None,
         "stop": (),
         "ignore_eos": False,
         "logprobs": None,
@@ -39,7 +44,11 @@ def test_defaults_are_explicit():
 
 
 def test_effective_parameters_make_the_same_request():
-    for parameters in ({"top_k": 3}, {"stop": ("a", "b"), "logprobs": 0, "prompt_logprobs": True}):
+    for parameters in (
+        {"top_k": 3},
+        {"stop": ("a", "b"), "logprobs": 0, "prompt_logprobs": True},
+        {"min_p": 0.5, "logit_bias": {5: -100.0, 0: 1.5}, "allowed_tokens": (7, 5)},
+    ):
         request = make_request(prompt="Hi", **parameters)
         effective = dict(request.parameters)
         assert effective.items() >= parameters.items()
@@ -61,6 +70,40 @@ def test_any_64_bit_seed_is_a_seed(seed):
 @pytest.mark.parametrize("stop", ["\n", ["\n"], ("\n",)])
 def test_stop_may_be_one_string_or_several(stop):
     assert make_request(prompt="Hi", stop=stop).parameters.stop == ("\n",)
+
+
+@pytest.mark.parametrize("bias", [{"5": 1, "60": -2}, {5: 1, 60: -2.0}, {np.int64(5): 1, 60: -2}])
+@pytest.mark.parametrize("kind", [tuple, list, np.array, lambda ids: range(ids[0], 4, -55)])
+def test_token_ids_may_be_json_s_or_python_s(bias, kind):
+    parameters = make_request(prompt="Hi", logit_bias=bias, allowed_tokens=kind([60, 5])).parameters
+    assert parameters.logit_bias == {5: 1.0, 60: -2.0}
+    assert parameters.allowed_tokens == (60, 5)
+    assert {type(n) for n in (*parameters.logit_bias, *parameters.allowed_tokens)} == {int}
+    assert {type(n) for n in parameters.logit_bias.values()} == {float}
+    assert hash(parameters)
+
+
+@pytest.mark.parametrize(
+    "value", [[], [1], [1, 2], [2, 1, 2], [-1], [True], ["1"], [1.5], [None], {}, "1", 1, [[]]]
+)
+def test_a_list_of_token_ids_is_checked_as_its_schema_says(value):
+    schema = PARAMETERS["allowed_tokens"]
+    valid = Draft202012Validator(schema).is_valid(value)
+    assert (parameter_problem("x", value, schema) is None) == valid
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *({}, {"0": 100, "999999999": -100}, {"00": 1}, {"-1": 1}, {"a": 1}, {"9" * 19: 1}),
+        *({"5": 101}, {"5": None}, {"5": True}, {"5": "1"}, {str(i): 1 for i in range(1025)}),
+        *([], [5], "5"),
+    ],
+)
+def test_a_bias_is_checked_as_its_schema_says(value):
+    schema = PARAMETERS["logit_bias"]
+    valid = Draft202012Validator(schema).is_valid(value)
+    assert (parameter_problem("x", value, schema) is None) == valid
 
 
 def test_none_stands_for_the_default():
@@ -105,6 +148,37 @@ def test_numbers_take_their_types():
         ("repetition_penalty", 2.5, "repetition_penalty is 2.5, expected a number from 0 to 2"),
         ("frequency_penalty", -1, "frequency_penalty is -1, expected a number from 0 to 2"),
         ("presence_penalty", 3, "presence_penalty is 3, expected a number from 0 to 2"),
+        ("min_p", -0.1, "min_p is -0.1, expected a number from 0 to 1"),
+        ("min_p", 1.5, "min_p is 1.5, expected a number from 0 to 1"),
+        ("min_p", math.nan, "min_p is nan, expected a finite number"),
+        ("min_p", False, "min_p is False, expected a number from 0 to 1"),
+        ("logit_bias", [5], "logit_bias is [5], expected an object of token ids, each with a numb"),
+        ("logit_bias", "5:1", "logit_bias is '5:1', expected an object of token ids"),
+        ("logit_bias", {"Paris": 1}, "logit_bias has the key 'Paris', expected a token id"),
+        ("logit_bias", {-1: 1}, "logit_bias has the key -1, expected a token id"),
+        ("logit_bias", {"05": 1}, "logit_bias has the key '05', expected a token id"),
+        ("logit_bias", {"5\n": 1}, "logit_bias has the key '5\\n', expected a token id"),
+        ("logit_bias", {1e9: 1}, "logit_bias has the key 1000000000.0, expected a token id"),
+        ("logit_bias", {"9" * 5000: 1}, "logit_bias has the key '999"),
+        ("logit_bias", {True: 1}, "logit_bias has the key True, expected a token id"),
+        ("logit_bias", {5: 101}, "logit_bias[5] is 101, expected a number from -100 to 100"),
+        ("logit_bias", {5: -100.5}, "logit_bias[5] is -100.5, expected a number from -100 to 100"),
+        ("logit_bias", {5: math.nan}, "logit_bias[5] is nan, expected a finite number"),
+        ("logit_bias", {5: True}, "logit_bias[5] is True, expected a number from -100 to 100"),
+        ("logit_bias", {5: None}, "logit_bias[5] is None, expected a number from -100 to 100"),
+        (
+            "logit_bias",
+            dict.fromkeys(range(1025), 1),
+            "has 1,025 token ids, expected at most 1,024",
+        ),
+        ("allowed_tokens", [], "allowed_tokens is [], expected a list of at least 1 token id"),
+        ("allowed_tokens", 5, "allowed_tokens is 5, expected a list of at least 1 token id"),
+        ("allowed_tokens", "5", "allowed_tokens is '5', expected a list of at least 1 token id"),
+        ("allowed_tokens", [5, -1], "allowed_tokens[1] is -1, expected a token id"),
+        ("allowed_tokens", ["5"], "allowed_tokens[0] is '5', expected a token id"),
+        ("allowed_tokens", [True], "allowed_tokens[0] is True, expected a token id"),
+        ("allowed_tokens", [5.5], "allowed_tokens[0] is 5.5, expected a token id"),
+        ("allowed_tokens", [5, 6, 5], "allowed_tokens has 5 more than once, expected each token"),
         ("ignore_eos", 1, "ignore_eos is 1, expected true or false"),
         ("stop", "", "stop is [''], expected a string, or a list of up to 16 that are not empty"),
         ("stop", ["a", ""], "stop is ['a', ''], expected a string, or a list of up to 16 that are"),
