@@ -14,6 +14,7 @@ def define() -> None:
     _define_model_flags()
     _define_prompt_flags()
     _define_sampling_flags()
+    _define_token_flags()
     _define_output_flags()
     _define_score_flags()
     _define_serve_flags()
@@ -107,6 +108,12 @@ def _define_sampling_flags() -> None:
     flags.DEFINE_integer(
         "top_k", None, "Sample from this many of the most likely tokens, 1 to 50. Default: off."
     )
+    flags.DEFINE_float(
+        "min_p",
+        0.0,
+        "Drop tokens less likely than this share of the most likely one's probability, 0 to 1; 0 "
+        "is off.",
+    )
     flags.DEFINE_integer(
         "seed", None, "Random seed, 0 to 2^64 - 1. Default: drawn at random, and reported."
     )
@@ -122,6 +129,22 @@ def _define_sampling_flags() -> None:
     )
     flags.DEFINE_float(
         "presence_penalty", 0.0, "Penalty on tokens that occur in the output, 0 to 2; 0 is off."
+    )
+
+
+def _define_token_flags() -> None:
+    """Define which tokens may come, and which text and tokens end the answer."""
+    flags.DEFINE_list(
+        "logit_bias",
+        None,
+        "Numbers to add to the logits of token ids, -100 to 100 each: 15043:5,2787:-100. Default: "
+        "none.",
+    )
+    flags.DEFINE_list(
+        "allowed_tokens",
+        None,
+        "The only token ids to sample from: 1939,3869. Without EOS among them an answer ends at "
+        "--max_tokens. Default: all.",
     )
     flags.DEFINE_multi_string(
         "stop", [], "Stop before this text; repeat the flag for up to 16 texts. Default: none."

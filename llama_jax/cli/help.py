@@ -29,6 +29,8 @@ _VALUES = {
     "prompt_file": "FILE",
     "messages": "FILE",
     "prompt_tokens": "ID,...",
+    "logit_bias": "ID:X,...",
+    "allowed_tokens": "ID,...",
     "request": "FILE",
     "input": "FILE",
     "output": "FORMAT",

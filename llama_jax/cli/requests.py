@@ -1,5 +1,6 @@
 """Requests: from flags, from a dialog in JSON, or whole in the model card's JSON."""
 
+import re
 from typing import Any
 
 from llama_jax.card import contract
@@ -14,7 +15,12 @@ from llama_jax.strict_json import parse_json
 
 def parameters_from_flags() -> dict[str, Any]:
     """Return the generation parameters, None where a flag is not given and has no default."""
-    return {name: FLAGS[name].value for name in PARAMETERS}
+    values = {name: FLAGS[name].value for name in PARAMETERS}
+    if FLAGS.logit_bias is not None:
+        values["logit_bias"] = _parse_bias(FLAGS.logit_bias)
+    if FLAGS.allowed_tokens is not None:
+        values["allowed_tokens"] = parse_tokens("allowed_tokens", FLAGS.allowed_tokens)
+    return values
 
 
 def read_request() -> tuple[GenerationRequest, str]:
@@ -65,9 +71,26 @@ def _read_json(source: str, name: str) -> Any:
     return parse_json(read_bytes(source, name), name)
 
 
+def _parse_bias(texts: list[str]) -> dict[str, float]:
+    """Return the bias of each token id that --logit_bias lists."""
+    biases: dict[str, float] = {}
+    for text in texts:
+        token, _, bias = text.partition(":")
+        try:
+            value = float(bias)
+        except ValueError:
+            raise InputError(
+                f"--logit_bias has {text!r:.40}, expected a token id and its bias, such as 15043:-5"
+            ) from None
+        if token in biases:
+            raise InputError(f"--logit_bias has {token} more than once, expected each id once")
+        biases[token] = value
+    return biases
+
+
 def parse_tokens(flag: str, texts: list[str]) -> list[int]:
     """Return the token ids that a flag lists."""
     for text in texts:
-        if not text.lstrip("-").isdecimal():
+        if not re.fullmatch("-?[0-9]{1,18}", text):
             raise InputError(f"--{flag} has {text!r:.40}, expected integers such as 1,15043")
     return [int(text) for text in texts]

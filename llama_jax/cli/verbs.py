@@ -12,10 +12,13 @@ SAMPLING = (
     "temperature",
     "top_p",
     "top_k",
+    "min_p",
     "seed",
     "repetition_penalty",
     "frequency_penalty",
     "presence_penalty",
+    "logit_bias",
+    "allowed_tokens",
     "stop",
     "ignore_eos",
 )

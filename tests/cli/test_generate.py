@@ -49,6 +49,7 @@ def test_json_has_the_whole_result_and_every_parameter_reaches_the_model(cli, de
         "temperature": 3.5,
         "top_p": 0.9,
         "top_k": 30,
+        "min_p": 0.001,
         "seed": 2**33,
         "repetition_penalty": 1.5,
         "frequency_penalty": 0.5,
@@ -59,6 +60,9 @@ def test_json_has_the_whole_result_and_every_parameter_reaches_the_model(cli, de
     flags = [f"--{name}={value}" for name, value in values.items()]
     values["stop"] = ["zebra", "quagga"]
     flags += [f"--stop={text}" for text in values["stop"]]
+    allowed = range(3, 1000)
+    values |= {"logit_bias": {"5": -100.0, "40": 2.5}, "allowed_tokens": [*allowed]}
+    flags += ["--logit_bias=5:-100, 40:2.5", f"--allowed_tokens={','.join(map(str, allowed))}"]
     assert values.keys() == set(PARAMETERS)
     result = json.loads(cli("--prompt=Hi", "--output=json", *flags)[1])
     assert list(result) == [field.name for field in dataclasses.fields(Result)]
