@@ -257,6 +257,32 @@ def test_openai_logprobs(openai_client):
     assert [token for part in parts for token in part] == tokens
 
 
+def test_openai_bias_and_vllm_s_parameters(openai_client, llm):
+    """A bias of 100 makes a token certain, and one of -100 removes it."""
+    chat, completions = openai_client.chat.completions.create, openai_client.completions.create
+    asking = {"model": MODEL, "temperature": 0, "max_tokens": 4}
+    paris = llm.generate(prompt=QUESTION, temperature=0).tokens
+    for token in paris[:2]:
+        forced = chat(**asking, messages=[ASKING], logit_bias={str(token): 100})
+        expected = llm.tokenizer.decode([token] * 4)
+        assert forced.choices[0].message.content == expected
+        text = completions(**asking, prompt="The", logit_bias={str(token): 100}).choices[0].text
+        assert text.strip() == expected.strip()
+    without = chat(**asking, messages=[ASKING], logit_bias={str(paris[0]): -100})
+    expected = llm.generate(**asking_of(asking), logit_bias={paris[0]: -100}).response
+    assert without.choices[0].message.content == expected
+    drawn = asking | {"temperature": 2, "max_tokens": 16, "seed": 1}
+    likely = chat(**drawn, messages=[ASKING], extra_body={"min_p": 1})
+    assert likely.choices[0].message.content == ANSWER
+    only = chat(**drawn, messages=[ASKING], extra_body={"allowed_token_ids": paris[:1]})
+    assert only.choices[0].message.content == llm.tokenizer.decode(paris[:1] * 16)
+
+
+def asking_of(parameters):
+    """The arguments of `Llama.generate` for a chat's parameters."""
+    return {"prompt": QUESTION} | {n: v for n, v in parameters.items() if n != "model"}
+
+
 def test_openai_completions(openai_client, llm):
     create = openai_client.completions.create
     prompt = f"[INST] {QUESTION} [/INST] The capital of"

@@ -251,6 +251,39 @@ def test_max_completion_tokens_is_an_alias(client):
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "parameters"),
+    [
+        ({"logit_bias": {"40": 100}}, {"logit_bias": {40: 100}}),
+        ({"min_p": 1}, {"min_p": 1}),
+        ({"allowed_token_ids": [40, 41, 50]}, {"allowed_tokens": [40, 41, 50]}),
+    ],
+)
+def test_bias_mask_and_min_p_reach_the_model(client, llm, fields, parameters):
+    """By the names of OpenAI and vLLM."""
+    common = {"seed": 5, "max_tokens": 8, "temperature": 5}
+    for url, body, prompt in (
+        (CHAT, chat(**common), {"prompt": QUESTION}),
+        (COMPLETIONS, completion(**common), {"prompt": TEXT, "raw": True}),
+    ):
+        answer = client.post(url, json=body | fields).json()
+        assert "warnings" not in answer
+        [choice] = answer["choices"]
+        text = choice["text"] if url == COMPLETIONS else choice["message"]["content"]
+        expected = llm.generate(**prompt, **common, **parameters)
+        assert text.strip() == expected.response.strip()
+        assert expected.tokens != llm.generate(**prompt, **common).tokens
+
+
+def test_on_the_native_route_they_are_ignored_and_named(client):
+    """The card does not have them."""
+    body = {"prompt": QUESTION, "temperature": 0}
+    fields = {"logit_bias": {"40": 100}, "min_p": 1, "allowed_tokens": [40], "stop": "Paris"}
+    answer = client.post(RUN, json=body | fields).json()
+    assert answer["result"]["response"] == ANSWER
+    assert [note["message"].split()[0] for note in answer["messages"]] == list(fields)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1])
 def test_both_routes_take_the_same_seeds(client, seed):
     for url, make in ((CHAT, chat), (COMPLETIONS, completion)):
@@ -301,7 +334,21 @@ def test_unsupported_parameters_are_refused_by_name(client, url, make, name):
         ({"n": "2"}, "n is '2', expected an integer from 1 to 8"),
         ({"n": True}, "n is True, expected an integer from 1 to 8"),
         ({"best_of": 2}, "best_of is 2, expected the same as n, 1"),
-        ({"min_p": False}, "min_p is not supported, leave it out"),
+        ({"min_p": False}, "min_p is False, expected a number from 0 to 1"),
+        ({"logit_bias": {"a": 1}}, "logit_bias has the key 'a', expected a token id"),
+        ({"logit_bias": {"5": 101}}, "logit_bias[5] is 101, expected a number from -100 to 100"),
+        (
+            {"logit_bias": {"1024": 1}},
+            "logit_bias has the token id 1024, expected ids from 0 to 1023",
+        ),
+        (
+            {"allowed_token_ids": []},
+            "allowed_token_ids is [], expected a list of at least 1 token id",
+        ),
+        (
+            {"allowed_token_ids": [5, 1024]},
+            "allowed_tokens has the token id 1024, expected ids from 0 to 1023",
+        ),
         ({"stop": ""}, "stop is [''], expected a string, or a list of up to 16 that are not empty"),
         ({"stop": 5}, "stop is 5, expected a string, or a list of up to 16 that are not empty"),
         ({"temperature": 9}, "temperature is 9, expected a number from 0 to 5"),

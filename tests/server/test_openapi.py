@@ -44,6 +44,7 @@ NAMES = sorted(
         *("prompt", "messages", "role", "content", "stream", "raw", "max_tokens", "temperature"),
         *("top_p", "top_k", "seed", "repetition_penalty", "frequency_penalty", "model", "n"),
         *("presence_penalty", "stop", "ignore_eos", "logprobs", "top_logprobs", "echo"),
+        *("min_p", "logit_bias", "allowed_token_ids"),
         *("max_completion_tokens", "stream_options", "best_of", "functions", "lora", "user"),
         *REFUSED,
         *IGNORED,

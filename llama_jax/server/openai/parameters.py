@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llama_jax.engine.parameters import SCHEMAS, parameter_problems
+from llama_jax.engine.parameters import SCHEMAS, parameter_problem
 from llama_jax.server.errors import BAD_INPUT, UNSUPPORTED, ApiError
 
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -14,8 +14,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "guided_json": (),
     "guided_regex": (),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "min_p": (0,),
     "min_tokens": (0,),
     "modalities": (["text"],),
     "moderation": (),
@@ -47,17 +45,30 @@ IGNORED = frozenset(
 )
 """Parameters of OpenAI's that have no effect on the text, here."""
 
-PARAMETERS = SCHEMAS.keys() - {"logprobs", "prompt_logprobs"}
-"""The parameters of generation that both routes take by the engine's names."""
+_OTHERWISE_NAMED = ("logprobs", "prompt_logprobs", "allowed_tokens")
+
+PARAMETERS = {name: name for name in SCHEMAS if name not in _OTHERWISE_NAMED} | {
+    "allowed_token_ids": "allowed_tokens"
+}
+"""The parameters of generation that both routes take, with the engine's names for them.
+
+They are OpenAI's, and vLLM's where OpenAI has none.
+"""
 
 
-def check_parameters(parameters: dict[str, Any]) -> None:
-    """Refuse a value that the engine does not take, by the parameter's name."""
-    if isinstance(parameters.get("stop"), str):
-        parameters["stop"] = [parameters["stop"]]
-    for name, value in parameters.items():
-        for problem in parameter_problems({name: value}):
+def take_parameters(fields: dict[str, Any]) -> dict[str, Any]:
+    """Take the parameters of generation out of a request; return them by the engine's names.
+
+    Raises:
+        ApiError: a value that the engine does not take, by the name that was sent.
+    """
+    given = {name: fields.pop(name) for name in list(fields) if name in PARAMETERS}
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]
+    for name, value in given.items():
+        if problem := parameter_problem(name, value, SCHEMAS[PARAMETERS[name]]):
             raise ApiError(BAD_INPUT, problem, param=name)
+    return {PARAMETERS[name]: value for name, value in given.items()}
 
 
 def refuse_unsupported(fields: dict[str, Any]) -> None:

@@ -20,9 +20,8 @@ from llama_jax.server.openai import messages
 from llama_jax.server.openai.messages import ChatMessage, wrong
 from llama_jax.server.openai.parameters import (
     IGNORED,
-    PARAMETERS,
-    check_parameters,
     refuse_unsupported,
+    take_parameters,
 )
 from llama_jax.text.tokenizer import BOS_PIECE
 
@@ -229,8 +228,7 @@ def _validate(
     if limit is not None and rest.setdefault("max_tokens", limit) != limit:
         raise wrong("max_completion_tokens", limit, "the same as max_tokens; give only one")
     options = _others(payload.get("stream_options") or {}, StreamOptions)
-    parameters = {name: rest.pop(name) for name in list(rest) if name in PARAMETERS}
-    check_parameters(parameters)
+    parameters = take_parameters(rest)
     return request, parameters, [*(f"stream_options.{name}" for name in options), *rest]
 
 

@@ -72,7 +72,7 @@ def _parameters() -> Schema:
     """Return the parameters that the engine checks, and those that are refused."""
     text = {"type": "string", "minLength": 1}
     several = {"type": "array", "items": text, "maxItems": SCHEMAS["stop"]["maxItems"]}
-    known = {name: SCHEMAS[name] for name in sorted(PARAMETERS)}
+    known = {name: SCHEMAS[PARAMETERS[name]] for name in sorted(PARAMETERS)}
     known["stop"] = {"anyOf": [text, several]}
     optional = {name: {"anyOf": [schema, {"type": "null"}]} for name, schema in known.items()}
     return optional | {name: {"enum": [*values, None]} for name, values in REFUSED.items()}
