@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from llama_jax.decode.rounding import quotient
 from llama_jax.decode.sums import sum_by_halves, sums_before
 
 HEAD = 1024
@@ -98,7 +99,7 @@ def _cut(
     # Not ordered[:, :1]: of a slice of its top-k XLA would make a sort.
     highest = jnp.max(logits, axis=-1, keepdims=True)
     total = sum_by_halves(jnp.where(in_top_k, jnp.exp(logits - highest), 0.0))
-    probabilities = jnp.where(places < top_k, jnp.exp(ordered - highest) / total, 0.0)
+    probabilities = jnp.where(places < top_k, quotient(jnp.exp(ordered - highest), total), 0.0)
     beyond = (sums_before(probabilities) > top_p) & (top_p < 1)
     first_beyond = jnp.min(jnp.where(beyond, places, size), axis=-1, keepdims=True)
     logit, token = token_at(jnp.minimum(first_beyond, top_k) - 1)

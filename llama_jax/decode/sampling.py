@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from llama_jax.decode.filters import apply_filters
+from llama_jax.decode.rounding import quotient, rounded
 
 SAMPLER_VERSION = 2
 
@@ -33,7 +34,7 @@ NO_TOKEN = -1
 """Where a slot that is done emits no token, and where a request has no stop token."""
 
 NOT_FINITE = -2
-"""In place of a token: the row's logits have a NaN or an infinity, or no token is left."""
+"""In place of a token: a NaN or plus infinity among the row's logits, or no finite one allowed."""
 
 
 class SamplingParams(NamedTuple):
@@ -129,17 +130,18 @@ def sample(
         output_counts: how often each token occurs in the row's output so far.
 
     Returns:
-        Token ids; ties go to the lower id. NOT_FINITE for a row without a finite maximum.
+        Token ids; ties go to the lower id. NOT_FINITE where there is nothing to draw.
     """
-    logits = logits + bias
-    is_finite = jnp.isfinite(jnp.max(logits, axis=-1))
-    logits = apply_penalties(logits, params, in_prompt, output_counts)
+    logits = apply_penalties(logits + bias, params, in_prompt, output_counts)
     greedy = params.temperature < GREEDY_BELOW
+    temperature = jnp.where(greedy, jnp.ones_like(params.temperature), params.temperature)
+    logits = quotient(logits, temperature[:, None])
+    # Not by the maximum, in which XLA may lose a NaN.
+    is_finite = jnp.all(logits < jnp.inf, axis=-1) & jnp.any(logits > -jnp.inf, axis=-1)
 
     def noisy() -> Float[Array, "B V"]:
-        temperature = jnp.where(greedy, jnp.ones_like(params.temperature), params.temperature)
         filtered = apply_filters(
-            logits / temperature[:, None],
+            logits,
             top_k=jnp.where(greedy, 0, params.top_k),
             top_p=jnp.where(greedy, 1.0, params.top_p),
             min_p=jnp.where(greedy, 0.0, params.min_p),
@@ -185,11 +187,12 @@ def apply_penalties(
 ) -> Float[Array, "B V"]:
     """Apply the repetition penalty (arXiv:1909.05858), then OpenAI's frequency and presence."""
     repetition = params.repetition_penalty[:, None]
-    off = repetition == 0  # the contract allows 0, and dividing by it means nothing
+    # The contract allows 0, and dividing by it means nothing. CPUs take what is below tiny for 0.
+    off = repetition < jnp.finfo(jnp.float32).tiny
     repetition = jnp.where(off, jnp.ones_like(repetition), repetition)
-    repeated = in_prompt | (output_counts > 0)
-    penalised = jnp.where(logits > 0, logits / repetition, logits * repetition)
-    logits = jnp.where(repeated, penalised, logits)
+    in_output = output_counts > 0
+    penalised = jnp.where(logits > 0, quotient(logits, repetition), rounded(logits * repetition))
+    logits = jnp.where(in_prompt | in_output, penalised, logits)
     counts = output_counts.astype(jnp.float32)
-    logits = logits - params.frequency_penalty[:, None] * counts
-    return logits - params.presence_penalty[:, None] * (counts > 0).astype(jnp.float32)
+    logits = logits - rounded(counts * params.frequency_penalty[:, None])
+    return jnp.where(in_output, logits - params.presence_penalty[:, None], logits)
