@@ -1,6 +1,6 @@
 """Draw a token as docs/sampler.md says, in NumPy.
 
-Written from the page alone; it shares nothing with the package. All arithmetic on logits is float32.
+Written from the page alone; it shares nothing with the package. All arithmetic is float32.
 """
 
 import numpy as np
@@ -16,13 +16,22 @@ def draw(
 
     parameters has the names of section 5's vectors; a filter that is absent is off. pieces is V.
     """
-    with np.errstate(all="ignore"):
-        x = penalized(np.asarray(logits, F32)[:pieces], parameters, prompt, output)
-        if x is None:
-            return None
-        if is_greedy(parameters):
-            return int(np.argmax(x))
-        return int(np.argmax(kept(x, parameters) + noise(seed, step, len(x))))
+    drawn = scores(logits, parameters, seed, step, prompt, output, pieces)
+    return None if drawn is None else int(np.argmax(drawn))
+
+
+@np.errstate(all="ignore")
+def scores(
+    logits, parameters: dict, seed: int, step: int, prompt=(), output=(), pieces: int | None = None
+) -> np.ndarray | None:
+    """Return that whose argmax is the token: float32[V], minus infinity where cut."""
+    temperature = F32(parameters.get("temperature", 1))
+    is_greedy = temperature < F32(1e-5)
+    x = penalized(np.asarray(logits, F32)[:pieces], parameters, prompt, output)
+    x = x if is_greedy else x / temperature
+    if not np.isfinite(x.max()):  # NumPy's max is NaN where any element is
+        return None
+    return x if is_greedy else kept(x, parameters) + noise(seed, step, len(x))
 
 
 def log_probabilities(logits) -> np.ndarray:
@@ -35,19 +44,14 @@ def log_probabilities(logits) -> np.ndarray:
 # Section 1: filters
 
 
-def is_greedy(parameters: dict) -> bool:
-    return F32(parameters.get("temperature", 1)) < F32(1e-5)
-
-
-def penalized(x: np.ndarray, parameters: dict, prompt, output) -> np.ndarray | None:
-    """Return the logits after bias and penalties, or None where they are not finite."""
-    x = x.copy()
+def penalized(x: np.ndarray, parameters: dict, prompt, output) -> np.ndarray:
+    """Return the logits after bias and penalties."""
+    b = np.zeros(len(x), F32)
     for token, bias in parameters.get("logit_bias", {}).items():
-        x[int(token)] += F32(bias)
+        b[int(token)] = bias
     if (allowed := parameters.get("allowed_tokens")) is not None:
-        x[np.setdiff1d(np.arange(len(x)), allowed)] = -np.inf
-    if not np.isfinite(x.max()):  # NumPy's max is NaN where any element is
-        return None
+        b[np.setdiff1d(np.arange(len(x)), allowed)] = -np.inf
+    x = x + b
     occurrences = np.bincount(np.asarray(output, int), minlength=len(x))[: len(x)].astype(F32)
     in_output = occurrences > 0
     in_text = in_output | np.isin(np.arange(len(x)), prompt)
@@ -59,9 +63,8 @@ def penalized(x: np.ndarray, parameters: dict, prompt, output) -> np.ndarray | N
 
 
 def kept(x: np.ndarray, parameters: dict) -> np.ndarray:
-    """Return the logits after temperature, top-k, top-p and min-p: minus infinity where cut."""
-    x = x / F32(parameters.get("temperature", 1))
-    m = x.max()
+    """Return the logits after top-k, top-p and min-p: minus infinity where cut."""
+    x, m = x.copy(), x.max()
     order = np.lexsort((np.arange(len(x)), -x))  # by falling logit, then by rising id
     if (k := parameters.get("top_k")) is not None and k < len(x):
         x[order[k:]] = -np.inf
