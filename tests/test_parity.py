@@ -208,6 +208,9 @@ FILTERS = [
     {"top_k": 10, "top_p": 0.8},
     {"top_k": 50, "top_p": 0.95, "temperature": 0.7},
     {"top_k": 5, "top_p": 0.3, "temperature": 1.7},
+    {"min_p": 0.3},
+    {"min_p": 0.01, "temperature": 1.7},
+    {"top_k": 30, "top_p": 0.7, "min_p": 0.05, "temperature": 2.5},
     {"repetition_penalty": 1.3},
     {"repetition_penalty": 0.5},
     {"repetition_penalty": 2.0, "temperature": 0.6, "top_k": 20, "top_p": 0.9},
@@ -217,6 +220,7 @@ FILTERS = [
 def their_filtered(logits: np.ndarray, seen: list[int], chosen: dict[str, Any]) -> np.ndarray:
     import torch
     from transformers import (
+        MinPLogitsWarper,
         RepetitionPenaltyLogitsProcessor,
         TemperatureLogitsWarper,
         TopKLogitsWarper,
@@ -228,6 +232,7 @@ def their_filtered(logits: np.ndarray, seen: list[int], chosen: dict[str, Any]) 
         "temperature": TemperatureLogitsWarper,
         "top_k": TopKLogitsWarper,
         "top_p": TopPLogitsWarper,
+        "min_p": MinPLogitsWarper,
     }
     scores = torch.tensor(logits[None])
     for name, step in steps.items():

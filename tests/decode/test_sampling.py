@@ -103,7 +103,7 @@ GRID = {
     "temperature": [0.3, 0.6, 1.0, 2.5, 5.0],
     "top_k": [None, 1, 3, 7, 50],
     "top_p": [None, 0.0, 0.35, 0.9, 1.0, 2.0],
-    "min_p": [0.0, 0.02, 0.2, 1.0],
+    "min_p": [0.0, 0.02, 0.2],
     "penalties": [(1.0, 0.0, 0.0), (0.0, 0.0, 0.0), (1.3, 0.0, 0.0), (0.7, 0.5, 1.1), (2.0,) * 3],
     "logit_bias": [None, {"0": -100.0, "7": 3.5}, {"2": -0.75, "8": 1.25, "10": 2.0}],
     "allowed_tokens": [None, None, [2, 3, 4, 5, 7, 8, 10, 11]],
@@ -112,7 +112,7 @@ GRID = {
 
 @pytest.mark.slow
 def test_chi_square_over_the_grid():
-    """20,000 draws of each of 750 combinations, of 27,000, against the exact distribution.
+    """20,000 draws of each of 750 combinations, of 20,250, against the exact distribution.
 
     Each p-value is uniform if the law holds: the smallest of 750 falls below 1e-6 once in 1,300
     runs of other seeds, and with this seed it does not. The p-values' own distribution is tested
