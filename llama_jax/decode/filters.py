@@ -63,11 +63,10 @@ def _apply_cut(
     # Of -0 and 0, which are equal, XLA's top-k would take 0 first.
     ordering = jnp.where(logits == 0, 0.0, logits)
 
-    def cut_whole(head: _Cut) -> _Cut:
+    def cut_whole(_: _Cut) -> _Cut:
         falling, ids_in_order = lax.sort((-ordering, ids), dimension=-1, is_stable=True, num_keys=1)
-        whole = _cut(-falling, ids_in_order, logits, top_k, top_p)
-        # Row by row, so that none depends on whether its neighbours needed this.
-        return _Cut(*(jnp.where(head.settled, *pair) for pair in zip(head, whole, strict=True)))
+        # Of a row that the head settles it is the same cut: sums by shifts do not depend on length.
+        return _cut(-falling, ids_in_order, logits, top_k, top_p)
 
     cut = _cut(*lax.top_k(ordering, min(HEAD, vocab_size)), logits, top_k, top_p)
     if vocab_size > HEAD:

@@ -57,8 +57,9 @@ class NotFiniteError(ArithmeticError):
 
     def __init__(self, step: int):
         super().__init__(
-            f"the logits of output token {step} have a NaN or an infinity: the weights have one, "
-            "or a value exceeds the dtype; use bfloat16 or float32"
+            f"the logits of output token {step} have a NaN or an infinity, so none can be drawn: "
+            "the weights have one, a repetition penalty is near 0, or a value exceeds the dtype; "
+            "use bfloat16 or float32"
         )
 
 
@@ -246,15 +247,15 @@ class Scheduler:
     def _hand_over(self, column: Column, tokens: np.ndarray, logprobs: Logprobs) -> None:
         """Give a generation its next tokens, up to the one that ends it."""
         generation, parameters = column.generation, column.generation.request.parameters
-        if NOT_FINITE in tokens[:, column.index]:
-            raise NotFiniteError(len(generation.tokens))
-        if generation.max_tokens == 0:  # it has a token only because its prompt was scored
-            return self._end(generation, "length")
         own = [token for token in tokens[:, column.index].tolist() if token != NO_TOKEN]
+        if generation.max_tokens == 0 and NOT_FINITE not in own:
+            return self._end(generation, "length")  # its prompt was scored, which draws a token
         scores: Sequence[Any] = [None] * len(own)
         if parameters.logprobs is not None:
             scores = token_logprobs(logprobs, column.index, own, parameters.logprobs)
         for token, logprob in zip(own, scores, strict=True):
+            if token == NOT_FINITE:
+                raise NotFiniteError(len(generation.tokens))
             self.counts.tokens += 1
             generation.push(token, logprob)
             if generation.result is not None:

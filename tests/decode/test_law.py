@@ -283,7 +283,9 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("vocab_size", [13, 2000, 5000, 32_000])
+@pytest.mark.parametrize(
+    "vocab_size", [13, 2000, *(pytest.param(n, marks=pytest.mark.slow) for n in (5000, 32_000))]
+)
 def test_neighbours_change_no_bit_of_a_row(vocab_size):
     """Alone, and in batches of 2, 3 and 8: tokens, filtered logits and log-probabilities."""
     rng = np.random.default_rng(vocab_size)

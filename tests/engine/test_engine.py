@@ -745,6 +745,7 @@ def test_logits_that_are_not_finite_end_their_request_and_leave_no_trace(any_ex,
     rest(engine)
     assert type(bad.error) is NotFiniteError
     assert "logits of output token 0 have a NaN or an infinity" in str(bad.error)
+    assert bad.tokens == []
     assert engine.counts.ended["error"] == 1
     good = [engine.submit(sampled([5, 9 + i])) for i in range(SLOTS)]
     rest(engine)

@@ -72,7 +72,7 @@ def test_short_prompts_without_end_do_not_starve_a_long_one():
     assert read <= 20
 
 
-@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("reuse", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_short_prompt_waits_for_one_chunk_of_long_ones(reuse):
     llm = Llama.load(slots=8, context=512)
     llm.engine._scheduler._reuse = reuse

@@ -11,6 +11,7 @@ status 5xx, or memory or descriptors grew. Linux only: it reads /proc.
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import random
@@ -182,17 +183,15 @@ class Soak:
             self.problems.append(f"{files} more files are open than amid the traffic")
 
     async def _slots_at_once(self, http: httpx.AsyncClient) -> int:
-        """Return how many requests run at once if there are more than slots, of two clients.
-
-        One of them alone would not get the last slot.
-        """
+        """Return how many requests run at once if more clients than slots have one each."""
         body = {"model": MODEL, "prompt": "x", "max_tokens": 500, "ignore_eos": True}
         most = 0
-        async with connect(self._server.url, "127.0.0.4") as other:
-            posts = [
-                asyncio.create_task(client.post(COMPLETIONS, json=body | {"temperature": 5}))
-                for client in [http, other] * SLOTS
-            ]
+        async with contextlib.AsyncExitStack() as stack:
+            posts = []
+            for i in range(SLOTS + 2):
+                client = await stack.enter_async_context(connect(self._server.url, f"127.0.1.{i}"))
+                post = client.post(COMPLETIONS, json=body | {"temperature": 5})
+                posts.append(asyncio.create_task(post))
             while not all(post.done() for post in posts):
                 most = max(most, int((await read_metrics(http))["num_requests_running"]))
                 await asyncio.sleep(0.02)
