@@ -49,18 +49,7 @@ class Counts:
 
 
 class NotFiniteError(ArithmeticError):
-    """The model's logits have a NaN or an infinity, so there is no token to draw.
-
-    Args:
-        step: how many tokens came before.
-    """
-
-    def __init__(self, step: int):
-        super().__init__(
-            f"the logits of output token {step} have a NaN or an infinity, so none can be drawn: "
-            "the weights have one, a repetition penalty is near 0, or a value exceeds the dtype; "
-            "use bfloat16 or float32"
-        )
+    """The model's logits have a NaN or an infinity, so there is no token to draw."""
 
 
 class Scheduler:
@@ -255,7 +244,11 @@ class Scheduler:
             scores = token_logprobs(logprobs, column.index, own, parameters.logprobs)
         for token, logprob in zip(own, scores, strict=True):
             if token == NOT_FINITE:
-                raise NotFiniteError(len(generation.tokens))
+                raise NotFiniteError(
+                    f"the logits of output token {len(generation.tokens)} have a NaN or an "
+                    "infinity, so none can be drawn: the weights have one, a repetition penalty is "
+                    "near 0, or a value exceeds the dtype; use bfloat16 or float32"
+                )
             self.counts.tokens += 1
             generation.push(token, logprob)
             if generation.result is not None:

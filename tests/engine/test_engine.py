@@ -8,6 +8,7 @@ import functools
 import gc
 import itertools
 import random
+import re
 import threading
 import time
 import weakref
@@ -744,7 +745,8 @@ def test_logits_that_are_not_finite_end_their_request_and_leave_no_trace(any_ex,
     running = [engine.submit(request) for request in others]
     bad = engine.submit(sampled([5, *[7] * 90]))  # longer than the next one's prompt
     rest(engine)
-    assert type(bad.error) is NotFiniteError
+    with pytest.raises(NotFiniteError, match=f"^{re.escape(str(bad.error))}$"):
+        bad.raise_error()  # a copy of it
     assert "logits of output token 0 have a NaN or an infinity" in str(bad.error)
     assert bad.tokens == []
     assert engine.counts.ended["error"] == 1

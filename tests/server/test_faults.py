@@ -19,6 +19,7 @@ import threading
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from llama_jax import Llama
@@ -299,6 +300,20 @@ def test_a_device_out_of_memory_costs_the_requests_in_slots_and_no_other(monkeyp
         assert [ask(0).text, ask(1).text] == [right[True], right[False]]
     assert caplog.text.count("RESOURCE_EXHAUSTED") == SLOTS
     assert "Traceback" not in caplog.text
+
+
+def test_logits_that_are_not_finite_are_said_to_the_client():
+    llm = Llama.load(DEMO_CHECKPOINT, slots=SLOTS)
+    embed = llm.executor.params["embed"]
+    llm.executor.params = llm.executor.params | {"embed": embed.at[300].set(np.nan)}
+    with serving(llm) as client:
+        body = {"model": MODEL, "prompt": [1, 300], "max_tokens": 2}
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 500
+        error = answer.json()["error"]
+        assert error["code"] == "logits_not_finite"
+        assert error["message"].startswith("the logits of output token 0 have a NaN or an infinity")
+        assert client.post("/v1/completions", json=body | {"prompt": [1, 5]}).status_code == 200
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a secret"), MemoryError("a secret")], ids=type)
