@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import ModelConfig
+from llama_jax.decode.compiled import CompiledPrograms, CompileLog
 from llama_jax.decode.plan import Plan, choose_plan
 from llama_jax.decode.programs import (
     Admit,
     ClearSlot,
-    CompiledPrograms,
-    CompileLog,
     CopySlot,
     Decode,
     InitCache,

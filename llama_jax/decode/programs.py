@@ -1,24 +1,22 @@
-"""Programs: what runs on the device, one descriptor for each, compiled once and timed.
+"""Programs: what runs on the device, one descriptor for each.
 
 A descriptor is a value: equal ones are one program. It has the function to compile, and a method
 `arguments` that makes the arguments of a call. Warm-up uses the same method, so each signature
-stands in one place.
+stands in one place. `compiled.py` compiles them.
 """
 
 import abc
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-import jax
 import numpy as np
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode import sampling, state, steps
 from llama_jax.decode.state import Admission, DecodeState
-from llama_jax.jax_settings import Device, pinned_settings
+from llama_jax.jax_settings import Device
 from llama_jax.nn import cache as kv
 from llama_jax.nn.transformer import Params, Transformer
 
@@ -249,57 +247,3 @@ def empty_admission(config: ModelConfig) -> Admission:
     return state.make_admission(
         sampling.make_params(), [0], config.vocab_size, limit=1, stop_tokens=config.eos_tokens
     )
-
-
-@dataclasses.dataclass
-class CompileLog:
-    """What was compiled: names like `prefill(16, 512)`, and seconds spent."""
-
-    names: list[str] = dataclasses.field(default_factory=list)
-    seconds: float = 0.0
-
-
-class CompiledPrograms:
-    """The executables of one target, each compiled at its first use.
-
-    Calls may come from several threads only under one lock: the engine's.
-
-    Args:
-        target: what to compile for.
-    """
-
-    def __init__(self, target: Target):
-        self.log = CompileLog()
-        self._target = target
-        self._executables: dict[Program, jax.stages.Compiled] = {}
-
-    def __getitem__(self, name: str) -> jax.stages.Compiled:
-        """Return the executable of a program that is compiled, to inspect it."""
-        return next(e for program, e in self._executables.items() if str(program) == name)
-
-    def function(self, program: Program) -> Callable[..., Any]:
-        """Return the function that a program compiles."""
-        return program.function(self._target)
-
-    def shapes(self, program: Program) -> Any:
-        """Return the shapes of what a program without arguments returns; allocates nothing."""
-        with pinned_settings(self._target.device):
-            return jax.eval_shape(self.function(program))
-
-    def run(self, program: Program, *args: Any) -> Any:
-        """Call a program; it consumes the arguments that it donates."""
-        if program not in self._executables:
-            self.compile(program, *args)
-        with pinned_settings(self._target.device):
-            return self._executables[program](*args)
-
-    def compile(self, program: Program, *args: Any) -> None:
-        """Compile a program for arguments of these shapes, if it is not compiled yet."""
-        if program in self._executables:
-            return
-        began = time.perf_counter()
-        jitted = jax.jit(self.function(program), donate_argnums=program.donated)
-        with pinned_settings(self._target.device):
-            self._executables[program] = jitted.lower(*args).compile()
-        self.log.names.append(str(program))
-        self.log.seconds += time.perf_counter() - began

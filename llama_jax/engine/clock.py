@@ -2,7 +2,7 @@
 
 import time
 
-from llama_jax.decode.programs import CompileLog
+from llama_jax.decode.compiled import CompileLog
 
 
 class Clock:
