@@ -27,6 +27,7 @@ def lose_what_stderr_refuses() -> None:
     if isinstance(sys.stderr, io.TextIOWrapper):
         raw = _Lossy(sys.stderr.fileno(), "w", closefd=False)
         encoding, errors = sys.stderr.encoding, sys.stderr.errors
+        # io.TextIOWrapper takes an unbuffered file; its type says otherwise.
         sys.stderr = io.TextIOWrapper(raw, encoding, errors, line_buffering=True)  # type: ignore[arg-type]
 
 

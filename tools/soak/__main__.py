@@ -102,11 +102,11 @@ class Soak:
                 client = Client(
                     url, f"127.0.0.{20 + i}", known, random.Random(f"{seed} {i}"), counts
                 )
-                loads.append(self._repeat(client.one, lambda: random.expovariate(1 / PAUSE_S)))
+                loads.append(self._repeat(client.acts.one, lambda: random.expovariate(1 / PAUSE_S)))
             for i in range(HOSTILE):
                 address = f"127.0.0.{4 + i % HOSTILE_ADDRESSES}"
                 hostile = Hostile(url, address, known, random.Random(f"{seed} -{i}"), counts)
-                loads.append(self._repeat(hostile.one, random.random))
+                loads.append(self._repeat(hostile.acts.one, random.random))
             tasks = [asyncio.create_task(load) for load in loads]
             await self._watch(http)
             if greed.done():

@@ -11,6 +11,7 @@ from typing import Any
 import httpx2 as httpx
 
 from llama_jax.card.schemas import MODEL
+from tools.soak.acts import Acts
 from tools.soak.answers import CHAT, COMPLETIONS, NATIVE, Known, WrongAnswerError
 from tools.soak.server import TOKEN
 
@@ -76,7 +77,7 @@ class Client:
     ):
         self._url, self._address, self._known = url, address, known
         self._http, self._rng, self._counts = connect(url, address), rng, counts
-        self._kinds: dict[Callable[[], Awaitable[None]], float] = {
+        weights: dict[Callable[[], Awaitable[None]], float] = {
             self.whole: 6,
             self.known: 12,
             self.streamed: 6,
@@ -87,17 +88,7 @@ class Client:
             self.slow: 1,
             self.burst: 0.5,
         }
-
-    async def one(self) -> None:
-        """Do one thing."""
-        [kind] = self._rng.choices(list(self._kinds), list(self._kinds.values()))
-        self._counts[kind.__name__] += 1
-        try:
-            await kind()
-        except Exception as error:
-            raise WrongAnswerError(
-                f"{kind.__name__}: {type(error).__name__}: {error}"[:300]
-            ) from error
+        self.acts = Acts(weights, rng, counts)
 
     async def whole(self) -> None:
         """Ask for something and read it."""

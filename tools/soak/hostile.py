@@ -12,6 +12,7 @@ import struct
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+from tools.soak.acts import Acts
 from tools.soak.answers import Known, WrongAnswerError
 from tools.soak.server import TOKEN
 
@@ -46,7 +47,7 @@ class Hostile:
         parts = urllib.parse.urlsplit(url)
         self._host, self._port = parts.hostname, parts.port
         self._address, self._known, self._rng, self._counts = address, known, rng, counts
-        self._kinds: dict[Callable[[], Awaitable[None]], float] = {
+        weights: dict[Callable[[], Awaitable[None]], float] = {
             self.stalled_head: 2,
             self.stalled_body: 2,
             self.trickled_head: 2,
@@ -57,19 +58,8 @@ class Hostile:
             self.hung_up: 6,
             self.crowd: 0.1,
         }
-
-    async def one(self) -> None:
-        """Do one thing."""
-        [kind] = self._rng.choices(list(self._kinds), list(self._kinds.values()))
-        self._counts[kind.__name__] += 1
-        try:
-            await kind()
-        except (ConnectionError, asyncio.IncompleteReadError):
-            self._counts[f"{kind.__name__}: reset"] += 1  # to make room for others
-        except Exception as error:
-            raise WrongAnswerError(
-                f"{kind.__name__}: {type(error).__name__}: {error}"[:300]
-            ) from error
+        # The server closes connections to make room for others.
+        self.acts = Acts(weights, rng, counts, (ConnectionError, asyncio.IncompleteReadError))
 
     async def stalled_head(self) -> None:
         """Send a part of a head, and wait."""
@@ -205,6 +195,7 @@ def _parsed(data: bytes) -> http.client.HTTPResponse:
     """Return a whole answer; interim ones before it are passed over."""
     if not data:
         raise ConnectionResetError
+    # Of a socket it calls `makefile` alone.
     response = http.client.HTTPResponse(_Received(data))  # type: ignore[arg-type]
     response.begin()
     return response

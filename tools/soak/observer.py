@@ -116,6 +116,6 @@ def _exchange(
         connection.request(method, path, body, {"authorization": f"Bearer {TOKEN}"})
         with connection.getresponse() as response:
             return response.status, response.read()
-    except BaseException:
+    except BaseException:  # whatever it is: half an answer must not be read as the next one's
         connection.close()  # the next request opens it anew
         raise
