@@ -636,10 +636,7 @@ def test_disconnected_client_frees_its_slot(llm, caplog):
                 ended = dict(llm.engine.counts.ended)
                 call = RawCall(COMPLETIONS, {**body, "stream": stream})
                 answering = asyncio.create_task(call.run(app))
-                if stream:
-                    await asyncio.wait_for(call.came.wait(), 20)
-                else:
-                    await wait(lambda drawn=drawn: llm.engine.counts.tokens > drawn)
+                await wait(lambda drawn=drawn: llm.engine.counts.tokens > drawn)
                 with paused(llm):
                     call.hang_up.set()
                     await asyncio.wait_for(answering, 20)
