@@ -1,9 +1,11 @@
 """Attention over a cache: the query at position p sees positions 0 to p, and no other.
 
-Three implementations of the same function; each adds in its own order, and `plan.py` chooses.
+Five implementations of the same function; each adds in its own order, and `plan.py` chooses.
 Letters as in `ops.py`: B batch, T queries, S cache positions, N query heads, K key/value heads,
 G = N // K, H head dim.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,9 @@ BLOCK = 128
 _MASKED = -1e30  # finite: a query whose positions are all masked stays free of NaN
 
 _Softmax = tuple[
-    Float[Array, "B K G T"],  # the highest score so far
-    Float[Array, "B K G T"],  # the sum of exp(score - highest)
-    Float[Array, "B K G T H"],  # the sum of values weighted by it
+    Float[Array, "B K GT"],  # the highest score so far
+    Float[Array, "B K GT"],  # the sum of exp(score - highest)
+    Float[Array, "B K GT H"],  # the sum of values weighted by it
 ]
 
 
@@ -33,14 +35,15 @@ def in_blocks(
     *,
     slots: Int[Array, "B"] | None = None,
     attend_len: int,
+    widen: bool,
 ) -> Float[Array, "B T N H"]:
     """Attend causally over a cache: the query at position p sees positions 0 to p, and no other.
 
     A loop over blocks of positions with a running softmax (arXiv:1805.02867). Each turn has the
     same shapes whatever `attend_len` is, and a wholly masked block adds exact zeros. So reading
     more of the cache changes no bit; one product and one softmax over all of it may. Blocks are cut
-    out of the whole cache inside the loop and widened there to float32; a slice of the cache would
-    be copied first. An accelerator would launch several kernels at each turn.
+    out of the whole cache inside the loop; a slice of the cache would be copied first. A GPU would
+    launch several kernels at each turn.
 
     Args:
         q, k, v: queries, and the cache; positions above a query's may hold anything finite.
@@ -48,47 +51,45 @@ def in_blocks(
         slots: the slot of k and v that q (then of batch 1) attends to; None: each to its own.
         attend_len: static; cache positions to read, more than any of `positions`, at most S. It is
             at most `BLOCK`, or a multiple of it.
+        widen: static; multiply in float32, as a CPU does fastest, and not in the cache's dtype.
 
     Returns:
         Weighted values in float32.
     """
-    batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
+    batch, length = q.shape[:2]
     block = min(attend_len, BLOCK)
     assert attend_len % block == 0, attend_len
     assert attend_len <= k.shape[2], (attend_len, k.shape)
-    q = _group_heads(q, kv_heads)
+    q = _group_heads(q, k.shape[1])
 
     def attend(i: Array, carry: _Softmax) -> _Softmax:
-        k_block, v_block = (
-            ops.as_float(_cut(a, slots, batch, i * block, block)).astype(jnp.float32)
-            for a in (k, v)
-        )
+        k_block, v_block = (ops.as_float(_cut(a, slots, batch, i * block, block)) for a in (k, v))
+        if widen:
+            k_block, v_block = k_block.astype(jnp.float32), v_block.astype(jnp.float32)
         visible = (i * block + jnp.arange(block))[None, None, :] <= positions[:, :, None]
         return _attend_block(carry, q, k_block, v_block, visible)
 
-    shape = (batch, kv_heads, heads // kv_heads, length)
-    start = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+    shape = q.shape[:-1]
+    start = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros(q.shape))
     _, total, values = lax.fori_loop(0, attend_len // block, attend, start)
-    return _ungroup_heads(values / total[..., None])
+    return _ungroup_heads(values / total[..., None], length)
 
 
 def _attend_block(
     carry: _Softmax,
-    q: Float[Array, "B K G T H"],
+    q: Float[Array, "B K GT H"],
     k: Float[Array, "B K block H"],
     v: Float[Array, "B K block H"],
     visible: Bool[Array, "B T block"],
 ) -> _Softmax:
     """Add one block of positions to a running softmax."""
     highest, total, values = carry
-    scores = _dot("bkgth,bksh->bkgts", q, k)
-    scores = jnp.where(visible[:, None, None, :, :], scores, _MASKED)
+    scores = _mask(_dot("bkqh,bksh->bkqs", q.astype(k.dtype), k), visible)
     new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
     weights = jnp.exp(scores - new_highest[..., None])
     fade = jnp.exp(highest - new_highest)
     total = total * fade + jnp.sum(weights, axis=-1)
-    block_values = _dot("bkgts,bksh->bkgth", weights, v)
+    block_values = _dot("bkqs,bksh->bkqh", weights.astype(v.dtype), v)
     return new_highest, total, values * fade[..., None] + block_values
 
 
@@ -105,33 +106,93 @@ def whole(
 
     For GPUs and TPUs. Products are of the cache's dtype and accumulate in float32.
     """
-    q = _group_heads(q, k.shape[1])
-    k, v = (ops.as_float(_cut(a, slots, q.shape[0], 0, attend_len)) for a in (k, v))
-    # One free dimension of q: with two, XLA on a GPU transposes all keys of the cache.
-    batch, kv_heads, group, length, head_dim = q.shape
-    queries = q.reshape(batch, kv_heads, group * length, head_dim).astype(k.dtype)
-    scores = _dot("bkqh,bksh->bkqs", queries, k).reshape(batch, kv_heads, group, length, -1)
-    visible = jnp.arange(attend_len)[None, None, :] <= positions[:, :, None]
-    scores = jnp.where(visible[:, None, None, :, :], scores, _MASKED)
+    scores, v = _all_scores(q, k, v, positions, slots, attend_len)
     weights = jax.nn.softmax(scores, axis=-1)
-    return _ungroup_heads(_dot("bkgts,bksh->bkgth", weights.astype(v.dtype), v))
+    return _ungroup_heads(_dot("bkqs,bksh->bkqh", weights.astype(v.dtype), v), q.shape[1])
 
 
-IMPLEMENTATIONS = {"blocks": in_blocks, "whole": whole, "native": cpu_kernels.attention}
+def in_tree(
+    q: Float[Array, "B T N H"],
+    k: CacheArray,
+    v: CacheArray,
+    positions: Int[Array, "B T"],
+    *,
+    slots: Int[Array, "B"] | None = None,
+    attend_len: int,
+) -> Float[Array, "B T N H"]:
+    """Attend as `whole`, with sums over positions in a stated order.
+
+    Blocks of positions are a batch dimension of the products, so that no sum of the compiler's
+    crosses one; then they are added by halves. A wholly masked block adds exact zeros: reading more
+    of the cache changes no bit.
+    """
+    scores, v = _all_scores(q, k, v, positions, slots, attend_len)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    blocks = -1, min(attend_len, BLOCK)
+    weights = weights.reshape(*weights.shape[:-1], *blocks)
+    v = v.reshape(*v.shape[:2], *blocks, v.shape[-1])
+    values = _dot("bkqns,bknsh->bkqnh", weights.astype(v.dtype), v)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return _ungroup_heads(_sum_by_halves(values) / _sum_by_halves(total), q.shape[1])
+
+
+def _all_scores(
+    q: Float[Array, "B T N H"],
+    k: CacheArray,
+    v: CacheArray,
+    positions: Int[Array, "B T"],
+    slots: Int[Array, "B"] | None,
+    attend_len: int,
+) -> tuple[Float[Array, "B K GT seen"], Float[Array, "B K seen H"]]:
+    """Return the score of every query at every position, and the values."""
+    k, v = (ops.as_float(_cut(a, slots, q.shape[0], 0, attend_len)) for a in (k, v))
+    queries = _group_heads(q, k.shape[1]).astype(k.dtype)
+    visible = jnp.arange(attend_len)[None, None, :] <= positions[:, :, None]
+    return _mask(_dot("bkqh,bksh->bkqs", queries, k), visible), v
+
+
+def _sum_by_halves(x: Float[Array, "B K q n H"]) -> Float[Array, "B K q H"]:
+    """Add the second half of the blocks to the first, and so on; zeros are added to fill up."""
+    blocks = 1 << (x.shape[3] - 1).bit_length()
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, blocks - x.shape[3]), (0, 0)))
+    while blocks > 1:
+        blocks //= 2
+        x = x[:, :, :, :blocks] + x[:, :, :, blocks:]
+    return x[:, :, :, 0]
+
+
+IMPLEMENTATIONS = {
+    "blocks": functools.partial(in_blocks, widen=True),
+    "loop": functools.partial(in_blocks, widen=False),
+    "whole": whole,
+    "tree": in_tree,
+    "native": cpu_kernels.attention,
+}
 """By name; `plan.py` chooses."""
 
 
-def _group_heads(q: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K G T H"]:
-    """Scale queries and group them by the key/value head they share."""
+def _group_heads(q: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K GT H"]:
+    """Scale queries and group them by the key/value head they share.
+
+    One dimension for group and time: of two, XLA on a GPU transposes all keys of the cache.
+    """
     batch, length, heads, head_dim = q.shape
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
-    return jnp.einsum("btkgh->bkgth", q)
+    return jnp.einsum("btkgh->bkgth", q).reshape(batch, kv_heads, -1, head_dim)
 
 
-def _ungroup_heads(values: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
-    batch, kv_heads, group, length, head_dim = values.shape
-    values = jnp.einsum("bkgth->btkgh", values)
-    return values.reshape(batch, length, kv_heads * group, head_dim)
+def _ungroup_heads(values: Float[Array, "B K GT H"], length: int) -> Float[Array, "B T N H"]:
+    batch, kv_heads, _, head_dim = values.shape
+    values = jnp.einsum("bkgth->btkgh", values.reshape(batch, kv_heads, -1, length, head_dim))
+    return values.reshape(batch, length, -1, head_dim)
+
+
+def _mask(
+    scores: Float[Array, "B K GT S"], visible: Bool[Array, "B T S"]
+) -> Float[Array, "B K GT S"]:
+    batch, kv_heads, _, positions = scores.shape
+    grouped = scores.reshape(batch, kv_heads, -1, visible.shape[1], positions)
+    return jnp.where(visible[:, None, None], grouped, _MASKED).reshape(scores.shape)
 
 
 def _cut(
