@@ -10,11 +10,14 @@ import numpy as np
 from llama_jax.config import ModelConfig
 from llama_jax.decode import sampling
 from llama_jax.decode.executor import Executor
+from llama_jax.decode.needs import Needs
 from llama_jax.decode.plan import Plan
 from llama_jax.decode.state import Admission, DecodeState, init_state, make_admission
 from llama_jax.decode.steps import decode
 from llama_jax.llama import Llama
 from llama_jax.nn.transformer import Transformer, param_shapes
+
+_GREEDY = Needs()
 
 
 def _greedy(run: Executor, prompt: list[int], new_tokens: int) -> Admission:
@@ -31,7 +34,7 @@ def time_prefill(
     jax.block_until_ready(state)
     began = time.perf_counter()
     state = run.admit(state, 0, _greedy(run, prompt, 1))
-    state, first = run.prefill(state, 0, prompt)
+    state, first = run.prefill(state, 0, prompt, needs=_GREEDY)
     np.asarray(first.tokens)
     return state, time.perf_counter() - began
 
@@ -53,7 +56,7 @@ def time_decode(
     began = time.perf_counter()
     in_flight = []
     for position in range(context, context + new_tokens, run.plan.decode_steps):
-        state, outputs, _ = run.decode(state, range(run.batch), position)
+        state, outputs, _ = run.decode(state, range(run.batch), position, _GREEDY)
         in_flight.append(outputs.tokens)
         if len(in_flight) == run.plan.max_in_flight:
             np.asarray(in_flight.pop(0))
@@ -71,6 +74,8 @@ def run_batch(llama: Llama, prompts: list[list[int]], new_tokens: int) -> dict[s
     backwards = [tokens[::-1] for tokens in prompts[: llama.executor.batch]]
     for _ in llama.generate_all({"prompt_tokens": tokens, **wanted} for tokens in backwards):
         pass
+    llama.engine.stop_compiling()
+    llama.engine.compile_wanted()  # what the first round wanted
     began = time.perf_counter()
     requests = ({"prompt_tokens": tokens, **wanted} for tokens in prompts)
     tokens = sum(len(result.tokens) for result in llama.generate_all(requests))
@@ -86,6 +91,7 @@ def compile_decode(
     step = functools.partial(
         decode,
         Transformer(config, jnp.dtype(plan.weights), plan.kernels),
+        needs=_GREEDY,
         num_steps=plan.decode_steps,
         attend_len=attend_len,
     )

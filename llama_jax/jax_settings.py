@@ -67,6 +67,14 @@ def default_device() -> Device:
         ) from None
 
 
+def copy_to_host_async(values: Any) -> None:
+    """Begin to copy arrays to the host as soon as they are computed: `to_host` then need not."""
+    with jax.transfer_guard("allow"):
+        for array in jax.tree.leaves(values):
+            if isinstance(array, jax.Array):
+                array.copy_to_host_async()
+
+
 def to_host(values: Any) -> Any:
     """Return arrays as NumPy arrays, whatever transfers the application forbids."""
     with jax.transfer_guard("allow"):

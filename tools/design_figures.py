@@ -17,6 +17,7 @@ from llama_jax.decode import sampling
 from llama_jax.decode import state as decode_state
 from llama_jax.decode import steps as decode
 from llama_jax.decode.executor import Executor
+from llama_jax.decode.needs import Needs
 from llama_jax.decode.plan import choose_plan
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.nn import attention
@@ -108,10 +109,11 @@ def scan_lengths() -> None:
         def generate(run: Executor = run, steps: int = steps) -> None:
             params, prompt = sampling.make_params(1, 0.6), [1] * 10
             new = decode_state.make_admission(params, prompt, run.config.vocab_size, limit=500)
-            state, first = run.prefill(run.admit(run.init_state(), 0, new), 0, prompt)
+            state = run.admit(run.init_state(), 0, new)
+            state, first = run.prefill(state, 0, prompt, needs=Needs(noise=True))
             np.asarray(first.tokens)
             for step in range(0, 192, steps):
-                state, outputs, _ = run.decode(state, [0], 10 + step)
+                state, outputs, _ = run.decode(state, [0], 10 + step, Needs(noise=True))
                 np.asarray(outputs.tokens)
 
         print(f"scans of {steps}: {192e3 / median_ms(generate):,.0f} tokens/s, prefill included")
@@ -123,11 +125,12 @@ def sampling_cost() -> None:
     logits = jax.random.normal(jax.random.key(0), (1, vocab_size))
     shape = 1, vocab_size
     none = jnp.zeros(shape), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32)
-    draw = jax.jit(sampling.sample)
+    draw = jax.jit(sampling.sample, static_argnames="filters")
     for name, top_p in (("no filter", None), ("top-p", 0.9)):
         params = jax.tree.map(jnp.asarray, sampling.make_params(1, 0.6, top_p=top_p))
         args = (logits, params, jnp.zeros(1, jnp.int32), *none)
-        print(f"sampling, {name}: {median_ms(functools.partial(draw, *args)):.1f} ms")
+        call = functools.partial(draw, *args, filters=top_p is not None)
+        print(f"sampling, {name}: {median_ms(call):.1f} ms")
 
 
 def compile_7b() -> None:
@@ -137,7 +140,11 @@ def compile_7b() -> None:
         params = param_shapes(config, dtype)
         state = jax.eval_shape(lambda dtype=dtype: decode_state.init_state(config, 1, 4096, dtype))
         step = functools.partial(
-            decode.decode, Transformer(config, jnp.dtype(dtype)), num_steps=8, attend_len=256
+            decode.decode,
+            Transformer(config, jnp.dtype(dtype)),
+            needs=Needs(),
+            num_steps=8,
+            attend_len=256,
         )
         began = time.perf_counter()
         program = jax.jit(step, donate_argnums=1).lower(params, state).compile()

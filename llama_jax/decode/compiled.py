@@ -1,8 +1,10 @@
 """CompiledPrograms: the executables of one target, each compiled once and timed."""
 
 import dataclasses
+import queue
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,16 +15,18 @@ from llama_jax.jax_settings import pinned_settings
 
 @dataclasses.dataclass
 class CompileLog:
-    """What was compiled: names like `prefill(16, 512)`, and seconds spent."""
+    """What was compiled: names like `prefill(16, 512)`, and how long it took."""
 
     names: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+    waited_s: float = 0.0
+    """Seconds of them that a call had to wait."""
 
 
 class CompiledPrograms:
-    """The executables of one target, each compiled at its first use.
+    """The executables of one target.
 
-    Calls may come from several threads only under one lock: the engine's.
+    One thread at a time may run them: the engine's lock sees to that. Any may compile meanwhile.
 
     Args:
         target: what to compile for.
@@ -30,8 +34,12 @@ class CompiledPrograms:
 
     def __init__(self, target: Target):
         self.log = CompileLog()
+        self.wanted: queue.SimpleQueue[Program | None] = queue.SimpleQueue()
+        """Programs that `choose` would have chosen, each once; None: that was all."""
         self._target = target
         self._executables: dict[Program, jax.stages.Compiled] = {}
+        self._lock = threading.Lock()
+        self._was_wanted: set[Program] = set()
 
     def __getitem__(self, name: str) -> jax.stages.Compiled:
         """Return the executable of a program that is compiled, to inspect it."""
@@ -46,20 +54,36 @@ class CompiledPrograms:
         with pinned_settings(self._target.device):
             return jax.eval_shape(self.function(program))
 
+    def choose(self, programs: Sequence[Program]) -> Program:
+        """Return the first of some programs that is compiled, else the first.
+
+        Args:
+            programs: all give the results that are needed; the first in the least time.
+        """
+        chosen = next((each for each in programs if each in self._executables), programs[0])
+        if chosen != programs[0] and programs[0] not in self._was_wanted:
+            self._was_wanted.add(programs[0])
+            self.wanted.put(programs[0])
+        return chosen
+
     def run(self, program: Program, *args: Any) -> Any:
-        """Call a program; it consumes the arguments that it donates."""
+        """Call a program, compiled if it is not yet; it consumes the arguments that it donates."""
         if program not in self._executables:
+            began = time.perf_counter()
             self.compile(program, *args)
+            self.log.waited_s += time.perf_counter() - began
         with pinned_settings(self._target.device):
             return self._executables[program](*args)
 
     def compile(self, program: Program, *args: Any) -> None:
         """Compile a program for arguments of these shapes, if it is not compiled yet."""
-        if program in self._executables:
-            return
-        began = time.perf_counter()
-        jitted = jax.jit(self.function(program), donate_argnums=program.donated)
-        with pinned_settings(self._target.device):
-            self._executables[program] = jitted.lower(*args).compile()
-        self.log.names.append(str(program))
-        self.log.seconds += time.perf_counter() - began
+        with self._lock:
+            if program in self._executables:
+                return
+            began = time.perf_counter()
+            jitted = jax.jit(self.function(program), donate_argnums=program.donated)
+            with pinned_settings(self._target.device):
+                executable = jitted.lower(*args).compile()
+            self.log.names.append(str(program))
+            self.log.seconds += time.perf_counter() - began
+            self._executables[program] = executable

@@ -1,5 +1,6 @@
 """Executor: one set of weights on the device, and the calls that read prompts and decode."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy as np
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode.compiled import CompiledPrograms, CompileLog
+from llama_jax.decode.needs import ALL_NEEDS, Needs, covering
 from llama_jax.decode.plan import Plan, choose_plan
 from llama_jax.decode.programs import (
     Admit,
     ClearSlot,
     CopySlot,
     Decode,
+    FirstToken,
     InitCache,
     InitState,
     Logits,
@@ -23,6 +26,7 @@ from llama_jax.decode.programs import (
     Release,
     Target,
     empty_admission,
+    serving_programs,
 )
 from llama_jax.decode.sizes import Sizes
 from llama_jax.decode.state import Admission, DecodeState
@@ -102,28 +106,45 @@ class Executor:
         size: int,
         *,
         scored: bool = False,
-    ) -> tuple[DecodeState, StepOutputs, Logprobs | None]:
+    ) -> tuple[DecodeState, jax.Array, Logprobs | None]:
         """Read one of the prompt's `Sizes.chunks` into an admitted slot.
 
         Returns:
-            The state; one step of one column, which after the last chunk is the first token; and,
-            if `scored`, the log-probabilities [size, 1] of the tokens that follow those read.
+            The state; the logits after the chunk, for `first_token` if it was the last; and, if
+            `scored`, the log-probabilities [size, 1] of the tokens that follow those read.
         """
         program = Prefill(size, self.sizes.bucket(start + size), scored)
         return self._call(program, self.params, state, slot, prompt, start)
 
+    def first_token(
+        self, state: DecodeState, slot: int, logits: jax.Array, needs: Needs
+    ) -> tuple[DecodeState, StepOutputs]:
+        """Sample the first token of a slot whose prompt is read; one step of one column."""
+        program = self.programs.choose([FirstToken(each) for each in covering(needs)])
+        return self._call(program, state, slot, logits)
+
     def prefill(
-        self, state: DecodeState, slot: int, prompt: Sequence[int], start: int = 0
+        self,
+        state: DecodeState,
+        slot: int,
+        prompt: Sequence[int],
+        start: int = 0,
+        *,
+        needs: Needs = ALL_NEEDS,
     ) -> tuple[DecodeState, StepOutputs]:
         """Read all chunks of a prompt into an admitted slot; return the first token's step."""
-        outputs = None
+        logits = None
         for begin, size in self.sizes.chunks(len(prompt), start):
-            state, outputs, _ = self.prefill_chunk(state, slot, prompt, begin, size)
-        assert outputs is not None, "an empty prompt"
-        return state, outputs
+            state, logits, _ = self.prefill_chunk(state, slot, prompt, begin, size)
+        assert logits is not None, "an empty prompt"
+        return self.first_token(state, slot, logits, needs)
 
     def decode(
-        self, state: DecodeState, slots: Sequence[int], longest: int
+        self,
+        state: DecodeState,
+        slots: Sequence[int],
+        longest: int,
+        needs: Needs = ALL_NEEDS,
     ) -> tuple[DecodeState, StepOutputs, list[int]]:
         """Run the plan's `decode_steps` next steps of some slots.
 
@@ -131,13 +152,15 @@ class Executor:
             state: as returned before.
             slots: those to decode. The others must be done; some or all are computed as well.
             longest: the highest position among `slots`.
+            needs: what their requests need, or more.
 
         Returns:
             The state, what was generated, and the slot of each of its columns.
         """
         steps = self.plan.decode_steps
         slots = self.sizes.decode_slots(slots)
-        program = Decode(len(slots), steps, self.sizes.bucket(longest + steps))
+        sizes = len(slots), steps, self.sizes.bucket(longest + steps)
+        program = self.programs.choose([Decode(*sizes, each) for each in covering(needs)])
         state, outputs = self._call(program, self.params, state, slots)
         return state, outputs, slots
 
@@ -152,27 +175,41 @@ class Executor:
         return np.concatenate(parts)
 
     def warm_up(self) -> Iterator[tuple[int, int]]:
-        """Compile every program that a request can need; yield (done, total) after each."""
-        needed = list(self._warm_up_calls())
-        for done, (program, args) in enumerate(needed, start=1):
-            self.programs.compile(program, *args)
+        """Compile programs that serve every request; yield (done, total) after each.
+
+        Those that do less, where less is needed, are compiled when they are first `wanted`, and
+        those that score prompts when they are first called.
+        """
+        needed = list(serving_programs(self.sizes))
+        for done, program in enumerate(needed, start=1):
+            self.compile(program)
             yield done, len(needed)
 
-    def _warm_up_calls(self) -> Iterator[tuple[Program, tuple[Any, ...]]]:
-        """Yield each program with arguments of its shapes; no state is allocated."""
-        state = self.programs.shapes(InitState())
-        yield InitState(), ()
-        yield Admit(), Admit().arguments(state, 0, empty_admission(self.config))
-        yield Release(), Release().arguments(state)
-        yield CopySlot(), CopySlot().arguments(state)
-        for bucket in self.sizes.buckets:
-            for size in (size for size in self.plan.prefill_sizes if size <= bucket):
-                for scored in (False, True):
-                    program = Prefill(size, bucket, scored)
-                    yield program, program.arguments(self.params, state)
-            for count in self.sizes.decode_counts:
-                program = Decode(count, self.plan.decode_steps, bucket)
-                yield program, program.arguments(self.params, state, range(count))
+    def compile(self, program: Program) -> None:
+        """Compile one of the programs that requests need; any thread may, beside calls."""
+        self.programs.compile(program, *self._example(program))
+
+    def _example(self, program: Any) -> tuple[Any, ...]:
+        """Return arguments of a program's shapes; no state is allocated."""
+        match program:
+            case InitState():
+                return ()
+            case Admit():
+                new = empty_admission(self.config)
+                return program.arguments(self._state_shapes, 0, new)
+            case FirstToken():
+                logits = jax.ShapeDtypeStruct((1, self.config.vocab_size), jnp.float32)
+                return program.arguments(self._state_shapes, 0, logits)
+            case Prefill():
+                return program.arguments(self.params, self._state_shapes)
+            case Decode():
+                return program.arguments(self.params, self._state_shapes, range(program.slots))
+            case _:
+                return program.arguments(self._state_shapes)
+
+    @functools.cached_property
+    def _state_shapes(self) -> DecodeState:
+        return self.programs.shapes(InitState())
 
     def _call(self, program: Any, *values: Any) -> Any:
         """Run a program on the arguments that it makes of these values."""

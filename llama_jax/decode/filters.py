@@ -31,10 +31,7 @@ def apply_filters(
         top_p: probability kept; 1 and above is off.
         min_p: least probability kept, relative to the likeliest token's; 0 is off.
     """
-    # Ordering the vocabulary is the most expensive part of sampling; the default needs none.
-    cuts = jnp.any((top_k > 0) | (top_p < 1))
-    kept = lax.cond(cuts, _apply_cut, lambda logits, *_: logits, logits, top_k, top_p)
-    return lax.cond(jnp.any(min_p > 0), _apply_min_p, lambda kept, *_: kept, kept, logits, min_p)
+    return _apply_min_p(_apply_cut(logits, top_k, top_p), logits, min_p)
 
 
 def _apply_min_p(

@@ -55,8 +55,7 @@ def choose_plan(config: ModelConfig, dtype: str) -> Plan:
         dtype: the run's, of weights and cache.
     """
     if default_device().platform != "cpu":
-        # The host is idle while the device decodes: one more dispatch is queued meanwhile.
-        return Plan(dtype, dtype, KernelChoice("plain", "whole"), decode_steps=16, max_in_flight=2)
+        return accelerator_plan(dtype)
     # Here host and device are the same cores: a chunk run ahead would hide nothing, and the one
     # after EOS is wasted.
     cache = "uint16" if dtype == "bfloat16" else dtype
@@ -69,6 +68,14 @@ def choose_plan(config: ModelConfig, dtype: str) -> Plan:
     if dtype == "float32" or _fits(6 * param_count(config)):
         return Plan("float32", cache, KernelChoice("plain", "blocks"))
     return Plan(dtype, cache, KernelChoice("blocked", "blocks"))
+
+
+def accelerator_plan(dtype: str) -> Plan:
+    """Return the plan for a GPU or TPU; `dtype` is the run's."""
+    # Few sizes, since each is compiled for each bucket, and up to 64 tokens take hardly longer than
+    # one. The host is idle while the device decodes: one more dispatch is queued then.
+    kernels = KernelChoice("plain", "whole")
+    return Plan(dtype, dtype, kernels, (64, 256), decode_steps=16, max_in_flight=2)
 
 
 def _fits(size: int) -> bool:

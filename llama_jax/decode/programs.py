@@ -8,13 +8,15 @@ stands in one place. `compiled.py` compiles them.
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode import sampling, state, steps
+from llama_jax.decode.needs import ALL_NEEDS, Needs
+from llama_jax.decode.sizes import Sizes
 from llama_jax.decode.state import Admission, DecodeState
 from llama_jax.jax_settings import Device
 from llama_jax.nn import cache as kv
@@ -161,9 +163,7 @@ class Prefill(Program):
 
     def function(self, target: Target) -> Callable[..., Any]:
         """Return `steps.prefill` at these sizes."""
-        return functools.partial(
-            steps.prefill, target.model, attend_len=self.attend_len, drawable=target.drawable
-        )
+        return functools.partial(steps.prefill, target.model, attend_len=self.attend_len)
 
     def arguments(
         self,
@@ -175,13 +175,31 @@ class Prefill(Program):
     ) -> tuple[Any, ...]:
         """Return the arguments of a call that reads the prompt's tokens from `start` on."""
         length = np.int32(min(self.size, len(prompt) - start))
-        is_last = np.bool_(start + self.size >= len(prompt))
         chunk = padded_chunk(prompt, start, self.size)
         targets = (padded_chunk(prompt, start + 1, self.size),) if self.scored else ()
-        return params, old, np.int32(slot), chunk, length, is_last, *targets
+        return params, old, np.int32(slot), chunk, length, *targets
 
     def __str__(self) -> str:
         return f"prefill{'_scored' * self.scored}({self.size}, {self.attend_len})"
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstToken(Program):
+    """Sample the first token of a slot whose prompt is read."""
+
+    needs: Needs = ALL_NEEDS
+    donated: ClassVar[tuple[int, ...]] = (0,)
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `steps.first_token` for these needs."""
+        return functools.partial(steps.first_token, needs=self.needs, drawable=target.drawable)
+
+    def arguments(self, old: DecodeState, slot: int, logits: Any) -> tuple[Any, ...]:
+        """Return the arguments of a call."""
+        return old, np.int32(slot), logits
+
+    def __str__(self) -> str:
+        return f"first_token({str(self.needs).removeprefix(', ')})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +210,7 @@ class Decode(Program):
     """How many are computed."""
     num_steps: int
     attend_len: int
+    needs: Needs = ALL_NEEDS
     donated: ClassVar[tuple[int, ...]] = (1,)
 
     def function(self, target: Target) -> Callable[..., Any]:
@@ -199,6 +218,7 @@ class Decode(Program):
         return functools.partial(
             steps.decode,
             target.model,
+            needs=self.needs,
             num_steps=self.num_steps,
             attend_len=self.attend_len,
             drawable=target.drawable,
@@ -211,7 +231,7 @@ class Decode(Program):
         return params, old, np.asarray(slots, np.int32)
 
     def __str__(self) -> str:
-        return f"decode({self.slots}, {self.num_steps}, {self.attend_len})"
+        return f"decode({self.slots}, {self.num_steps}, {self.attend_len}{self.needs})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +254,17 @@ class Logits(Program):
 
     def __str__(self) -> str:
         return f"logits({self.size}, {self.attend_len})"
+
+
+def serving_programs(sizes: Sizes) -> Iterator[Program]:
+    """Yield the programs that serve every request at these sizes, but those that score prompts."""
+    yield from (InitState(), Admit(), Release(), CopySlot(), FirstToken())
+    for bucket in sizes.buckets:
+        for size in sizes.plan.prefill_sizes:
+            if size <= bucket:
+                yield Prefill(size, bucket)
+        for count in sizes.decode_counts:
+            yield Decode(count, sizes.plan.decode_steps, bucket)
 
 
 def padded_chunk(tokens: Sequence[int], start: int, size: int) -> np.ndarray:

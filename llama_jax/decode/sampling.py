@@ -14,7 +14,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from llama_jax.decode.filters import apply_filters
@@ -118,6 +117,9 @@ def sample(
     bias: Float[Array, "B V"],
     in_prompt: Bool[Array, "B V"],
     output_counts: Int[Array, "B V"],
+    *,
+    noise: bool = True,
+    filters: bool = True,
 ) -> Int[Array, "B"]:
     """Draw the next token of each row by the law.
 
@@ -128,6 +130,8 @@ def sample(
         bias: as from `make_bias`.
         in_prompt: the tokens that occur in the row's prompt.
         output_counts: how often each token occurs in the row's output so far.
+        noise: static; False: all rows are greedy.
+        filters: static; False: no row that is drawn has top-k, top-p or min-p.
 
     Returns:
         Token ids; ties go to the lower id. NOT_FINITE where there is nothing to draw.
@@ -138,18 +142,18 @@ def sample(
     logits = quotient(logits, temperature[:, None])
     # Not by the maximum, in which XLA may lose a NaN.
     is_finite = jnp.all(logits < jnp.inf, axis=-1) & jnp.any(logits > -jnp.inf, axis=-1)
-
-    def noisy() -> Float[Array, "B V"]:
-        filtered = apply_filters(
+    scores = logits
+    if filters:
+        # Off where the row is greedy: one row that needs the whole order costs all of them.
+        scores = apply_filters(
             logits,
             top_k=jnp.where(greedy, 0, params.top_k),
             top_p=jnp.where(greedy, 1.0, params.top_p),
             min_p=jnp.where(greedy, 0.0, params.min_p),
         )
-        noise = jax.vmap(gumbel, in_axes=(0, 0, None))(params.seeds, steps, logits.shape[-1])
-        return jnp.where(greedy[:, None], logits, filtered + noise)
-
-    scores = lax.cond(jnp.all(greedy), lambda: logits, noisy)
+    if noise:
+        scores += jax.vmap(gumbel, in_axes=(0, 0, None))(params.seeds, steps, logits.shape[-1])
+        scores = jnp.where(greedy[:, None], logits, scores)
     return jnp.where(is_finite, _first_argmax(scores), NOT_FINITE)
 
 

@@ -35,7 +35,6 @@ class DecodeState(NamedTuple):
     """The tokens that end the slot's request, as many as the model has; NO_TOKEN: none."""
     done: Bool[Array, "B"]
     """The slot generates nothing: its request ended, it is idle, or still in prefill."""
-    wants_logprobs: Bool[Array, "B"]
     sampling: sampling.SamplingParams
     bias: Float[Array, "B V"]
     """Added to the logits; -inf for a token that must not be drawn."""
@@ -54,7 +53,6 @@ class Admission(NamedTuple):
     """Tokens to generate at most, 1 or more."""
     stop_tokens: Int[AnyArray, "E"]
     """The tokens that end the request, as many as the model has; NO_TOKEN: none."""
-    wants_logprobs: Bool[AnyArray, ""]
     bias: Float[AnyArray, "V"]
     """As from `sampling.make_bias`."""
     in_prompt: Bool[AnyArray, "V"]
@@ -70,7 +68,6 @@ def make_admission(
     *,
     limit: int,
     stop_tokens: Sequence[int] = (NO_TOKEN,),
-    wants_logprobs: bool = False,
     bias: np.ndarray | None = None,
     start: int = 0,
 ) -> Admission:
@@ -81,7 +78,6 @@ def make_admission(
         sampling=params,
         limit=np.array(limit, np.int32),
         stop_tokens=np.array(stop_tokens, np.int32),
-        wants_logprobs=np.array(wants_logprobs),
         bias=sampling.make_bias(vocab_size) if bias is None else bias,
         in_prompt=in_prompt,
         start=np.array(start, np.int32),
@@ -99,7 +95,6 @@ def init_state(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike)
         limits=zeros,
         stop_tokens=jnp.zeros((batch, len(config.eos_tokens)), jnp.int32),
         done=jnp.ones((batch,), bool),
-        wants_logprobs=jnp.zeros((batch,), bool),
         sampling=jax.tree.map(lambda a: jnp.repeat(a, batch, axis=0), sampling.make_params()),
         bias=jnp.zeros((batch, config.vocab_size), jnp.float32),
         in_prompt=jnp.zeros((batch, config.vocab_size), bool),
@@ -118,7 +113,6 @@ def admit(state: DecodeState, slot: Int[Array, ""], new: Admission) -> DecodeSta
         limits=state.limits.at[slot].set(new.limit),
         stop_tokens=state.stop_tokens.at[slot].set(new.stop_tokens),
         done=state.done.at[slot].set(True),
-        wants_logprobs=state.wants_logprobs.at[slot].set(new.wants_logprobs),
         sampling=jax.tree.map(lambda a, b: a.at[slot].set(b[0]), state.sampling, new.sampling),
         bias=state.bias.at[slot].set(new.bias),
         in_prompt=state.in_prompt.at[slot].set(new.in_prompt),

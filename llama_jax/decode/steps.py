@@ -3,7 +3,7 @@
 Everything is token ids and arrays. The functions are pure; `programs.py` compiles them with the
 state donated.
 
-    admit(slot) -> prefill(slot, chunk) ... prefill(slot, last chunk: token 0) -> decode(slots) ...
+    admit(slot) -> prefill(slot, chunk) ... -> first_token(slot) -> decode(slots) ...
 """
 
 from typing import NamedTuple
@@ -11,9 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from llama_jax.decode import sampling
+from llama_jax.decode.needs import Needs
 from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE, TOP_LOGPROBS
 from llama_jax.decode.state import DecodeState, gather_rows, scatter_rows
 from llama_jax.decode.sums import log_softmax
@@ -37,8 +38,8 @@ class StepOutputs(NamedTuple):
     tokens: Int[Array, "*T n"]
     """Including the stop token; NO_TOKEN where a slot was done, NOT_FINITE where its request must
     end by an error."""
-    logprobs: Logprobs
-    """Zeros in a step in which no slot requests them."""
+    logprobs: Logprobs | None
+    """None where they are not needed."""
 
 
 def prefill(
@@ -48,13 +49,11 @@ def prefill(
     slot: Int[Array, ""],
     tokens: Int[Array, "T"],
     length: Int[Array, ""],
-    is_last: Bool[Array, ""],
     targets: Int[Array, "T"] | None = None,
     *,
     attend_len: int,
-    drawable: int | None = None,
-) -> tuple[DecodeState, StepOutputs, Logprobs | None]:
-    """Read one chunk of a slot's prompt; after the last, sample the slot's first token.
+) -> tuple[DecodeState, Float[Array, "1 V"], Logprobs | None]:
+    """Read one chunk of a slot's prompt.
 
     Args:
         model, attend_len: static; see `Transformer.__call__`.
@@ -63,13 +62,11 @@ def prefill(
         slot: the slot, admitted before.
         tokens: the chunk, right-padded with any valid id.
         length: how many of `tokens` are the prompt's, 1 to T.
-        is_last: whether the prompt ends with this chunk.
         targets: the token after each of `tokens`, to be scored; None: logits at one position only.
-        drawable: static; only ids below it are sampled. None: all of the vocabulary.
 
     Returns:
-        The state; one step of one column, the first token if `is_last`; and the log-probabilities
-        [T, 1] of `targets`, or None.
+        The state; the logits after the chunk, for `first_token` if it was the last; and the
+        log-probabilities [T, 1] of `targets`, or None.
     """
     part = gather_rows(state, slot[None])
     logits, cache = forward(
@@ -86,11 +83,34 @@ def prefill(
     if targets is not None:
         scores = jax.tree.map(lambda a: a[:, None], _logprobs(logits, targets))
         logits = lax.dynamic_slice_in_dim(logits, length - 1, 1)
-    part = part._replace(
-        cache=cache, positions=part.positions + length, done=jnp.logical_not(is_last)[None]
-    )
-    part, outputs = _emit(part, logits, is_last[None], drawable)
-    return scatter_rows(state, part, slot[None]), jax.tree.map(lambda a: a[None], outputs), scores
+    part = part._replace(cache=cache, positions=part.positions + length)
+    return scatter_rows(state, part, slot[None]), logits, scores
+
+
+def first_token(
+    state: DecodeState,
+    slot: Int[Array, ""],
+    logits: Float[Array, "1 V"],
+    *,
+    needs: Needs,
+    drawable: int | None = None,
+) -> tuple[DecodeState, StepOutputs]:
+    """Sample the first token of a slot whose prompt is read, and let the slot decode.
+
+    Args:
+        state: donated.
+        slot: the slot.
+        logits: after the last token of its prompt.
+        needs: static; what the slot's request needs, or more.
+        drawable: static; only ids below it are sampled. None: all of the vocabulary.
+
+    Returns:
+        The state, and one step of one column.
+    """
+    part = gather_rows(state, slot[None])
+    part = part._replace(done=jnp.zeros_like(part.done))
+    part, outputs = _emit(part, logits, needs, drawable)
+    return scatter_rows(state, part, slot[None]), jax.tree.map(lambda a: a[None], outputs)
 
 
 def decode_step(
@@ -98,6 +118,7 @@ def decode_step(
     params: Params,
     state: DecodeState,
     *,
+    needs: Needs,
     slots: Int[Array, "B"] | None = None,
     attend_len: int,
     drawable: int | None = None,
@@ -119,7 +140,8 @@ def decode_step(
     )
     positions = state.positions + active.astype(jnp.int32)
     state = state._replace(cache=cache, positions=positions)
-    return _emit(state, logits[:, 0, :], active, drawable)
+    # The programs of other needs must find the same logits: nothing below is fused into the model.
+    return _emit(state, lax.optimization_barrier(logits[:, 0, :]), needs, drawable)
 
 
 def decode(
@@ -128,6 +150,7 @@ def decode(
     state: DecodeState,
     slots: Int[Array, "n"] | None = None,
     *,
+    needs: Needs,
     num_steps: int,
     attend_len: int,
     drawable: int | None = None,
@@ -140,7 +163,8 @@ def decode(
         params: the model's parameters.
         state: donated.
         slots: the slots to compute, all different; None: all. See `Transformer.__call__`.
-        drawable: static; see `prefill`.
+        needs: static; what the requests in these slots need, or more.
+        drawable: static; see `first_token`.
 
     Returns:
         The state, and the outputs of each step.
@@ -148,7 +172,13 @@ def decode(
 
     def step(part: DecodeState, _: None) -> tuple[DecodeState, StepOutputs]:
         return decode_step(
-            model, params, part, slots=slots, attend_len=attend_len, drawable=drawable
+            model,
+            params,
+            part,
+            needs=needs,
+            slots=slots,
+            attend_len=attend_len,
+            drawable=drawable,
         )
 
     if slots is None:
@@ -176,10 +206,11 @@ def logits_of_text(
 def _emit(
     state: DecodeState,
     logits: Float[Array, "B V"],
-    active: Bool[Array, "B"],
+    needs: Needs,
     drawable: int | None,
 ) -> tuple[DecodeState, StepOutputs]:
-    """Sample a token for each active slot; record it, and whether it ends the slot."""
+    """Sample a token for each slot that is not done; record it, and whether it ends the slot."""
+    active = jnp.logical_not(state.done)
     # The law does not depend on the vocabulary's size, so it is applied to a part of it.
     candidates, bias, in_prompt, output_counts = (
         array[:, :drawable] for array in (logits, state.bias, state.in_prompt, state.output_counts)
@@ -187,7 +218,16 @@ def _emit(
     # A slot that is done needs no noise and no filters.
     temperature = jnp.where(active, state.sampling.temperature, 0.0)
     params = state.sampling._replace(temperature=temperature)
-    sampled = sampling.sample(candidates, params, state.steps, bias, in_prompt, output_counts)
+    sampled = sampling.sample(
+        candidates,
+        params,
+        state.steps,
+        bias,
+        in_prompt,
+        output_counts,
+        noise=needs.noise,
+        filters=needs.filters,
+    )
     is_finite = sampled != NOT_FINITE
     tokens = jnp.where(active & is_finite, sampled, state.tokens)
     steps = state.steps + active.astype(jnp.int32)
@@ -200,9 +240,7 @@ def _emit(
         done=state.done | (active & ended),
         output_counts=state.output_counts.at[rows, tokens].add(active.astype(jnp.int32)),
     )
-    logprobs = lax.cond(
-        jnp.any(active & state.wants_logprobs), _logprobs, _no_logprobs, logits, tokens
-    )
+    logprobs = _logprobs(logits, tokens) if needs.logprobs else None
     return state, StepOutputs(jnp.where(active, sampled, NO_TOKEN), logprobs)
 
 
@@ -211,9 +249,3 @@ def _logprobs(logits: Float[Array, "B V"], tokens: Int[Array, "B"]) -> Logprobs:
     top, top_ids = lax.top_k(logprobs, min(TOP_LOGPROBS, logits.shape[-1]))
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
     return Logprobs(chosen, top, top_ids)
-
-
-def _no_logprobs(logits: Float[Array, "B V"], tokens: Int[Array, "B"]) -> Logprobs:
-    batch, top = tokens.shape[0], min(TOP_LOGPROBS, logits.shape[-1])
-    zeros = jnp.zeros((batch, top))
-    return Logprobs(jnp.zeros((batch,)), zeros, zeros.astype(jnp.int32))

@@ -30,4 +30,4 @@ class Clock:
         self.worked_s += now - began - (compiled_now - compiled_before)
 
     def _now(self) -> tuple[float, float]:
-        return time.perf_counter(), self._compiled.seconds
+        return time.perf_counter(), self._compiled.waited_s

@@ -5,6 +5,7 @@ does; this is the part that many threads may call.
 """
 
 import dataclasses
+import logging
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.scheduler import Counts, Scheduler
 from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import Tokenizer
+
+_LOGGER = logging.getLogger("llama_jax.engine")
 
 MAX_FAILURES = 3
 """Failed turns in a row, with no request that ended well between: `Engine.run` gives up."""
@@ -226,22 +229,32 @@ class Engine:
             return self.executor.logits(tokens)
 
     def warm_up(self) -> Iterator[tuple[int, int]]:
-        """Allocate the caches and compile every program that a request can need.
+        """Allocate the caches and compile programs that serve every request.
 
-        So no request finds that there is no memory. Between two programs others may use the engine.
+        So no request finds that there is no memory. Others may use the engine meanwhile.
 
         Yields:
             (done, total) after each program.
         """
         with self._turn_lock:
             self._scheduler.pipeline.allocate()
-        steps = self.executor.warm_up()
-        while True:
-            with self._turn_lock:
-                progress = next(steps, None)
-            if progress is None:
-                return
-            yield progress
+        yield from self.executor.warm_up()
+
+    def compile_wanted(self) -> None:
+        """Compile, beside the turns, programs that serve the requests so far in less time.
+
+        Returns after `stop_compiling`. A program that cannot be compiled is left out.
+        """
+        wanted = self.executor.programs.wanted
+        while (program := wanted.get()) is not None:
+            try:
+                self.executor.compile(program)
+            except Exception:
+                _LOGGER.exception("%s is not compiled; a slower program serves", program)
+
+    def stop_compiling(self) -> None:
+        """Make `compile_wanted` return, after the program that it compiles."""
+        self.executor.programs.wanted.put(None)
 
 
 def _fit(request: GenerationRequest, prompt_tokens: int, context: int) -> GenerationRequest:

@@ -7,11 +7,13 @@ import jax
 import numpy as np
 
 from llama_jax.decode.executor import Executor
+from llama_jax.decode.needs import together
+from llama_jax.decode.sampling import AnyArray
 from llama_jax.decode.state import Admission, DecodeState
 from llama_jax.decode.steps import Logprobs, StepOutputs
 from llama_jax.engine.generation import Generation
 from llama_jax.engine.slots import Slot
-from llama_jax.jax_settings import to_host
+from llama_jax.jax_settings import copy_to_host_async, to_host
 
 
 @dataclasses.dataclass
@@ -37,7 +39,10 @@ class PromptScores:
 class InFlight:
     """Arrays that the device is computing, and whose they are."""
 
-    outputs: StepOutputs
+    tokens: AnyArray
+    """[steps, columns]; no step where a prompt is scored and goes on."""
+    logprobs: Logprobs | None
+    """Of the tokens; None: no column's are wanted."""
     columns: list[Column]
     prompt_scores: PromptScores | None = None
 
@@ -91,35 +96,57 @@ class Pipeline:
         self._state = self._executor.release(self._take_state(), slot.index)
 
     def prefill_chunk(self, slot: Slot, generation: Generation, start: int, size: int) -> None:
-        """Read one chunk of a prompt; put its results, if any are wanted, in flight."""
+        """Read one chunk of a prompt, and draw a token after the last; put what comes in flight."""
         prompt, scored = generation.prompt, generation.request.parameters.prompt_logprobs
-        is_last = start + size >= len(prompt)
-        self._state, outputs, logprobs = self._executor.prefill_chunk(
+        self._state, logits, logprobs = self._executor.prefill_chunk(
             self._take_state(), slot.index, prompt, start, size, scored=scored
         )
-        scores = None
+        outputs, columns, scores = None, [], None
+        if start + size >= len(prompt):
+            self._state, outputs = self._executor.first_token(
+                self._take_state(), slot.index, logits, slot.needs
+            )
+            columns = [Column(slot, generation, 0)]
         if logprobs is not None:
             scores = PromptScores(generation, logprobs, prompt[start + 1 : start + size + 1])
-        if is_last or scores:
-            columns = [Column(slot, generation, 0)] if is_last else []
-            self._in_flight.append(InFlight(outputs, columns, scores))
+        if outputs is not None or scores is not None:
+            self._send(outputs, columns, scores)
 
     def decode(self, slots: list[Slot]) -> None:
         """Run the next decode steps of some slots; put their results in flight."""
         longest = max(slot.position for slot in slots)
         indices = [slot.index for slot in slots]
-        self._state, outputs, computed = self._executor.decode(self._take_state(), indices, longest)
+        needs = together(slot.needs for slot in slots)
+        self._state, outputs, computed = self._executor.decode(
+            self._take_state(), indices, longest, needs
+        )
         columns = [
             Column(slot, slot.generation, computed.index(slot.index))
             for slot in slots
             if slot.generation is not None
         ]
-        self._in_flight.append(InFlight(outputs, columns))
+        self._send(outputs, columns)
 
     def receive(self) -> tuple[InFlight, np.ndarray]:
         """Wait for the oldest results in flight; return them with their tokens [steps, columns]."""
         oldest = self._in_flight.popleft()
-        return oldest, to_host(oldest.outputs.tokens)
+        return oldest, to_host(oldest.tokens)
+
+    def _send(
+        self,
+        outputs: StepOutputs | None,
+        columns: list[Column],
+        scores: PromptScores | None = None,
+    ) -> None:
+        """Put results in flight, and begin to copy what will be read of them."""
+        tokens: AnyArray = np.empty((0, 0), np.int32)
+        logprobs = None
+        if outputs is not None:
+            tokens = outputs.tokens
+            if any(column.slot.needs.logprobs for column in columns):
+                logprobs = outputs.logprobs
+        copy_to_host_async((tokens, logprobs, scores and scores.logprobs))
+        self._in_flight.append(InFlight(tokens, logprobs, columns, scores))
 
     def _take_state(self) -> DecodeState:
         """Return the state for a call that consumes it."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from llama_jax.decode import sampling
 from llama_jax.decode.executor import Executor
+from llama_jax.decode.needs import needs_of
 from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE
 from llama_jax.decode.state import make_admission
 from llama_jax.decode.steps import Logprobs
@@ -156,22 +157,23 @@ class Scheduler:
             self.pipeline.copy_slot(source, slot)
         slot.cached = source.cached[:start]
         vocab_size = self._executor.config.vocab_size
+        params = sampling.make_params(
+            seed=parameters.seed,
+            temperature=parameters.temperature,
+            top_k=parameters.top_k,
+            top_p=parameters.top_p,
+            min_p=parameters.min_p,
+            repetition_penalty=parameters.repetition_penalty,
+            frequency_penalty=parameters.frequency_penalty,
+            presence_penalty=parameters.presence_penalty,
+        )
+        slot.needs = needs_of(params, logprobs=parameters.logprobs is not None)
         new = make_admission(
-            sampling.make_params(
-                seed=parameters.seed,
-                temperature=parameters.temperature,
-                top_k=parameters.top_k,
-                top_p=parameters.top_p,
-                min_p=parameters.min_p,
-                repetition_penalty=parameters.repetition_penalty,
-                frequency_penalty=parameters.frequency_penalty,
-                presence_penalty=parameters.presence_penalty,
-            ),
+            params,
             prompt,
             vocab_size,
             limit=max(1, generation.max_tokens),
             stop_tokens=generation.stop_tokens,
-            wants_logprobs=parameters.logprobs is not None,
             bias=sampling.make_bias(vocab_size, parameters.logit_bias, parameters.allowed_tokens),
             start=start,
         )
@@ -225,7 +227,7 @@ class Scheduler:
             if generation.done:
                 continue
             try:
-                self._hand_over(column, tokens, results.outputs.logprobs)
+                self._hand_over(column, tokens, results.logprobs)
                 if not generation.done:
                     generation.changed()
             except Exception as error:  # whatever it is, the others go on
@@ -233,7 +235,7 @@ class Scheduler:
             if generation.done:
                 self._free(column.slot)
 
-    def _hand_over(self, column: Column, tokens: np.ndarray, logprobs: Logprobs) -> None:
+    def _hand_over(self, column: Column, tokens: np.ndarray, logprobs: Logprobs | None) -> None:
         """Give a generation its next tokens, up to the one that ends it."""
         generation, parameters = column.generation, column.generation.request.parameters
         own = [token for token in tokens[:, column.index].tolist() if token != NO_TOKEN]
@@ -241,6 +243,7 @@ class Scheduler:
             return self._end(generation, "length")  # its prompt was scored, which draws a token
         scores: Sequence[Any] = [None] * len(own)
         if parameters.logprobs is not None:
+            assert logprobs is not None
             scores = token_logprobs(logprobs, column.index, own, parameters.logprobs)
         for token, logprob in zip(own, scores, strict=True):
             if token == NOT_FINITE:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from llama_jax.decode.needs import ALL_NEEDS, Needs
 from llama_jax.engine.generation import Generation
 
 
@@ -16,6 +17,8 @@ class Slot:
     """None: the slot is free."""
     cached: list[int] = dataclasses.field(default_factory=list)
     """The tokens that its cache holds and that a prompt may reuse."""
+    needs: Needs = ALL_NEEDS
+    """What its generation needs of a sampling step."""
     num_dispatched: int = 0
     """Tokens of its generation that were dispatched; 0 while the prompt is being read."""
     last_used: int = 0

@@ -47,6 +47,9 @@ class Service:
         self._stopping = threading.Event()
         self._warm = threading.Event()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._compiler = threading.Thread(
+            target=llm.engine.compile_wanted, name="compiler", daemon=True
+        )
         self._draining = False
         self.failed = False
         """Whether the engine ended by itself."""
@@ -77,6 +80,8 @@ class Service:
     def start(self) -> None:
         """Start to warm up, and then to accept requests."""
         self._thread.start()
+        if self.settings.warm_up:
+            self._compiler.start()
 
     def drain(self) -> None:
         """Accept no more requests; those in flight go on."""
@@ -88,20 +93,24 @@ class Service:
             answers.cancel()
 
     def stop(self) -> None:
-        """Make the engine's thread end after the turn, or the compilation, that it is in."""
+        """Make the engine's threads end after the turn, or the compilation, that they are in."""
         self.drain()
         self.cancel_all()
         self._stopping.set()
         self.llm.engine.wake()
+        if self.settings.warm_up:
+            self.llm.engine.stop_compiling()
 
     def join(self) -> bool:
-        """Wait JOIN_S seconds for the engine's thread to end after `stop`; return whether it did.
+        """Wait JOIN_S seconds for the engine's threads to end after `stop`; return whether they do.
 
         A compilation cannot be interrupted, and may take minutes.
         """
-        if self._thread.ident is not None:
-            self._thread.join(JOIN_S)
-        return not self._thread.is_alive()
+        deadline = time.monotonic() + JOIN_S
+        threads = [thread for thread in (self._thread, self._compiler) if thread.ident is not None]
+        for thread in threads:
+            thread.join(max(0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in threads)
 
     async def answer(self, log: RequestLog, requests: Sequence[GenerationRequest]) -> "Answers":
         """Submit the generations of one HTTP request: all of them or none.

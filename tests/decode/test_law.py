@@ -10,6 +10,7 @@ import pytest
 from llama_jax import Llama
 from llama_jax.decode import sampling
 from llama_jax.decode.filters import apply_filters
+from llama_jax.decode.needs import Needs
 from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE
 from llama_jax.decode.state import init_state, make_admission
 from llama_jax.decode.steps import _emit
@@ -205,7 +206,6 @@ def test_the_engine_generates_what_the_page_says(llm):
             vocab_size,
             limit=count,
             stop_tokens=[NO_TOKEN] * len(DEMO.config.eos_tokens),
-            wants_logprobs=True,
             bias=sampling.make_bias(vocab_size, **bias),
         )
         state, steps = ex.prefill(ex.admit(state, slot, new), slot, prompt)
@@ -442,7 +442,7 @@ def test_an_idle_slot_emits_nothing_whatever_its_logits():
     logits[1:3, 50] = np.nan
     active = jnp.asarray([True, False, True, False])
     state = state._replace(done=~active, limits=jnp.full(4, 9), stop_tokens=state.stop_tokens - 1)
-    after, outputs = _emit(state, jnp.asarray(logits), active, None)
+    after, outputs = _emit(state, jnp.asarray(logits), Needs(), None)
     best = int(logits[0].argmax())
     assert outputs.tokens.tolist() == [best, NO_TOKEN, NOT_FINITE, NO_TOKEN]
     assert after.done.tolist() == [False, True, True, True]

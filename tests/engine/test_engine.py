@@ -20,7 +20,9 @@ from scipy.special import log_softmax
 
 from llama_jax import Llama
 from llama_jax.decode.executor import Executor
+from llama_jax.decode.needs import Needs
 from llama_jax.decode.plan import choose_plan
+from llama_jax.decode.programs import FirstToken, Prefill, serving_programs
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.engine import (
     MAX_FAILURES,
@@ -381,6 +383,8 @@ def test_running_ahead_changes_no_token(any_ex, dispatches, monkeypatch):
 def test_no_request_compiles_anything_after_warm_up(any_ex):
     """Not by the executor, and not in passing: an array's operation outside a program is one."""
     rng, earlier, lowered = random.Random(3), [], []
+    for size, bucket in itertools.product(SIZES, any_ex.sizes.buckets):
+        any_ex.compile(Prefill(size, bucket, scored=True))  # these are compiled when first called
     engine = make(any_ex)
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(
@@ -397,7 +401,8 @@ def test_no_request_compiles_anything_after_warm_up(any_ex):
         jax.monitoring.clear_event_listeners()
     assert lowered == []
     _, warm = warm_executor(any_ex.plan)
-    later = {name for name in any_ex.compiled.names if "logits(" not in name} - warm
+    apart = ("logits(", "prefill_scored(")
+    later = {name for name in any_ex.compiled.names if not name.startswith(apart)} - warm
     assert later - {"init_cache"} - {name for name in later if ", 3, " in name} == set()
 
 
@@ -1075,3 +1080,42 @@ def test_warm_up_and_a_request_compile_each_program_once():
     assert len(ex.compiled.names) == len(set(ex.compiled.names))
     timings = generation.result.timings
     assert min(timings.prefill_s, timings.decode_s, timings.compile_s) >= 0
+
+
+def test_programs_for_fewer_needs_are_compiled_beside_the_turns(monkeypatch, caplog):
+    """Each once, in no request's time; one that cannot be compiled is left out."""
+    plan = choose_plan(CONFIG, "float32")._replace(prefill_sizes=(32,))
+    ex = Executor(CONFIG, random_params(CONFIG), "float32", context=256, plan=plan)
+    engine = Engine(ex, None)
+    warm = {str(program) for program in serving_programs(ex.sizes)}
+    assert len(list(engine.warm_up())) == len(warm)
+    assert set(ex.compiled.names) == warm
+    requests = [
+        make_request(prompt_tokens=[3] * 20, max_tokens=20, seed=1, **parameters)
+        for parameters in ({"temperature": 0}, {"temperature": 1}, {"temperature": 1, "top_k": 5})
+    ]
+    tokens = [answer(engine, request).tokens for request in requests for _ in range(2)]
+    assert set(ex.compiled.names) == warm
+
+    compile_program, waited_s = ex.compile, ex.compiled.waited_s
+
+    def compile_most(program):
+        if program == FirstToken(Needs()):
+            raise RuntimeError("no room for it")
+        compile_program(program)
+
+    monkeypatch.setattr(ex, "compile", compile_most)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        compiling = pool.submit(engine.compile_wanted)
+        engine.stop_compiling()
+        compiling.result(60)
+    assert "first_token() is not compiled" in caplog.text
+    later = set(ex.compiled.names) - warm
+    assert {name.split("(")[0] for name in later} == {"first_token", "decode"}
+    assert len(later) == 5
+    assert ex.compiled.waited_s == waited_s
+    again = [answer(engine, request) for request in requests for _ in range(2)]
+    assert [generation.tokens for generation in again] == tokens
+    assert {generation.result.timings.compile_s for generation in again} == {0.0}
+    assert set(ex.compiled.names) == warm | later
+    assert ex.programs.wanted.empty()
