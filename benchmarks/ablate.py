@@ -64,7 +64,8 @@ def make_plans(choice: str, plan: Plan) -> dict[str, Plan]:
         unfit += () if on_cpu else ("two_rows", "blocked")  # ways around XLA's on a CPU
         for name in {"attention": attention, "projection": projection}[choice].IMPLEMENTATIONS:
             if name not in unfit:
-                ways[name] = plan._replace(kernels=plan.kernels._replace(**{choice: name}))
+                kernels = plan.kernels._replace(prefill_attention=None, decode_rows=None)
+                ways[name] = plan._replace(kernels=kernels._replace(**{choice: name}))
     return {name: way for name, way in ways.items() if name == "the plan" or way != plan}
 
 

@@ -2,8 +2,9 @@
 # All that is to be measured on a GPU: bash benchmarks/gpu.sh
 #
 #   OUT       folder for records, plots and logs (default benchmarks/results)
-#   STEPS     which steps, in order (default: all of these): one, many (batch 1, larger batches;
-#             against other programs), ablate (what else the plan could say), flags (XLA_FLAGS), tests
+#   STEPS     which steps, in order (default: all of these): bits (across slots, buckets and prefix
+#             hits), one, many (batch 1, larger batches; against other programs), ablate (what else
+#             the plan could say), flags (XLA_FLAGS), tests
 #   SMALL=1   tiny sizes of the demo model, to try the script itself on any machine
 #
 # A step that fails or takes longer than its limit does not end the others.
@@ -32,8 +33,11 @@ step() {
   echo "$name: status $?, $SECONDS s" | tee -a "$out/summary.txt"
 }
 
-for name in ${STEPS:-one many ablate flags tests}; do
+for name in ${STEPS:-bits one many ablate flags tests}; do
   case $name in
+    bits)
+      step bits 150 python -m pytest -n 1 -m "slow or not slow" tests/decode/test_invariance.py
+      ;;
     one | many)
       declare -n sizes=$name
       step "$name" 240 python -m benchmarks "${common[@]}" --name="e2e-$name" \

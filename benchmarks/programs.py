@@ -74,8 +74,7 @@ def run_batch(llama: Llama, prompts: list[list[int]], new_tokens: int) -> dict[s
     backwards = [tokens[::-1] for tokens in prompts[: llama.executor.batch]]
     for _ in llama.generate_all({"prompt_tokens": tokens, **wanted} for tokens in backwards):
         pass
-    llama.engine.stop_compiling()
-    llama.engine.compile_wanted()  # what the first round wanted
+    llama.executor.compile_wanted()
     began = time.perf_counter()
     requests = ({"prompt_tokens": tokens, **wanted} for tokens in prompts)
     tokens = sum(len(result.tokens) for result in llama.generate_all(requests))

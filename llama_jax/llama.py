@@ -17,6 +17,7 @@ from tqdm import tqdm
 from llama_jax.config import ModelConfig
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.memory import check_fits
+from llama_jax.decode.plan import choose_plan
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.fingerprint import fingerprint
@@ -26,11 +27,7 @@ from llama_jax.engine.score import Score, ScoreRequest, Text, make_score_request
 from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import Tokenizer, check_vocabulary
-from llama_jax.weights.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    open_checkpoint,
-)
+from llama_jax.weights.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
 from llama_jax.weights.dtypes import choose_dtype
 from llama_jax.weights.unconverted import checkpoint_folder
 
@@ -60,6 +57,7 @@ class Llama:
         slots: int = 1,
         reuse: bool = True,
         max_queue: int | None = None,
+        determinism: str = "strict",
         load_s: float = 0.0,
     ):
         config = checkpoint.config
@@ -78,6 +76,7 @@ class Llama:
             checkpoint.dtype,
             batch=slots,
             context=context,
+            plan=choose_plan(config, checkpoint.dtype, determinism),
             drawable=tokenizer and tokenizer.vocab_size,
         )
         self.engine = Engine(
@@ -97,6 +96,7 @@ class Llama:
         context: int | None = None,
         slots: int = 1,
         max_queue: int | None = None,
+        determinism: str = "strict",
         eos_tokens: Sequence[int] | None = None,
         verify: bool = False,
         convert: bool = False,
@@ -114,6 +114,8 @@ class Llama:
                 max_seq_len. A smaller cache takes less memory.
             slots: answers to draw at once; each has a cache of `context` tokens.
             max_queue: requests that may wait beyond those; None: any number.
+            determinism: `strict`: a request's tokens depend neither on `slots` nor on the others;
+                `fast`: on a GPU or TPU, or a CPU without the kernels, they may.
             eos_tokens: ids that end an answer, in place of the checkpoint's.
             convert: take Hugging Face's or Meta's folder, or hf://ORG/NAME, too. It is converted
                 once, into the user's cache (docs/checkpoints.md).
@@ -131,14 +133,16 @@ class Llama:
         manifest, config = open_checkpoint(path)
         _check_sizes(config, context, slots, max_queue)
         dtype = choose_dtype(dtype, manifest["dtype"])
-        check_fits(config, dtype, slots, context or config.max_seq_len)
+        plan = choose_plan(config, dtype, determinism)
+        check_fits(config, plan, slots, context or config.max_seq_len)
         if eos_tokens is not None:
             config = dataclasses.replace(config, eos_tokens=tuple(eos_tokens))
         checkpoint = load_checkpoint(path, dtype, verify=verify, progress=progress)
         checkpoint = dataclasses.replace(checkpoint, config=config)
         jax.block_until_ready(checkpoint.params)
         load_s = time.perf_counter() - began
-        return cls(checkpoint, context=context, slots=slots, max_queue=max_queue, load_s=load_s)
+        sizes = {"context": context, "slots": slots, "max_queue": max_queue}
+        return cls(checkpoint, **sizes, determinism=determinism, load_s=load_s)
 
     @property
     def context(self) -> int:

@@ -3,6 +3,8 @@
 from absl import flags
 
 from llama_jax.cli.verbs import VERBS, Verb
+from llama_jax.decode.chips import CHIPS
+from llama_jax.decode.plan import DETERMINISM
 from llama_jax.errors import InputError
 from llama_jax.weights.dtypes import DTYPES
 
@@ -12,6 +14,7 @@ FLAGS = flags.FLAGS
 def define() -> None:
     """Define all flags in absl's global set; call it once."""
     _define_model_flags()
+    _define_estimate_flags()
     _define_prompt_flags()
     _define_sampling_flags()
     _define_token_flags()
@@ -45,6 +48,13 @@ def _define_model_flags() -> None:
         None,
         "Requests in flight at once, 1 to 256. Default: 8 in batch and serve, else 1.",
     )
+    flags.DEFINE_enum(
+        "determinism",
+        "strict",
+        DETERMINISM,
+        "strict: a request's tokens do not depend on --slots or on other requests. fast: on a GPU "
+        "or TPU, or a CPU without the kernels, they may. Elsewhere both are the same.",
+    )
     flags.DEFINE_list(
         "eos_tokens", None, "Token ids that end an answer: 2,32000. Default: the checkpoint's."
     )
@@ -54,6 +64,18 @@ def _define_model_flags() -> None:
         False,
         "Let --checkpoint be Hugging Face's or Meta's folder, or hf://ORG/NAME. It is converted "
         "once, into $LLAMA_JAX_CACHE (~/.cache/llama_jax).",
+    )
+
+
+def _define_estimate_flags() -> None:
+    flags.DEFINE_bool(
+        "estimate", False, "Print the memory that the model would take and exit; loads no weights."
+    )
+    flags.DEFINE_string(
+        "config", None, "With --estimate: a model's shape in place of a checkpoint; see configs/."
+    )
+    flags.DEFINE_enum(
+        "chip", None, list(CHIPS), "With --estimate: what it would run on. Default: this machine."
     )
 
 

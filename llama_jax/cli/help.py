@@ -6,7 +6,17 @@ import platform
 import textwrap
 
 from llama_jax.cli.flags import FLAGS
-from llama_jax.cli.verbs import BATCH, MODEL, OUTPUT, PROMPT, SAMPLING, SCORE, SERVE, VERBS
+from llama_jax.cli.verbs import (
+    BATCH,
+    ESTIMATE,
+    MODEL,
+    OUTPUT,
+    PROMPT,
+    SAMPLING,
+    SCORE,
+    SERVE,
+    VERBS,
+)
 from llama_jax.version import __version__
 
 _WIDTH = 80
@@ -14,6 +24,7 @@ _TEXT_COLUMN = 28
 
 _GROUPS = {
     "Model": MODEL,
+    "Memory": ESTIMATE,
     "Prompt": PROMPT,
     "Sampling": SAMPLING,
     "Output": OUTPUT,
@@ -25,6 +36,9 @@ _GROUPS = {
 _VALUES = {
     "checkpoint": "DIR",
     "dtype": "TYPE",
+    "determinism": "WORD",
+    "config": "FILE",
+    "chip": "NAME",
     "eos_tokens": "ID,...",
     "prompt_file": "FILE",
     "messages": "FILE",
@@ -49,6 +63,7 @@ _EXAMPLES = {
         '--prompt="Tell me a story." --system="Be brief." --seed=7',
         "--messages=dialog.json --output=json --logprobs=5",
         "--request=request.json",
+        "--estimate --config=configs/llama-2-7b.json --chip=h100",
     ),
     "chat": ('chat --system="You are a pirate."',),
     "batch": ("batch --input=requests.jsonl --output=results.jsonl",),
@@ -57,7 +72,7 @@ _EXAMPLES = {
         'score --prompt="The capital is" --continuation=" Paris."',
         "score --input=texts.jsonl --output=scores.jsonl",
     ),
-    "serve": ("serve --port=8787 --slots=16",),
+    "serve": ("serve --port=8787 --slots=16", "serve --estimate --slots=64"),
 }
 
 _END = """\

@@ -11,6 +11,7 @@ from llama_jax.cli import flags
 from llama_jax.cli.batch import batch
 from llama_jax.cli.chat import chat
 from llama_jax.cli.console import lose_what_stderr_refuses, note, writing_stdout
+from llama_jax.cli.estimate import estimate
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.generate import generate
 from llama_jax.cli.help import help_text, version_text
@@ -77,4 +78,9 @@ def _run_verb(arguments: list[str]) -> None:
         )
     name = arguments[0] if arguments else ""
     flags.refuse_flags_of_other_verbs(VERBS[name])
-    _RUN[name]()
+    if FLAGS.estimate:
+        return estimate(VERBS[name])
+    for flag in ("config", "chip"):
+        if FLAGS[flag].present:
+            raise InputError(f"--{flag} is given without --estimate; add it")
+    return _RUN[name]()

@@ -33,6 +33,7 @@ def load_model(slots: int = 1, max_queue: int | None = None) -> Llama:
             context=FLAGS.context,
             slots=slots if FLAGS.slots is None else FLAGS.slots,
             max_queue=max_queue,
+            determinism=FLAGS.determinism,
             eos_tokens=FLAGS.eos_tokens and parse_tokens("eos_tokens", FLAGS.eos_tokens),
             verify=FLAGS.verify,
             convert=FLAGS.convert,

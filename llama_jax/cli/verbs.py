@@ -2,7 +2,11 @@
 
 import dataclasses
 
-MODEL = ("checkpoint", "dtype", "context", "slots", "eos_tokens", "verify", "convert")
+MODEL = (
+    *("checkpoint", "dtype", "context", "slots", "determinism"),
+    *("eos_tokens", "verify", "convert"),
+)
+ESTIMATE = ("estimate", "config", "chip")
 PROMPT = (
     *("prompt", "prompt_file", "system", "messages", "prompt_tokens", "request"),
     *("raw", "parse_control", "allow_control_tags"),
@@ -58,7 +62,7 @@ VERBS = {
             name="",
             arguments="--prompt=TEXT [flags]",
             summary="Answer one prompt.",
-            takes=(*MODEL, *PROMPT, *SAMPLING, *OUTPUT, *GENERAL),
+            takes=(*MODEL, *ESTIMATE, *PROMPT, *SAMPLING, *OUTPUT, *GENERAL),
         ),
         Verb(
             name="chat",
@@ -72,7 +76,7 @@ VERBS = {
             name="batch",
             arguments="--input=FILE --output=FILE",
             summary="Answer a file of requests.",
-            takes=(*MODEL, *BATCH, "output", *GENERAL),
+            takes=(*MODEL, *ESTIMATE, *BATCH, "output", *GENERAL),
             refuses_others="whose requests are in --input",
         ),
         Verb(
@@ -80,7 +84,7 @@ VERBS = {
             arguments="--prompt_file=FILE [flags]",
             summary="Compute the perplexity of text.",
             takes=(
-                *(name for name in MODEL if name != "eos_tokens"),
+                *(name for name in MODEL if name not in ("eos_tokens", "determinism")),
                 *("prompt", "prompt_file", "prompt_tokens", "parse_control"),
                 *(*BATCH, *SCORE, "output", *GENERAL),
             ),
@@ -90,7 +94,7 @@ VERBS = {
             name="serve",
             arguments="[flags]",
             summary="Serve the HTTP API.",
-            takes=(*MODEL, *SERVE, *GENERAL),
+            takes=(*MODEL, *ESTIMATE, *SERVE, *GENERAL),
             refuses_others="whose requests come over HTTP",
         ),
     )

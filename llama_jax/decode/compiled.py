@@ -20,7 +20,7 @@ class CompileLog:
     names: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     waited_s: float = 0.0
-    """Seconds of them that a call had to wait."""
+    """How long calls waited for the compilation of their program."""
 
 
 class CompiledPrograms:
@@ -35,10 +35,11 @@ class CompiledPrograms:
     def __init__(self, target: Target):
         self.log = CompileLog()
         self.wanted: queue.SimpleQueue[Program | None] = queue.SimpleQueue()
-        """Programs that `choose` would have chosen, each once; None: that was all."""
+        """Programs that `choose` would have chosen, each once. None wakes who waits for one."""
         self._target = target
         self._executables: dict[Program, jax.stages.Compiled] = {}
-        self._lock = threading.Lock()
+        self._locks: dict[Program, threading.Lock] = {}
+        self._log_lock = threading.Lock()
         self._was_wanted: set[Program] = set()
 
     def __getitem__(self, name: str) -> jax.stages.Compiled:
@@ -77,13 +78,14 @@ class CompiledPrograms:
 
     def compile(self, program: Program, *args: Any) -> None:
         """Compile a program for arguments of these shapes, if it is not compiled yet."""
-        with self._lock:
+        with self._locks.setdefault(program, threading.Lock()):
             if program in self._executables:
                 return
             began = time.perf_counter()
             jitted = jax.jit(self.function(program), donate_argnums=program.donated)
             with pinned_settings(self._target.device):
                 executable = jitted.lower(*args).compile()
-            self.log.names.append(str(program))
-            self.log.seconds += time.perf_counter() - began
+            with self._log_lock:
+                self.log.names.append(str(program))
+                self.log.seconds += time.perf_counter() - began
             self._executables[program] = executable

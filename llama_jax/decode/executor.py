@@ -44,7 +44,7 @@ class Executor:
         config: the model's shape.
         params: its parameters, of one dtype.
         dtype: the run's, of weights and cache, unless the plan holds them otherwise.
-        batch: slots that decode together; fixed, since it may decide the bits of a slot's logits.
+        batch: slots.
         context: tokens of prompt plus output that a slot can hold, at most `config.max_seq_len`.
         plan: how to compute; None: as `choose_plan` says.
         drawable: only ids below it are sampled; None: all of the vocabulary.
@@ -184,6 +184,13 @@ class Executor:
         for done, program in enumerate(needed, start=1):
             self.compile(program)
             yield done, len(needed)
+
+    def compile_wanted(self) -> None:
+        """Compile the programs that are wanted by now."""
+        wanted = self.programs.wanted
+        while not wanted.empty():
+            if (program := wanted.get()) is not None:
+                self.compile(program)
 
     def compile(self, program: Program) -> None:
         """Compile one of the programs that requests need; any thread may, beside calls."""

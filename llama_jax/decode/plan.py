@@ -7,9 +7,18 @@ from typing import NamedTuple
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode.host import total_memory
+from llama_jax.errors import InputError
 from llama_jax.jax_settings import default_device
 from llama_jax.nn.cpu_kernels import has_kernels
 from llama_jax.nn.transformer import KernelChoice, param_count
+
+DETERMINISM = ("strict", "fast")
+"""strict: the tokens of a request depend neither on the number of slots nor on other requests.
+fast: where that costs time, they may."""
+
+DECODE_ROWS = 8
+"""Rows of a product of strict plans: slots are padded to a multiple of them. A server has so many
+by default, and a TPU's tiles too."""
 
 
 class Plan(NamedTuple):
@@ -36,10 +45,17 @@ class Plan(NamedTuple):
     def batch_invariant(self) -> bool:
         """Whether a logit's bits depend on its slot's tokens alone.
 
-        They do not depend on the batch or on how tokens were cut into chunks. Otherwise both are
-        kept fixed, so that the same request gives the same tokens.
+        They do not depend on the batch or on how tokens were cut into chunks. Otherwise a prompt is
+        always cut alike, and all slots decode together.
         """
-        return set(self.kernels) == {"native"}
+        kernels = self.kernels
+        return {kernels.projection, kernels.attention, kernels.norm} == {"native"}
+
+    @property
+    def slots_invariant(self) -> bool:
+        """Whether a logit's bits depend neither on the number of slots nor on their lengths."""
+        in_one_sum = self.kernels.attention == "whole"
+        return self.batch_invariant or (self.kernels.decode_rows is not None and not in_one_sum)
 
     @property
     def reuse_multiple(self) -> int:
@@ -47,15 +63,31 @@ class Plan(NamedTuple):
         return self.prefill_sizes[0 if self.batch_invariant else -1]
 
 
-def choose_plan(config: ModelConfig, dtype: str) -> Plan:
+def choose_plan(config: ModelConfig, dtype: str, determinism: str = "strict") -> Plan:
     """Return the fastest plan known for JAX's default device.
 
     Args:
         config: the model's shape.
         dtype: the run's, of weights and cache.
+        determinism: one of DETERMINISM.
+
+    Raises:
+        InputError: it is none of them.
     """
-    if default_device().platform != "cpu":
-        return accelerator_plan(dtype)
+    _check_determinism(determinism)
+    platform = default_device().platform
+    if platform != "cpu":
+        return accelerator_plan(platform, dtype, determinism)
+    plan = _cpu_plan(config, dtype)
+    if determinism == "fast" or plan.batch_invariant:
+        return plan
+    # The product of one row has other bits than that of eight.
+    projection = "plain" if plan.kernels.projection == "two_rows" else plan.kernels.projection
+    kernels = KernelChoice(projection, "rows", "plain", "blocks", DECODE_ROWS)
+    return plan._replace(kernels=kernels)
+
+
+def _cpu_plan(config: ModelConfig, dtype: str) -> Plan:
     # Here host and device are the same cores: a chunk run ahead would hide nothing, and the one
     # after EOS is wasted.
     cache = "uint16" if dtype == "bfloat16" else dtype
@@ -70,12 +102,31 @@ def choose_plan(config: ModelConfig, dtype: str) -> Plan:
     return Plan(dtype, cache, KernelChoice("blocked", "blocks"))
 
 
-def accelerator_plan(dtype: str) -> Plan:
-    """Return the plan for a GPU or TPU; `dtype` is the run's."""
+def accelerator_plan(platform: str, dtype: str, determinism: str = "strict") -> Plan:
+    """Return the plan for a GPU or TPU.
+
+    Args:
+        platform: as JAX names it.
+        dtype, determinism: see `choose_plan`.
+    """
+    _check_determinism(determinism)
+    # A TPU runs loops by itself; a GPU's host would launch each turn's kernels. A chunk's bucket
+    # follows from its own place in the prompt, but that of a decode step from all slots: its bits
+    # must not depend on it.
+    attention, prefill_attention = ("loop", "loop") if platform == "tpu" else ("tree", "whole")
+    kernels = KernelChoice("plain", attention, "plain", prefill_attention, DECODE_ROWS)
+    if determinism == "fast":
+        kernels = kernels._replace(attention="whole", decode_rows=None)
     # Few sizes, since each is compiled for each bucket, and up to 64 tokens take hardly longer than
     # one. The host is idle while the device decodes: one more dispatch is queued then.
-    kernels = KernelChoice("plain", "whole")
     return Plan(dtype, dtype, kernels, (64, 256), decode_steps=16, max_in_flight=2)
+
+
+def _check_determinism(determinism: str) -> None:
+    if determinism not in DETERMINISM:
+        raise InputError(
+            f"determinism is {determinism!r}, expected {' or '.join(DETERMINISM)}; choose one"
+        )
 
 
 def _fits(size: int) -> bool:

@@ -193,8 +193,9 @@ class Engine:
         raise error
 
     def wake(self) -> None:
-        """Make `run` look again whether there is something to do."""
+        """Make `run` and `compile_wanted` look again whether there is something to do."""
         self._work.set()
+        self.executor.programs.wanted.put(None)
 
     def step(self, skip_if: Callable[[], bool] = lambda: False) -> bool:
         """Do one turn of work; return whether there is more.
@@ -240,21 +241,20 @@ class Engine:
             self._scheduler.pipeline.allocate()
         yield from self.executor.warm_up()
 
-    def compile_wanted(self) -> None:
+    def compile_wanted(self, stopping: threading.Event) -> None:
         """Compile, beside the turns, programs that serve the requests so far in less time.
 
-        Returns after `stop_compiling`. A program that cannot be compiled is left out.
+        Until `stopping` is set; `wake` then makes it look. A program that cannot be compiled is
+        left out.
         """
         wanted = self.executor.programs.wanted
-        while (program := wanted.get()) is not None:
+        while not stopping.is_set():
+            if (program := wanted.get()) is None or stopping.is_set():
+                continue
             try:
                 self.executor.compile(program)
             except Exception:
                 _LOGGER.exception("%s is not compiled; a slower program serves", program)
-
-    def stop_compiling(self) -> None:
-        """Make `compile_wanted` return, after the program that it compiles."""
-        self.executor.programs.wanted.put(None)
 
 
 def _fit(request: GenerationRequest, prompt_tokens: int, context: int) -> GenerationRequest:

@@ -29,16 +29,19 @@ _HARMLESS = ("--xla_dump_", "--xla_force_host_platform_device_count", "--xla_hlo
 def fingerprint(checkpoint: Checkpoint, executor: Executor) -> str:
     """Return `fp_` and 16 hexadecimal digits: of weights, program, versions and kind of device.
 
-    The sizes of batch and cache are part of it where the bits of a logit can depend on them.
+    The sizes of batch and cache are part of it where the bits of a logit can depend on them. It
+    begins with `fp_fast_` where strict determinism would compute otherwise.
     """
     plan = executor.plan
+    # Of a GPU or TPU it is promised, and not measured yet.
+    is_known = plan.slots_invariant and executor.device.platform == "cpu"
     parts = {
         "weights": checkpoint.root,
         "tokenizer": checkpoint.tokenizer_digest,
         "config": dataclasses.asdict(checkpoint.config),
         "dtype": checkpoint.dtype,
         "plan": plan._asdict(),
-        "sizes": None if plan.batch_invariant else (executor.batch, executor.sizes.capacity),
+        "sizes": None if is_known else (executor.batch, executor.sizes.capacity),
         "instructions": instruction_set() if plan.batch_invariant else None,
         "device": executor.device.device_kind,
         "sampler": SAMPLER_VERSION,
@@ -51,7 +54,8 @@ def fingerprint(checkpoint: Checkpoint, executor: Executor) -> str:
         },
     }
     text = json.dumps(parts, sort_keys=True)
-    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:16]
+    prefix = "fp_" if plan.slots_invariant else "fp_fast_"
+    return prefix + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @functools.cache

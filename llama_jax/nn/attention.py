@@ -1,6 +1,6 @@
 """Attention over a cache: the query at position p sees positions 0 to p, and no other.
 
-Five implementations of the same function; each adds in its own order, and `plan.py` chooses.
+Six implementations of the same function; each adds in its own order, and `plan.py` chooses.
 Letters as in `ops.py`: B batch, T queries, S cache positions, N query heads, K key/value heads,
 G = N // K, H head dim.
 """
@@ -104,9 +104,12 @@ def whole(
 ) -> Float[Array, "B T N H"]:
     """Attend as `in_blocks`, by one product over all positions: few, large kernels.
 
-    For GPUs and TPUs. Products are of the cache's dtype and accumulate in float32.
+    Products are of the cache's dtype and accumulate in float32. Bits may depend on `attend_len`.
     """
-    scores, v = _all_scores(q, k, v, positions, slots, attend_len)
+    k, v = (ops.as_float(_cut(a, slots, q.shape[0], 0, attend_len)) for a in (k, v))
+    queries = _group_heads(q, k.shape[1]).astype(k.dtype)
+    visible = jnp.arange(attend_len)[None, None, :] <= positions[:, :, None]
+    scores = _mask(_dot("bkqh,bksh->bkqs", queries, k), visible)
     weights = jax.nn.softmax(scores, axis=-1)
     return _ungroup_heads(_dot("bkqs,bksh->bkqh", weights.astype(v.dtype), v), q.shape[1])
 
@@ -126,29 +129,20 @@ def in_tree(
     crosses one; then they are added by halves. A wholly masked block adds exact zeros: reading more
     of the cache changes no bit.
     """
-    scores, v = _all_scores(q, k, v, positions, slots, attend_len)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    blocks = -1, min(attend_len, BLOCK)
-    weights = weights.reshape(*weights.shape[:-1], *blocks)
-    v = v.reshape(*v.shape[:2], *blocks, v.shape[-1])
-    values = _dot("bkqns,bknsh->bkqnh", weights.astype(v.dtype), v)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return _ungroup_heads(_sum_by_halves(values) / _sum_by_halves(total), q.shape[1])
-
-
-def _all_scores(
-    q: Float[Array, "B T N H"],
-    k: CacheArray,
-    v: CacheArray,
-    positions: Int[Array, "B T"],
-    slots: Int[Array, "B"] | None,
-    attend_len: int,
-) -> tuple[Float[Array, "B K GT seen"], Float[Array, "B K seen H"]]:
-    """Return the score of every query at every position, and the values."""
     k, v = (ops.as_float(_cut(a, slots, q.shape[0], 0, attend_len)) for a in (k, v))
+    block = min(attend_len, BLOCK)
+    k, v = (a.reshape(*a.shape[:2], -1, block, a.shape[-1]) for a in (k, v))
     queries = _group_heads(q, k.shape[1]).astype(k.dtype)
+    queries = jnp.broadcast_to(queries[:, :, None], (*k.shape[:3], *queries.shape[2:]))
+    scores = _dot("bknqh,bknsh->bkqns", queries, k)
     visible = jnp.arange(attend_len)[None, None, :] <= positions[:, :, None]
-    return _mask(_dot("bkqh,bksh->bkqs", queries, k), visible), v
+    scores = _mask(scores.reshape(*scores.shape[:3], attend_len), visible)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    weights = weights.reshape(*weights.shape[:3], -1, block)
+    values = _dot("bkqns,bknsh->bkqnh", weights.astype(v.dtype), v)
+    # One kernel for each level of sums: all in one would hold a whole head's values in registers.
+    values, total = lax.optimization_barrier((values, jnp.sum(weights, axis=-1, keepdims=True)))
+    return _ungroup_heads(_sum_by_halves(values) / _sum_by_halves(total), q.shape[1])
 
 
 def _sum_by_halves(x: Float[Array, "B K q n H"]) -> Float[Array, "B K q H"]:
@@ -161,7 +155,35 @@ def _sum_by_halves(x: Float[Array, "B K q n H"]) -> Float[Array, "B K q H"]:
     return x[:, :, :, 0]
 
 
+def in_rows(
+    q: Float[Array, "B 1 N H"],
+    k: CacheArray,
+    v: CacheArray,
+    positions: Int[Array, "B 1"],
+    *,
+    slots: Int[Array, "B"] | None = None,
+    attend_len: int,
+) -> Float[Array, "B 1 N H"]:
+    """Attend as `in_blocks`, one sequence after the other.
+
+    XLA on a CPU multiplies a few sequences by other code than many. In the body of a loop each is
+    alone, whatever their number.
+    """
+    assert slots is None, "for all slots, in order"
+    batch = q.shape[0]
+
+    def attend(row: Int[Array, ""]) -> Float[Array, "1 N H"]:
+        row = jnp.minimum(row, batch - 1)
+        part, position = (lax.dynamic_slice_in_dim(a, row, 1) for a in (q, positions))
+        out = in_blocks(part, k, v, position, slots=row[None], attend_len=attend_len, widen=True)
+        return out[0]
+
+    # Two at least: XLA compiles a loop of one turn as no loop.
+    return lax.map(attend, jnp.arange(max(2, batch), dtype=positions.dtype))[:batch]
+
+
 IMPLEMENTATIONS = {
+    "rows": in_rows,
     "blocks": functools.partial(in_blocks, widen=True),
     "loop": functools.partial(in_blocks, widen=False),
     "whole": whole,

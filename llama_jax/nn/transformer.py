@@ -4,11 +4,13 @@ The only module that imports flax. Weights are stored as published, [outputs, in
 dtype; the residual stream is float32. The layers are a Python loop over separate parameters.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -28,9 +30,15 @@ class KernelChoice(NamedTuple):
     projection: str = "plain"
     """A key of `projection.IMPLEMENTATIONS`."""
     attention: str = "blocks"
-    """A key of `attention.IMPLEMENTATIONS`."""
+    """Of one query a sequence; a key of `attention.IMPLEMENTATIONS`."""
     norm: str = "plain"
     """A key of `ops.NORM_IMPLEMENTATIONS`."""
+    prefill_attention: str | None = None
+    """Of several queries; None: as `attention`."""
+    decode_rows: int | None = None
+    """Rows of every product where a sequence has one query: sequences are padded to a multiple of
+    it and multiplied so many at a time, since the bits of a row may depend on the number of rows.
+    None: as many as there are sequences."""
 
 
 _projection_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
@@ -46,7 +54,23 @@ class _Layer(nn.Module):
 
     def linears(self, x: Float[Array, "b T i"], *weights: Float[Array, "_ i"]) -> list[Array]:
         """Multiply the same activations by several weights."""
-        return projection.IMPLEMENTATIONS[self.kernels.projection](x, *weights)
+        multiply = projection.IMPLEMENTATIONS[self.kernels.projection]
+        rows = self.kernels.decode_rows
+        if rows is None or x.shape[1] > 1 or x.shape[0] <= rows:
+            return multiply(x, *weights)
+        parts: list[list[Array]] = []
+        for part in jnp.split(x, x.shape[0] // rows):
+            if parts:  # one after the other: XLA would make one product of them
+                part, parts[-1] = lax.optimization_barrier((part, parts[-1]))
+            parts.append(multiply(part, *weights))
+        return [jnp.concatenate(each) for each in zip(*parts, strict=True)]
+
+    def padded(self, x: Float[Array, "b T D"]) -> Float[Array, "padded T D"]:
+        """Add sequences of zeros up to whole `decode_rows`."""
+        rows = self.kernels.decode_rows
+        if rows is None or x.shape[1] > 1:
+            return x
+        return jnp.pad(x, ((0, -x.shape[0] % rows), (0, 0), (0, 0)))
 
     def weight(self, name: str, outputs: int, inputs: int) -> Float[Array, "outputs inputs"]:
         """Declare a projection."""
@@ -65,20 +89,20 @@ class Attention(_Layer):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "b T D"],
+        x: Float[Array, "padded T D"],
         starts: Int[Array, "b"],
         cache: kv.LayerCache,
         *,
         slots: Int[Array, "b"] | None,
         attend_len: int,
-    ) -> tuple[Float[Array, "b T D"], kv.LayerCache]:
+    ) -> tuple[Float[Array, "padded T D"], kv.LayerCache]:
         """Attend from T new tokens to all so far; arguments as in `Transformer`."""
         c = self.config
-        batch, length, _ = x.shape
+        batch, length = starts.shape[0], x.shape[1]
         positions = starts[:, None] + jnp.arange(length, dtype=starts.dtype)[None, :]
         heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
         weights = (self.weight(name, n * c.head_dim, c.dim) for name, n in heads.items())
-        q, k, v = self.linears(x, *weights)
+        q, k, v = (a[:batch] for a in self.linears(x, *weights))
 
         angles = ops.rope_angles(positions, c.head_dim, c.rope_theta, c.rope_factor)
         q = ops.apply_rope(q.reshape(batch, length, c.num_heads, c.head_dim), angles)
@@ -86,9 +110,10 @@ class Attention(_Layer):
         v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
 
         cache = kv.write(cache, k, v, starts, slots)
-        attend = attention.IMPLEMENTATIONS[self.kernels.attention]
+        name = self.kernels.attention if length == 1 else self.kernels.prefill_attention
+        attend = attention.IMPLEMENTATIONS[name or self.kernels.attention]
         out = attend(q, cache.k, cache.v, positions, slots=slots, attend_len=attend_len)
-        out = out.reshape(batch, length, -1)
+        out = self.padded(out.reshape(batch, length, -1))
         (out,) = self.linears(out, self.weight("o", c.dim, c.num_heads * c.head_dim))
         return out, cache
 
@@ -112,14 +137,14 @@ class Block(_Layer):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "b T D"],
+        x: Float[Array, "padded T D"],
         starts: Int[Array, "b"],
         cache: kv.LayerCache,
         *,
         slots: Int[Array, "b"] | None,
         attend_len: int,
-    ) -> tuple[Float[Array, "b T D"], kv.LayerCache]:
-        """Run one layer; arguments as in `Transformer`."""
+    ) -> tuple[Float[Array, "padded T D"], kv.LayerCache]:
+        """Run one layer; arguments as in `Transformer`, but that rows may be added to x."""
         attention = Attention(self.config, self.dtype, self.kernels, name="attention")
         feed_forward = FeedForward(self.config, self.dtype, self.kernels, name="feed_forward")
         normed = self.norm("attention_norm", x)
@@ -161,18 +186,18 @@ class Transformer(_Layer):
         c = self.config
         embed_init = nn.initializers.normal(1.0)
         embed = self.param("embed", embed_init, (c.vocab_size, c.dim), self.dtype)
-        x = ops.embed(tokens, embed)
+        x = self.padded(ops.embed(tokens, embed))
         layers = []
         for i, layer_cache in enumerate(cache):
             block = Block(c, self.dtype, self.kernels, name=f"layer_{i}")
             x, layer_cache = block(x, starts, layer_cache, slots=slots, attend_len=attend_len)
             layers.append(layer_cache)
-        if last is not None:
-            x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+        if last is not None and tokens.shape[1] > 1:
+            x = self.padded(jnp.take_along_axis(x, last[:, None, None], axis=1))
         x = self.norm("final_norm", x)
         head = embed if c.tie_embeddings else self.weight("lm_head", c.vocab_size, c.dim)
         (logits,) = self.linears(x, head)
-        return logits, tuple(layers)
+        return logits[: tokens.shape[0]], tuple(layers)
 
 
 def forward(
@@ -207,6 +232,7 @@ def param_shapes(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
 
 
+@functools.cache
 def param_count(config: ModelConfig) -> int:
     """Return the number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))

@@ -47,9 +47,8 @@ class Service:
         self._stopping = threading.Event()
         self._warm = threading.Event()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self._compiler = threading.Thread(
-            target=llm.engine.compile_wanted, name="compiler", daemon=True
-        )
+        compile_wanted = functools.partial(llm.engine.compile_wanted, self._stopping)
+        self._compiler = threading.Thread(target=compile_wanted, name="compiler", daemon=True)
         self._draining = False
         self.failed = False
         """Whether the engine ended by itself."""
@@ -93,13 +92,11 @@ class Service:
             answers.cancel()
 
     def stop(self) -> None:
-        """Make the engine's threads end after the turn, or the compilation, that they are in."""
+        """Make the engine's threads end after the turn, or the compilation, that each is in."""
         self.drain()
         self.cancel_all()
         self._stopping.set()
         self.llm.engine.wake()
-        if self.settings.warm_up:
-            self.llm.engine.stop_compiling()
 
     def join(self) -> bool:
         """Wait JOIN_S seconds for the engine's threads to end after `stop`; return whether they do.

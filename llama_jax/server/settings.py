@@ -30,7 +30,7 @@ class Settings:
     keep_alive_s: float = 15.0
     """Silence in a stream after which a comment is sent, so that no proxy takes it for dead."""
     warm_up: bool = True
-    """Compile all programs before the first request; otherwise each at its first use."""
+    """Compile before the first request what serves every one; otherwise each at its first use."""
 
     def __post_init__(self) -> None:
         """Refuse settings that would open the server silently or make it useless."""

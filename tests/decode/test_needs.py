@@ -8,14 +8,13 @@ import pytest
 from llama_jax.decode import sampling
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.needs import ALL_NEEDS, EVERY_NEEDS, Needs, covering, needs_of, together
-from llama_jax.decode.plan import Plan
+from llama_jax.decode.plan import accelerator_plan
 from llama_jax.decode.programs import Decode, FirstToken, serving_programs
 from llama_jax.decode.sizes import Sizes
 from llama_jax.decode.state import make_admission
-from llama_jax.nn.transformer import KernelChoice
 from tests.helpers.models import CONFIG, NATIVE, PURE, random_params
 
-ON_A_GPU = Plan("float32", "float32", KernelChoice("plain", "whole"), (64, 256), decode_steps=16)
+ON_A_GPU, ON_A_TPU = (accelerator_plan(name, "float32") for name in ("gpu", "tpu"))
 
 ROWS = {
     Needs(): {"temperature": 0.0, "top_p": 0.5, "repetition_penalty": 1.3},
@@ -75,8 +74,9 @@ def test_a_program_for_more_needs_gives_the_same_tokens(vocab_size):
         NATIVE,
         pytest.param(PURE, marks=pytest.mark.slow),
         pytest.param(ON_A_GPU, marks=pytest.mark.slow),
+        pytest.param(ON_A_TPU, marks=pytest.mark.slow),
     ],
-    ids=["native", "pure", "whole"],
+    ids=["native", "pure", "gpu", "tpu"],
 )
 def test_every_program_of_a_plan_gives_the_same_tokens_and_bits(plan, request):
     """Tokens that are decoded by one or another program, and their log-probabilities."""

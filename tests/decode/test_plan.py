@@ -13,7 +13,7 @@ from llama_jax import llama
 from llama_jax.config import ModelConfig
 from llama_jax.decode import plan, sampling
 from llama_jax.decode.executor import Executor
-from llama_jax.decode.plan import Plan, choose_plan
+from llama_jax.decode.plan import Plan, accelerator_plan, choose_plan
 from llama_jax.decode.state import make_admission
 from llama_jax.engine.engine import Engine
 from llama_jax.nn.cache import init_cache
@@ -71,15 +71,19 @@ def test_without_kernels_float16_is_widened_where_it_fits(this_cpu):
     assert choose_plan(CONFIG, "float16").weights == "float32"
     this_cpu(kernels=False, memory=9 * parameters)
     assert choose_plan(CONFIG, "float16").weights == "float16"
-    assert choose_plan(CONFIG, "float16").kernels == KernelChoice("blocked", "blocks")
-    assert choose_plan(CONFIG, "bfloat16").kernels == KernelChoice("two_rows", "blocks")
-    assert choose_plan(CONFIG, "float32").kernels == KernelChoice("plain", "blocks")
+    projections = {"float16": "blocked", "bfloat16": "two_rows", "float32": "plain"}
+    for dtype, projection in projections.items():
+        fast, strict = (choose_plan(CONFIG, dtype, word).kernels for word in ("fast", "strict"))
+        assert fast == KernelChoice(projection, "blocks")
+        projection = "plain" if projection == "two_rows" else projection
+        assert strict == KernelChoice(projection, "rows", "plain", "blocks", 8)
 
 
 def test_an_accelerator_runs_ahead(monkeypatch):
     monkeypatch.setattr(plan, "default_device", lambda: types.SimpleNamespace(platform="gpu"))
     chosen = choose_plan(CONFIG, "bfloat16")
-    assert chosen.kernels == KernelChoice("plain", "whole")
+    assert chosen.kernels == KernelChoice("plain", "tree", "plain", "whole", 8)
+    assert choose_plan(CONFIG, "bfloat16", "fast").kernels.attention == "whole"
     assert (chosen.weights, chosen.cache) == ("bfloat16", "bfloat16")
     assert chosen.max_in_flight == 2
 
@@ -98,7 +102,7 @@ def make(dtype, plan, request, batch=1):
 
 @pytest.mark.parametrize(
     ("dtype", "plan"),
-    [*CPU_PLANS[1:], ("float32", Plan("float32", "float32", KernelChoice("plain", "whole")))],
+    [*CPU_PLANS[1:], *(("float32", accelerator_plan(name, "float32")) for name in ("gpu", "tpu"))],
 )
 def test_every_plan_computes_the_same_logits(dtype, plan, request):
     tokens = np.random.default_rng(1).integers(0, 1000, 300).tolist()

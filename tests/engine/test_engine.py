@@ -42,6 +42,7 @@ from llama_jax.text.chat import encode_dialog
 from llama_jax.text.tokenizer import EOS_ID, Tokenizer
 from llama_jax.weights.checkpoint import load_checkpoint
 from tests.helpers.models import CONFIG, NATIVE, PURE, PURE_MARKS, random_params
+from tests.helpers.serving import wait_until
 from tools.demo_corpus import read_corpus
 
 DEMO = load_checkpoint(DEMO_CHECKPOINT)
@@ -1105,9 +1106,13 @@ def test_programs_for_fewer_needs_are_compiled_beside_the_turns(monkeypatch, cap
         compile_program(program)
 
     monkeypatch.setattr(ex, "compile", compile_most)
+    stopping = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        compiling = pool.submit(engine.compile_wanted)
-        engine.stop_compiling()
+        compiling = pool.submit(engine.compile_wanted, stopping)
+        wait_until(ex.programs.wanted.empty)
+        wait_until(lambda: len(ex.compiled.names) == len(warm) + 5)
+        stopping.set()
+        engine.wake()
         compiling.result(60)
     assert "first_token() is not compiled" in caplog.text
     later = set(ex.compiled.names) - warm
@@ -1118,4 +1123,21 @@ def test_programs_for_fewer_needs_are_compiled_beside_the_turns(monkeypatch, cap
     assert [generation.tokens for generation in again] == tokens
     assert {generation.result.timings.compile_s for generation in again} == {0.0}
     assert set(ex.compiled.names) == warm | later
-    assert ex.programs.wanted.empty()
+
+
+def test_who_compiles_beside_the_turns_stops_after_the_program_in_hand(monkeypatch):
+    plan = choose_plan(CONFIG, "float32")._replace(prefill_sizes=(32,))
+    ex = Executor(CONFIG, random_params(CONFIG), "float32", context=256, plan=plan)
+    engine, stopping, compiled = Engine(ex, None), threading.Event(), []
+
+    def compile_program(program):
+        compiled.append(program)
+        stopping.set()
+        engine.wake()
+
+    monkeypatch.setattr(ex, "compile", compile_program)
+    for needs in (Needs(), Needs(noise=True)):
+        ex.programs.wanted.put(FirstToken(needs))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(engine.compile_wanted, stopping).result(60)
+    assert compiled == [FirstToken(Needs())]

@@ -12,16 +12,19 @@ FLOATS = ("float32", "float16", "bfloat16")
 TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
 
 
-@pytest.fixture(params=["blocks", "whole", "native"])
+@pytest.fixture(params=["blocks", "loop", "tree", "whole", "native"])
 def implementation(request):
     if request.param == "native":
         request.getfixturevalue("native_kernels")
+    dtype = request.node.callspec.params.get("dtype")
+    if request.param == "tree" and dtype == "bfloat16" and jax.default_backend() == "cpu":
+        pytest.skip("XLA has no such product of bfloat16 for CPUs")
     return jax.jit(attention.IMPLEMENTATIONS[request.param], static_argnames="attend_len")
 
 
-@pytest.fixture(params=["blocks", "native"])
+@pytest.fixture(params=["blocks", "loop", "native"])
 def exact_implementation(request):
-    """Those that promise their bits."""
+    """Those that keep their bits on a CPU, where blocks of a tree are multiplied variously."""
     if request.param == "native":
         request.getfixturevalue("native_kernels")
     return jax.jit(attention.IMPLEMENTATIONS[request.param], static_argnames="attend_len")

@@ -1,0 +1,89 @@
+"""--estimate: the memory that a model would take, without loading it."""
+
+import pathlib
+
+from llama_jax.cli.flags import FLAGS, refuse_flags
+from llama_jax.cli.model import checkpoint_path
+from llama_jax.cli.verbs import ESTIMATE, GENERAL, MODEL, Verb
+from llama_jax.config import ModelConfig
+from llama_jax.decode.chips import CHIPS
+from llama_jax.decode.memory import (
+    Memory,
+    available_memory,
+    in_units,
+    memory_fraction,
+    needed_memory,
+)
+from llama_jax.decode.plan import Plan, accelerator_plan, choose_plan
+from llama_jax.errors import InputError
+from llama_jax.jax_settings import default_device
+from llama_jax.llama import MAX_SLOTS
+from llama_jax.weights.checkpoint import open_checkpoint
+from llama_jax.weights.dtypes import choose_dtype
+
+
+def estimate(verb: Verb) -> None:
+    """Print the bytes of weights, caches and working memory, and whether a device has them."""
+    others = [name for name in verb.takes if name not in (*MODEL, *ESTIMATE, *GENERAL)]
+    without = ("eos_tokens", "verify", "convert")
+    refuse_flags("--estimate", "which loads no model", *without, *others)
+    name, config, stored = _read_config()
+    usual = 8 if verb.name in ("batch", "serve") else 1
+    slots = usual if FLAGS.slots is None else FLAGS.slots
+    context = config.max_seq_len if FLAGS.context is None else FLAGS.context
+    if not (1 <= slots <= MAX_SLOTS and 1 <= context <= config.max_seq_len):
+        raise InputError(
+            f"got {slots} slots of {context} tokens, expected 1 to {MAX_SLOTS} slots of 1 to "
+            f"{config.max_seq_len} tokens; change --slots or --context"
+        )
+    plan, device, room = _find_device(config, stored)
+    needed = needed_memory(config, plan, slots, context)
+    rows = [
+        ("weights", needed.weights, f"{name}, {plan.weights}"),
+        ("caches", needed.caches, f"{slots:,} slots of {context:,} tokens"),
+        ("working", needed.working, "at most"),
+        ("total", needed.total, ""),
+    ]
+    if room is not None:
+        most = most_slots(config, plan, context, room)
+        verdict = "fits" if needed.total <= room else "does not fit"
+        about = f"{verdict}; {most or 'no'} slots of {context:,} tokens do"
+        if FLAGS.chip is not None and memory_fraction(CHIPS[device].platform) < 1:
+            about += f" ({memory_fraction('gpu'):.0%} of it; XLA_PYTHON_CLIENT_MEM_FRACTION)"
+        rows.append((device, room, about))
+    for what, size, about in rows:
+        print(f"{what:<8} {in_units(size):>10}  {about}".rstrip())
+
+
+def most_slots(config: ModelConfig, plan: Plan, context: int, room: int) -> int:
+    """Return how many slots of a context fit into so many bytes; 0: not even one."""
+
+    def fits(slots: int) -> bool:
+        needed: Memory = needed_memory(config, plan, slots, context)
+        return needed.total <= room
+
+    return max((slots for slots in range(1, MAX_SLOTS + 1) if fits(slots)), default=0)
+
+
+def _read_config() -> tuple[str, ModelConfig, str]:
+    """Return the name, shape and stored dtype of the model that the flags name."""
+    if FLAGS.config is None:
+        path = checkpoint_path()
+        manifest, config = open_checkpoint(path)
+        return path.name, config, manifest["dtype"]
+    if FLAGS.checkpoint is not None:
+        raise InputError("--config is given with --checkpoint, which has its own; drop one")
+    path = pathlib.Path(FLAGS.config)
+    return path.stem, ModelConfig.load(path), "float16"
+
+
+def _find_device(config: ModelConfig, stored: str) -> tuple[Plan, str, int | None]:
+    """Return the plan for the device that the flags name, its name and the bytes to be had."""
+    if FLAGS.chip is not None:
+        chip = CHIPS[FLAGS.chip]
+        dtype = choose_dtype(FLAGS.dtype, stored, chip.platform)
+        plan = accelerator_plan(chip.platform, dtype, FLAGS.determinism)
+        return plan, chip.name, int(chip.memory * memory_fraction(chip.platform))
+    device = default_device()
+    plan = choose_plan(config, choose_dtype(FLAGS.dtype, stored), FLAGS.determinism)
+    return plan, f"this {device.platform.upper()}", available_memory(device)

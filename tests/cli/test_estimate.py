@@ -1,0 +1,89 @@
+"""--estimate says what a model would take, and the tables of docs/deploy.md are its figures."""
+
+import re
+
+import pytest
+
+from llama_jax.cli.estimate import most_slots
+from llama_jax.config import ModelConfig
+from llama_jax.decode.chips import CHIPS
+from llama_jax.decode.memory import needed_memory
+from llama_jax.decode.plan import accelerator_plan
+from llama_jax.demo import DEMO_CHECKPOINT
+from tests.helpers import ROOT
+
+CONFIGS = {size: ROOT / f"configs/llama-2-{size}.json" for size in ("7b", "13b", "70b")}
+
+
+def test_7b_on_an_h100(cli, monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    arguments = ["--estimate", f"--config={CONFIGS['7b']}", "--chip=h100"]
+    status, out, err = cli("serve", *arguments)
+    assert (status, err) == (0, "")
+    rows = [line.split(maxsplit=3) for line in out.splitlines()]
+    assert [row[0] for row in rows] == ["weights", "caches", "working", "total", "h100"]
+    assert rows[0][1:] == ["13.48", "GB", "llama-2-7b, float16"]
+    assert rows[1][1:] == ["17.18", "GB", "8 slots of 4,096 tokens"]
+    assert rows[4][1:3] == ["63.70", "GB"]
+    about = r"fits; 23 slots of 4,096 tokens do \(75% of it; XLA_PYTHON_CLIENT_MEM_FRACTION\)"
+    assert re.fullmatch(about, rows[4][3])
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95")
+    _, out, _ = cli("serve", *arguments)
+    assert "80.69 GB  fits; " in out
+    _, out, _ = cli(*arguments, "--slots=200", "--context=4000")
+    assert "200 slots of 4,000 tokens" in out
+    assert "does not fit" in out
+
+
+def test_a_checkpoint_on_this_machine(cli):
+    _, out, err = cli("--estimate", "--dtype=bfloat16")
+    assert "demo model" in err
+    config = ModelConfig.load(DEMO_CHECKPOINT / "config.json")
+    assert f"1 slots of {config.max_seq_len:,} tokens" in out
+    assert re.search(r"this (CPU|GPU|TPU) +[\d.,]+ GB  fits", out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--chip=h100", "--prompt=x"], "--chip is given without --estimate; add it"),
+        (["--estimate", "--prompt=x"], "--prompt is given with --estimate, which loads no model"),
+        (["serve", "--estimate", "--port=1"], "--port is given with --estimate"),
+        (["--estimate", "--config=none.json"], "none.json"),
+        (["--estimate", "--config=x", "--checkpoint=y"], "--config is given with --checkpoint"),
+        (["--estimate", "--slots=300"], "got 300 slots of 512 tokens, expected 1 to 256 slots"),
+        (["--estimate", "--slots=0"], "got 0 slots"),
+        (["--estimate", "--context=513"], "of 513 tokens, expected 1 to 256 slots of 1 to 512"),
+        (["--estimate", "--chip=v5e", "--dtype=float16"], "which a TPU cannot multiply"),
+        (["--estimate", "--eos_tokens=2"], "--eos_tokens is given with --estimate"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_one_line(cli, arguments, expected):
+    status, out, err = cli(*arguments)
+    assert (status, out) == (2, "")
+    assert expected in err.splitlines()[-1]
+
+
+def test_the_tables_of_the_page_are_what_it_says():
+    page = (ROOT / "docs/deploy.md").read_text()
+    found = {}
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] in CONFIGS:
+            found[cells[0]] = cells[1:]
+    assert set(found) == set(CONFIGS)
+    for size, (weights, cache, *slots) in found.items():
+        config = ModelConfig.load(CONFIGS[size])
+        plan = accelerator_plan("gpu", "float16")
+        one = needed_memory(config, plan, 1, 4096)
+        assert weights == f"{one.weights / 1e9:.1f} GB"
+        assert cache == f"{one.caches / 1e9:.2f} GB"
+        expected = []
+        for chip in CHIPS.values():
+            plan = accelerator_plan(chip.platform, "bfloat16")
+            room = int(chip.memory * (0.95 if chip.platform == "gpu" else 1))
+            most = most_slots(config, plan, 4096, room)
+            short = most_slots(config, plan, 1024, room)
+            expected.append(f"{most or '–'} / {short or '–'}")
+        assert slots == expected
