@@ -69,16 +69,16 @@ def decode_cost(
     return Cost(new_tokens * flops, new_tokens * read)
 
 
-def prefill_cost(config: ModelConfig, dtype: str, *, tokens: int) -> Cost:
-    """Return the cost of prefilling one prompt up to its first new token's logits.
+def prefill_cost(config: ModelConfig, dtype: str, *, tokens: int, before: int = 0) -> Cost:
+    """Return the cost of prefilling tokens of one prompt, after `before` others, and their logits.
 
     The output projection is needed at the last position only. Weights are read once; keys and
-    values are written.
+    values are written, and those of the tokens before are read.
     """
-    attention = 4 * config.num_layers * config.dim * tokens * (tokens + 1) / 2
+    attention = 4 * config.num_layers * config.dim * tokens * (before + (tokens + 1) / 2)
     head = 2 * config.vocab_size * config.dim
     flops = 2 * tokens * layer_params(config) + head + attention
-    moved = params_read(config) * ITEM_BYTES[dtype] + tokens * kv_bytes(config, dtype)
+    moved = params_read(config) * ITEM_BYTES[dtype] + (before + tokens) * kv_bytes(config, dtype)
     return Cost(flops, moved)
 
 

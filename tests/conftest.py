@@ -105,6 +105,15 @@ def llama_index() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def aot() -> pathlib.Path:
+    """The Python of the environment with compilers for absent devices; see CONTRIBUTING.md."""
+    python = pathlib.Path(__file__).with_name("aot") / ".venv" / "bin" / "python"
+    if not python.exists():
+        _skip_or_fail("needs the aot-tpu and aot-gpu extras in tests/aot/.venv")
+    return python
+
+
+@pytest.fixture(scope="session")
 def node_clients() -> pathlib.Path:
     """The program of Node's clients; see CONTRIBUTING.md."""
     folder = pathlib.Path(__file__).with_name("node")
