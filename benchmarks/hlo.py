@@ -298,10 +298,8 @@ def _arrays(result: str) -> Iterator[Array]:
 
 def _called(attributes: str) -> Iterator[str]:
     """Yield the computations that an instruction calls; of a loop body and condition."""
-    for key in (
-        *("body", "condition"),
-        *("calls", "to_apply", "true_computation", "false_computation"),
-    ):
+    keys = "body condition calls to_apply true_computation false_computation"
+    for key in keys.split():
         yield from re.findall(rf"\b{key}=%?([\w.-]+)", attributes)
     for branches in re.findall(r"branch_computations=\{([^}]*)\}", attributes):
         yield from re.findall(r"%?([\w.-]+)", branches)

@@ -25,6 +25,9 @@ Positions are 32-bit integers."""
 
 _FLOAT32 = (2.0**-126, 2.0**127)  # the computation's: smallest normal number, about the largest
 
+MAX_SLOTS = 256
+"""Answers at once, at most."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -99,6 +102,26 @@ class ModelConfig:
     def load(cls, path: str | pathlib.Path) -> "ModelConfig":
         """Read one of `configs/*.json` or a checkpoint's `config.json`."""
         return cls.from_dict(read_json(pathlib.Path(path)), source=str(path))
+
+
+def check_sizes(config: ModelConfig, context: int | None, slots: int) -> None:
+    """Refuse what a user may not choose for a model.
+
+    Args:
+        config: the model's shape.
+        context: tokens of prompt plus output that a slot can hold; None: as many as the model can.
+        slots: answers at once.
+
+    Raises:
+        InputError: one of them is out of range.
+    """
+    if context is not None and (type(context) is not int or not 1 <= context <= config.max_seq_len):
+        raise InputError(
+            f"context is {context!r}, expected 1 to {config.max_seq_len}, "
+            "the positions this model was trained for"
+        )
+    if type(slots) is not int or not 1 <= slots <= MAX_SLOTS:
+        raise InputError(f"slots is {slots!r}, expected 1 to {MAX_SLOTS}")
 
 
 def _from_json(kind: Any, value: Any) -> Any:

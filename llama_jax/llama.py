@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from llama_jax.config import ModelConfig
+from llama_jax.config import ModelConfig, check_sizes
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.memory import check_fits
 from llama_jax.decode.plan import choose_plan
@@ -32,8 +32,6 @@ from llama_jax.weights.dtypes import choose_dtype
 from llama_jax.weights.unconverted import checkpoint_folder
 
 CHECKPOINT_VARIABLE = "LLAMA_JAX_CHECKPOINT"
-
-MAX_SLOTS = 256
 
 
 class Llama:
@@ -275,15 +273,9 @@ def _check_sizes(
     config: ModelConfig, context: int | None, slots: int, max_queue: int | None
 ) -> None:
     """Refuse what `Llama` cannot be made with."""
-    if context is not None and (type(context) is not int or not 1 <= context <= config.max_seq_len):
-        raise InputError(
-            f"context is {context!r}, expected 1 to {config.max_seq_len}, "
-            "the positions this model was trained for"
-        )
+    check_sizes(config, context, slots)
     if max_queue is not None and (type(max_queue) is not int or max_queue < 0):
         raise InputError(f"max_queue is {max_queue!r}, expected a whole number from 0")
-    if type(slots) is not int or not 1 <= slots <= MAX_SLOTS:
-        raise InputError(f"slots is {slots!r}, expected 1 to {MAX_SLOTS}")
 
 
 def _converted(path: str | pathlib.Path, dtype: DTypeLike | None, progress: bool) -> pathlib.Path:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from llama_jax import InputError, Llama
+from llama_jax.config import MAX_SLOTS
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.result import Usage
-from llama_jax.llama import MAX_SLOTS
 from llama_jax.text.tokenizer import BOS_ID, EOS_ID
 from llama_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 from llama_jax.weights.shards import tensors

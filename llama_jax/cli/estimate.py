@@ -5,19 +5,12 @@ import pathlib
 from llama_jax.cli.flags import FLAGS, refuse_flags
 from llama_jax.cli.model import checkpoint_path
 from llama_jax.cli.verbs import ESTIMATE, GENERAL, MODEL, Verb
-from llama_jax.config import ModelConfig
+from llama_jax.config import MAX_SLOTS, ModelConfig, check_sizes
 from llama_jax.decode.chips import CHIPS
-from llama_jax.decode.memory import (
-    Memory,
-    available_memory,
-    in_units,
-    memory_fraction,
-    needed_memory,
-)
+from llama_jax.decode.memory import available_memory, in_units, memory_fraction, needed_memory
 from llama_jax.decode.plan import Plan, accelerator_plan, choose_plan
 from llama_jax.errors import InputError
 from llama_jax.jax_settings import default_device
-from llama_jax.llama import MAX_SLOTS
 from llama_jax.weights.checkpoint import open_checkpoint
 from llama_jax.weights.dtypes import choose_dtype
 
@@ -30,12 +23,8 @@ def estimate(verb: Verb) -> None:
     name, config, stored = _read_config()
     usual = 8 if verb.name in ("batch", "serve") else 1
     slots = usual if FLAGS.slots is None else FLAGS.slots
+    check_sizes(config, FLAGS.context, slots)
     context = config.max_seq_len if FLAGS.context is None else FLAGS.context
-    if not (1 <= slots <= MAX_SLOTS and 1 <= context <= config.max_seq_len):
-        raise InputError(
-            f"got {slots} slots of {context} tokens, expected 1 to {MAX_SLOTS} slots of 1 to "
-            f"{config.max_seq_len} tokens; change --slots or --context"
-        )
     plan, device, room = _find_device(config, stored)
     needed = needed_memory(config, plan, slots, context)
     rows = [
@@ -59,8 +48,7 @@ def most_slots(config: ModelConfig, plan: Plan, context: int, room: int) -> int:
     """Return how many slots of a context fit into so many bytes; 0: not even one."""
 
     def fits(slots: int) -> bool:
-        needed: Memory = needed_memory(config, plan, slots, context)
-        return needed.total <= room
+        return needed_memory(config, plan, slots, context).total <= room
 
     return max((slots for slots in range(1, MAX_SLOTS + 1) if fits(slots)), default=0)
 
