@@ -108,11 +108,12 @@ class Engine:
         """Slots in use."""
         return self._scheduler.running
 
-    @property
-    def has_room(self) -> bool:
-        """Whether another request would be accepted."""
-        free = self.executor.batch - self.running
-        return self.max_queue is None or self.queued < self.max_queue + free
+    def has_room(self, client: str = "") -> bool:
+        """Return whether another request of a client would be accepted."""
+        if self.max_queue is None:
+            return True
+        places = self.max_queue - self._queue.kept(client, self.max_queue)
+        return self.queued < places + self.executor.batch - self.running
 
     def submit(
         self,
@@ -155,7 +156,7 @@ class Engine:
         with self._submit_lock:
             if self._failed is not None:
                 raise EngineFailedError(*self._failed.args)
-            if not self.has_room:
+            if not self.has_room(client):
                 raise QueueFullError(f"{self.queued} requests wait already; try again later")
             own, free = self._queue.count(client), self.executor.batch - self.running
             if share is not None and own >= share + free:

@@ -11,6 +11,9 @@ from llama_jax.engine.generation import Generation
 ACTIVE_S = 60.0
 """How long a client counts as active after a request."""
 
+KEPT_SHARE = 8
+"""One place of this many is kept for clients of which no request waits, see `Queue.kept`."""
+
 
 class Queue:
     """Requests in the order in which they get slots; thread-safe.
@@ -41,6 +44,16 @@ class Queue:
         """Return how many requests of a client wait."""
         with self._lock:
             return len(self._by_client.get(client, ()))
+
+    def kept(self, client: str, places: int) -> int:
+        """Return how many places of the queue a client may not take.
+
+        If one of its requests waits and another client was active in the last ACTIVE_S, it leaves
+        the last eighth to others: whoever has many requests refuses none with a single one.
+        """
+        with self._lock:
+            alone = client not in self._by_client or self._num_active([client]) <= 1
+            return 0 if alone else places // KEPT_SHARE
 
     def append(self, generation: Generation) -> None:
         """Add a client's request behind its others."""

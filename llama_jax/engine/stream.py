@@ -92,7 +92,7 @@ def finish_in_order(
     while more or waiting:
         if first_is_done():
             yield waiting.popleft()
-        elif more and engine.has_room and engine.queued < engine.executor.batch:
+        elif more and engine.has_room() and engine.queued < engine.executor.batch:
             submit = submit or next(source, None)
             more = submit is not None
             if submit is not None:

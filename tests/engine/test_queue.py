@@ -1,6 +1,7 @@
 """The queue's order: one client's requests keep theirs, clients take turns."""
 
 import collections
+import contextlib
 import time
 
 import hypothesis
@@ -110,6 +111,34 @@ def test_the_last_slot_is_kept_while_another_client_is_active(monkeypatch):
     assert queue.next(1, ["greedy", "polite"]) == []  # it still has a slot
     assert len(queue.next(1, ["greedy"])) == 1
     assert len(queue.next(9, ["greedy"])) == 5
+
+
+def test_an_eighth_of_the_queue_is_kept_for_clients_of_which_none_waits(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    llm = Llama.load(slots=1, context=64, max_queue=16)
+    ask = make_request(prompt="Hello", max_tokens=2, temperature=0)
+
+    def fill(client):
+        """Submit until refused; return how many places of the queue are taken then."""
+        with contextlib.suppress(QueueFullError):
+            for _ in range(20):
+                llm.engine.submit(ask, client=client)
+        return llm.engine.queued - 1  # one is for the free slot
+
+    llm.engine.submit(ask, client="polite")
+    while llm.engine.step():
+        pass
+    assert fill("greedy") == 14
+    llm.engine.submit(ask, client="polite")
+    assert fill("polite") == 15  # its second is refused, as another's first may come
+    llm.engine.submit(ask, client="third")
+    with pytest.raises(QueueFullError, match="17 requests wait already"):
+        llm.engine.submit(ask, client="fourth")
+    while llm.engine.step():
+        pass
+    now = ACTIVE_S + 1  # alone again
+    assert fill("greedy") == 16
 
 
 def test_one_client_with_many_requests_holds_no_other_up_and_has_its_share():
