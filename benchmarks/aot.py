@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks import command
 from benchmarks.hlo import Module
-from benchmarks.model_cost import Cost, decode_cost, prefill_cost
+from benchmarks.model_cost import Cost, chunk_cost, decode_cost
 from benchmarks.report import problems, table
 from benchmarks.shapes import SHAPES, load_shape
 from benchmarks.topologies import TARGETS, find_target
@@ -121,7 +121,7 @@ def compile_program(
         assert isinstance(program, Prefill)
         args = program.arguments(params, state)
         before = program.attend_len - program.size
-        cost = prefill_cost(config, plan.weights, tokens=program.size, before=before)
+        cost = chunk_cost(config, plan.weights, tokens=program.size, before=before)
     began = time.perf_counter()
     with pinned_settings():
         jitted = jax.jit(program.function(target), donate_argnums=program.donated)

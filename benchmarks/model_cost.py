@@ -69,17 +69,22 @@ def decode_cost(
     return Cost(new_tokens * flops, new_tokens * read)
 
 
-def prefill_cost(config: ModelConfig, dtype: str, *, tokens: int, before: int = 0) -> Cost:
-    """Return the cost of prefilling tokens of one prompt, after `before` others, and their logits.
+def chunk_cost(config: ModelConfig, dtype: str, *, tokens: int, before: int = 0) -> Cost:
+    """Return the cost of reading tokens of a prompt, after `before` others, without their logits.
 
-    The output projection is needed at the last position only. Weights are read once; keys and
-    values are written, and those of the tokens before are read.
+    Weights are read once; keys and values are written, and those of the tokens before are read.
     """
     attention = 4 * config.num_layers * config.dim * tokens * (before + (tokens + 1) / 2)
-    head = 2 * config.vocab_size * config.dim
-    flops = 2 * tokens * layer_params(config) + head + attention
-    moved = params_read(config) * ITEM_BYTES[dtype] + (before + tokens) * kv_bytes(config, dtype)
+    flops = 2 * tokens * layer_params(config) + attention
+    moved = layer_params(config) * ITEM_BYTES[dtype] + (before + tokens) * kv_bytes(config, dtype)
     return Cost(flops, moved)
+
+
+def prefill_cost(config: ModelConfig, dtype: str, *, tokens: int) -> Cost:
+    """Return the cost of reading a prompt; the output projection is needed at its end only."""
+    chunk = chunk_cost(config, dtype, tokens=tokens)
+    head = params_read(config) - layer_params(config)
+    return Cost(chunk.flops + 2 * head, chunk.bytes + head * ITEM_BYTES[dtype])
 
 
 def matmul_limit(matmul: Mapping[str, float], dtype: str) -> float:

@@ -24,13 +24,14 @@ from llama_jax.decode.programs import (
     Prefill,
     Program,
     Release,
+    Score,
     Target,
     empty_admission,
     serving_programs,
 )
 from llama_jax.decode.sizes import Sizes
 from llama_jax.decode.state import Admission, DecodeState
-from llama_jax.decode.steps import Logprobs, StepOutputs
+from llama_jax.decode.steps import Logprobs, ReadChunk, StepOutputs
 from llama_jax.jax_settings import pinned_settings, to_host
 from llama_jax.nn.transformer import Params, Transformer
 
@@ -98,30 +99,22 @@ class Executor:
         return self._call(ClearSlot(), state, slot)
 
     def prefill_chunk(
-        self,
-        state: DecodeState,
-        slot: int,
-        prompt: Sequence[int],
-        start: int,
-        size: int,
-        *,
-        scored: bool = False,
-    ) -> tuple[DecodeState, jax.Array, Logprobs | None]:
-        """Read one of the prompt's `Sizes.chunks` into an admitted slot.
-
-        Returns:
-            The state; the logits after the chunk, for `first_token` if it was the last; and, if
-            `scored`, the log-probabilities [size, 1] of the tokens that follow those read.
-        """
-        program = Prefill(size, self.sizes.bucket(start + size), scored)
+        self, state: DecodeState, slot: int, prompt: Sequence[int], start: int, size: int
+    ) -> tuple[DecodeState, ReadChunk]:
+        """Read one of the prompt's `Sizes.chunks` into an admitted slot."""
+        program = Prefill(size, self.sizes.bucket(start + size))
         return self._call(program, self.params, state, slot, prompt, start)
 
+    def score(self, chunk: ReadChunk, prompt: Sequence[int], start: int) -> Logprobs:
+        """Return the log-probabilities [size, 1] of the tokens that follow those of a chunk."""
+        return self._call(Score(len(chunk.hidden)), self.params, chunk.hidden, prompt, start)
+
     def first_token(
-        self, state: DecodeState, slot: int, logits: jax.Array, needs: Needs
+        self, state: DecodeState, slot: int, chunk: ReadChunk, needs: Needs
     ) -> tuple[DecodeState, StepOutputs]:
-        """Sample the first token of a slot whose prompt is read; one step of one column."""
+        """Sample a slot's first token after its prompt's last chunk; one step of one column."""
         program = self.programs.choose([FirstToken(each) for each in covering(needs)])
-        return self._call(program, state, slot, logits)
+        return self._call(program, self.params, state, slot, chunk.last)
 
     def prefill(
         self,
@@ -133,11 +126,11 @@ class Executor:
         needs: Needs = ALL_NEEDS,
     ) -> tuple[DecodeState, StepOutputs]:
         """Read all chunks of a prompt into an admitted slot; return the first token's step."""
-        logits = None
+        chunk = None
         for begin, size in self.sizes.chunks(len(prompt), start):
-            state, logits, _ = self.prefill_chunk(state, slot, prompt, begin, size)
-        assert logits is not None, "an empty prompt"
-        return self.first_token(state, slot, logits, needs)
+            state, chunk = self.prefill_chunk(state, slot, prompt, begin, size)
+        assert chunk is not None, "an empty prompt"
+        return self.first_token(state, slot, chunk, needs)
 
     def decode(
         self,
@@ -178,7 +171,7 @@ class Executor:
         """Compile programs that serve every request; yield (done, total) after each.
 
         Those that do less, where less is needed, are compiled when they are first `wanted`, and
-        those that score prompts when they are first called.
+        `Score`, which takes little time, when it is first called.
         """
         needed = list(serving_programs(self.sizes))
         for done, program in enumerate(needed, start=1):
@@ -205,8 +198,11 @@ class Executor:
                 new = empty_admission(self.config)
                 return program.arguments(self._state_shapes, 0, new)
             case FirstToken():
-                logits = jax.ShapeDtypeStruct((1, self.config.vocab_size), jnp.float32)
-                return program.arguments(self._state_shapes, 0, logits)
+                last = jax.ShapeDtypeStruct((1, self.config.dim), jnp.float32)
+                return program.arguments(self.params, self._state_shapes, 0, last)
+            case Score():
+                hidden = jax.ShapeDtypeStruct((program.size, self.config.dim), jnp.float32)
+                return program.arguments(self.params, hidden, [0], 0)
             case Prefill():
                 return program.arguments(self.params, self._state_shapes)
             case Decode():

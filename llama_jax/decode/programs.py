@@ -157,8 +157,6 @@ class Prefill(Program):
     size: int
     """Tokens, padding included."""
     attend_len: int
-    scored: bool = False
-    """Return the log-probabilities of the prompt's tokens too."""
     donated: ClassVar[tuple[int, ...]] = (1,)
 
     def function(self, target: Target) -> Callable[..., Any]:
@@ -175,12 +173,32 @@ class Prefill(Program):
     ) -> tuple[Any, ...]:
         """Return the arguments of a call that reads the prompt's tokens from `start` on."""
         length = np.int32(min(self.size, len(prompt) - start))
-        chunk = padded_chunk(prompt, start, self.size)
-        targets = (padded_chunk(prompt, start + 1, self.size),) if self.scored else ()
-        return params, old, np.int32(slot), chunk, length, *targets
+        return params, old, np.int32(slot), padded_chunk(prompt, start, self.size), length
 
     def __str__(self) -> str:
-        return f"prefill{'_scored' * self.scored}({self.size}, {self.attend_len})"
+        return f"prefill({self.size}, {self.attend_len})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Score(Program):
+    """Return the log-probabilities of a prompt's tokens, of one chunk."""
+
+    size: int
+    """Tokens, padding included."""
+    donated: ClassVar[tuple[int, ...]] = ()
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `steps.score`."""
+        return functools.partial(steps.score, target.model)
+
+    def arguments(
+        self, params: Params, hidden: Any, prompt: Sequence[int], start: int
+    ) -> tuple[Any, ...]:
+        """Return the arguments of a call for the chunk that begins at `start`."""
+        return params, hidden, padded_chunk(prompt, start + 1, self.size)
+
+    def __str__(self) -> str:
+        return f"score({self.size})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,15 +206,17 @@ class FirstToken(Program):
     """Sample the first token of a slot whose prompt is read."""
 
     needs: Needs = ALL_NEEDS
-    donated: ClassVar[tuple[int, ...]] = (0,)
+    donated: ClassVar[tuple[int, ...]] = (1,)
 
     def function(self, target: Target) -> Callable[..., Any]:
         """Return `steps.first_token` for these needs."""
-        return functools.partial(steps.first_token, needs=self.needs, drawable=target.drawable)
+        return functools.partial(
+            steps.first_token, target.model, needs=self.needs, drawable=target.drawable
+        )
 
-    def arguments(self, old: DecodeState, slot: int, logits: Any) -> tuple[Any, ...]:
-        """Return the arguments of a call."""
-        return old, np.int32(slot), logits
+    def arguments(self, params: Params, old: DecodeState, slot: int, last: Any) -> tuple[Any, ...]:
+        """Return the arguments of a call; `last` is of the prompt's last chunk."""
+        return params, old, np.int32(slot), last
 
     def __str__(self) -> str:
         return f"first_token({str(self.needs).removeprefix(', ')})"
@@ -257,7 +277,7 @@ class Logits(Program):
 
 
 def serving_programs(sizes: Sizes) -> Iterator[Program]:
-    """Yield the programs that serve every request at these sizes, but those that score prompts."""
+    """Yield the programs that serve every request at these sizes; `Score` is not among them."""
     yield from (InitState(), Admit(), Release(), CopySlot(), FirstToken())
     for bucket in sizes.buckets:
         for size in sizes.plan.prefill_sizes:

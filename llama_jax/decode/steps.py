@@ -19,7 +19,8 @@ from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE, TOP_LOGPROBS
 from llama_jax.decode.state import DecodeState, gather_rows, scatter_rows
 from llama_jax.decode.sums import log_softmax
 from llama_jax.nn import cache as kv
-from llama_jax.nn.transformer import Params, Transformer, forward
+from llama_jax.nn import transformer
+from llama_jax.nn.transformer import Params, Transformer
 
 
 class Logprobs(NamedTuple):
@@ -42,6 +43,15 @@ class StepOutputs(NamedTuple):
     """None where they are not needed."""
 
 
+class ReadChunk(NamedTuple):
+    """What one chunk of a prompt leaves for the output layer: the residual stream."""
+
+    last: Float[Array, "1 D"]
+    """At the prompt's last token in the chunk, for `first_token`."""
+    hidden: Float[Array, "T D"]
+    """At every token, padding included, for `score`."""
+
+
 def prefill(
     model: Transformer,
     params: Params,
@@ -49,10 +59,9 @@ def prefill(
     slot: Int[Array, ""],
     tokens: Int[Array, "T"],
     length: Int[Array, ""],
-    targets: Int[Array, "T"] | None = None,
     *,
     attend_len: int,
-) -> tuple[DecodeState, Float[Array, "1 V"], Logprobs | None]:
+) -> tuple[DecodeState, ReadChunk]:
     """Read one chunk of a slot's prompt.
 
     Args:
@@ -62,14 +71,9 @@ def prefill(
         slot: the slot, admitted before.
         tokens: the chunk, right-padded with any valid id.
         length: how many of `tokens` are the prompt's, 1 to T.
-        targets: the token after each of `tokens`, to be scored; None: logits at one position only.
-
-    Returns:
-        The state; the logits after the chunk, for `first_token` if it was the last; and the
-        log-probabilities [T, 1] of `targets`, or None.
     """
     part = gather_rows(state, slot[None])
-    logits, cache = forward(
+    hidden, cache = transformer.hidden(
         model,
         params,
         tokens[None, :],
@@ -77,20 +81,30 @@ def prefill(
         state.cache,
         slots=slot[None],
         attend_len=attend_len,
-        last=length[None] - 1 if targets is None else None,
     )
-    logits, scores = logits[0], None
-    if targets is not None:
-        scores = jax.tree.map(lambda a: a[:, None], _logprobs(logits, targets))
-        logits = lax.dynamic_slice_in_dim(logits, length - 1, 1)
+    chunk = hidden[0, : tokens.shape[0]]
+    last = lax.dynamic_slice_in_dim(chunk, length - 1, 1)
     part = part._replace(cache=cache, positions=part.positions + length)
-    return scatter_rows(state, part, slot[None]), logits, scores
+    return scatter_rows(state, part, slot[None]), ReadChunk(last, chunk)
+
+
+def score(
+    model: Transformer,
+    params: Params,
+    hidden: Float[Array, "T D"],
+    targets: Int[Array, "T"],
+) -> Logprobs:
+    """Return the log-probabilities [T, 1] of the token after each of a chunk; see `ReadChunk`."""
+    logits = transformer.logits(model, params, hidden[None])
+    return jax.tree.map(lambda a: a[:, None], _logprobs(logits[0], targets))
 
 
 def first_token(
+    model: Transformer,
+    params: Params,
     state: DecodeState,
     slot: Int[Array, ""],
-    logits: Float[Array, "1 V"],
+    last: Float[Array, "1 D"],
     *,
     needs: Needs,
     drawable: int | None = None,
@@ -98,18 +112,21 @@ def first_token(
     """Sample the first token of a slot whose prompt is read, and let the slot decode.
 
     Args:
+        model: static.
+        params: the model's parameters.
         state: donated.
         slot: the slot.
-        logits: after the last token of its prompt.
+        last: of its prompt's last chunk; see `ReadChunk`.
         needs: static; what the slot's request needs, or more.
         drawable: static; only ids below it are sampled. None: all of the vocabulary.
 
     Returns:
         The state, and one step of one column.
     """
+    logits = transformer.logits(model, params, last[None])[0]
     part = gather_rows(state, slot[None])
     part = part._replace(done=jnp.zeros_like(part.done))
-    part, outputs = _emit(part, logits, needs, drawable)
+    part, outputs = _emit(part, lax.optimization_barrier(logits), needs, drawable)
     return scatter_rows(state, part, slot[None]), jax.tree.map(lambda a: a[None], outputs)
 
 
@@ -129,7 +146,7 @@ def decode_step(
     that is not read before it is written again.
     """
     active = jnp.logical_not(state.done)
-    logits, cache = forward(
+    logits, cache = transformer.forward(
         model,
         params,
         state.tokens[:, None],
@@ -197,7 +214,7 @@ def logits_of_text(
     attend_len: int,
 ) -> tuple[kv.KVCache, Float[Array, "T V"]]:
     """Return the logits at every position of one chunk of a single text; the cache is donated."""
-    logits, cache = forward(
+    logits, cache = transformer.forward(
         model, params, tokens[None, :], start[None], cache, attend_len=attend_len
     )
     return cache, logits[0]

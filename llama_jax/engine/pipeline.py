@@ -97,18 +97,19 @@ class Pipeline:
 
     def prefill_chunk(self, slot: Slot, generation: Generation, start: int, size: int) -> None:
         """Read one chunk of a prompt, and draw a token after the last; put what comes in flight."""
-        prompt, scored = generation.prompt, generation.request.parameters.prompt_logprobs
-        self._state, logits, logprobs = self._executor.prefill_chunk(
-            self._take_state(), slot.index, prompt, start, size, scored=scored
+        prompt = generation.prompt
+        self._state, chunk = self._executor.prefill_chunk(
+            self._take_state(), slot.index, prompt, start, size
         )
         outputs, columns, scores = None, [], None
+        if generation.request.parameters.prompt_logprobs:
+            logprobs = self._executor.score(chunk, prompt, start)
+            scores = PromptScores(generation, logprobs, prompt[start + 1 : start + size + 1])
         if start + size >= len(prompt):
             self._state, outputs = self._executor.first_token(
-                self._take_state(), slot.index, logits, slot.needs
+                self._take_state(), slot.index, chunk, slot.needs
             )
             columns = [Column(slot, generation, 0)]
-        if logprobs is not None:
-            scores = PromptScores(generation, logprobs, prompt[start + 1 : start + size + 1])
         if outputs is not None or scores is not None:
             self._send(outputs, columns, scores)
 

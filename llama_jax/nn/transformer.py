@@ -76,10 +76,12 @@ class _Layer(nn.Module):
         """Declare a projection."""
         return self.param(name, _projection_init, (outputs, inputs), self.dtype)
 
-    def norm(self, name: str, x: Float[Array, "b T D"]) -> Float[Array, "b T D"]:
-        """Declare a norm's weight and apply it."""
-        ones = nn.initializers.ones_init()
-        weight = self.param(name, ones, (self.config.dim,), self.dtype)
+    def norm_weight(self, name: str) -> Float[Array, "D"]:
+        """Declare a norm's weight."""
+        return self.param(name, nn.initializers.ones_init(), (self.config.dim,), self.dtype)
+
+    def normed(self, x: Float[Array, "b T D"], weight: Float[Array, "D"]) -> Float[Array, "b T D"]:
+        """Normalise each position."""
         return ops.NORM_IMPLEMENTATIONS[self.kernels.norm](x, weight, self.config.norm_eps)
 
 
@@ -147,16 +149,25 @@ class Block(_Layer):
         """Run one layer; arguments as in `Transformer`, but that rows may be added to x."""
         attention = Attention(self.config, self.dtype, self.kernels, name="attention")
         feed_forward = FeedForward(self.config, self.dtype, self.kernels, name="feed_forward")
-        normed = self.norm("attention_norm", x)
+        normed = self.normed(x, self.norm_weight("attention_norm"))
         attended, cache = attention(normed, starts, cache, slots=slots, attend_len=attend_len)
         x = x + attended
-        return x + feed_forward(self.norm("ffn_norm", x)), cache
+        return x + feed_forward(self.normed(x, self.norm_weight("ffn_norm"))), cache
 
 
 class Transformer(_Layer):
     """A decoder-only transformer: token ids in, float32 logits and the updated cache out."""
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declare the parameters."""
+        c = self.config
+        embed_init = nn.initializers.normal(1.0)
+        self.embed = self.param("embed", embed_init, (c.vocab_size, c.dim), self.dtype)
+        self.layer = [Block(c, self.dtype, self.kernels) for _ in range(c.num_layers)]
+        self.final_norm = self.norm_weight("final_norm")
+        if not c.tie_embeddings:
+            self.lm_head = self.weight("lm_head", c.vocab_size, c.dim)
+
     def __call__(
         self,
         tokens: Int[Array, "b T"],
@@ -165,9 +176,8 @@ class Transformer(_Layer):
         *,
         slots: Int[Array, "b"] | None = None,
         attend_len: int,
-        last: Int[Array, "b"] | None = None,
-    ) -> tuple[Float[Array, "b t V"], kv.KVCache]:
-        """Run T tokens of each sequence and store their keys and values.
+    ) -> tuple[Float[Array, "b T V"], kv.KVCache]:
+        """Run T tokens of each sequence; store their keys and values; return the logits.
 
         Args:
             tokens: ids in [0, vocab_size). Padding goes to the right, holds any valid id, and is
@@ -177,27 +187,39 @@ class Transformer(_Layer):
             slots: the cache slot of each sequence in `tokens`; None: all, in order. More than one,
                 but not all, only with the CPU kernels' attention.
             attend_len: static; cache positions that attention reads, at least starts + T.
-            last: index in [0, T) of the one position of each sequence to return logits for; None:
-                all T.
 
         Returns:
-            Logits over the vocabulary (t is 1 with `last`, else T), and the cache.
+            Logits over the vocabulary, and the cache.
         """
-        c = self.config
-        embed_init = nn.initializers.normal(1.0)
-        embed = self.param("embed", embed_init, (c.vocab_size, c.dim), self.dtype)
-        x = self.padded(ops.embed(tokens, embed))
+        x, cache = self.hidden(tokens, starts, cache, slots=slots, attend_len=attend_len)
+        return self.logits(x)[: tokens.shape[0]], cache
+
+    def hidden(
+        self,
+        tokens: Int[Array, "b T"],
+        starts: Int[Array, "b"],
+        cache: kv.KVCache,
+        *,
+        slots: Int[Array, "b"] | None = None,
+        attend_len: int,
+    ) -> tuple[Float[Array, "padded T D"], kv.KVCache]:
+        """Return the residual stream after the last layer, and the cache; see `__call__`.
+
+        Rows may be added to those of `tokens`; see `KernelChoice.decode_rows`.
+        """
+        x = self.padded(ops.embed(tokens, self.embed))
         layers = []
-        for i, layer_cache in enumerate(cache):
-            block = Block(c, self.dtype, self.kernels, name=f"layer_{i}")
+        for block, layer_cache in zip(self.layer, cache, strict=True):
             x, layer_cache = block(x, starts, layer_cache, slots=slots, attend_len=attend_len)
             layers.append(layer_cache)
-        if last is not None and tokens.shape[1] > 1:
-            x = self.padded(jnp.take_along_axis(x, last[:, None, None], axis=1))
-        x = self.norm("final_norm", x)
-        head = embed if c.tie_embeddings else self.weight("lm_head", c.vocab_size, c.dim)
-        (logits,) = self.linears(x, head)
-        return logits[: tokens.shape[0]], tuple(layers)
+        return x, tuple(layers)
+
+    def logits(self, x: Float[Array, "b T D"]) -> Float[Array, "b T V"]:
+        """Return the logits over the vocabulary at each position of the residual stream."""
+        normed = self.normed(self.padded(x), self.final_norm)
+        head = self.embed if self.config.tie_embeddings else self.lm_head
+        (logits,) = self.linears(normed, head)
+        return logits[: x.shape[0]]
 
 
 def forward(
@@ -209,12 +231,40 @@ def forward(
     *,
     slots: Int[Array, "b"] | None = None,
     attend_len: int,
-    last: Int[Array, "b"] | None = None,
-) -> tuple[Float[Array, "b t V"], kv.KVCache]:
+) -> tuple[Float[Array, "b T V"], kv.KVCache]:
     """Apply the model as a pure function of its parameters; see `Transformer.__call__`."""
     outputs: Any = model.apply(
-        {"params": params}, tokens, starts, cache, slots=slots, attend_len=attend_len, last=last
+        {"params": params}, tokens, starts, cache, slots=slots, attend_len=attend_len
     )
+    return outputs
+
+
+def hidden(
+    model: Transformer,
+    params: Params,
+    tokens: Int[Array, "b T"],
+    starts: Int[Array, "b"],
+    cache: kv.KVCache,
+    *,
+    slots: Int[Array, "b"] | None = None,
+    attend_len: int,
+) -> tuple[Float[Array, "padded T D"], kv.KVCache]:
+    """Apply all but the output layer; see `Transformer.hidden`."""
+    outputs: Any = model.apply(
+        {"params": params},
+        tokens,
+        starts,
+        cache,
+        slots=slots,
+        attend_len=attend_len,
+        method="hidden",
+    )
+    return outputs
+
+
+def logits(model: Transformer, params: Params, x: Float[Array, "b T D"]) -> Float[Array, "b T V"]:
+    """Apply the output layer to the residual stream; see `Transformer.logits`."""
+    outputs: Any = model.apply({"params": params}, x, method="logits")
     return outputs
 
 

@@ -88,9 +88,9 @@ def test_every_program_of_a_plan_gives_the_same_tokens_and_bits(plan, request):
     def run(params, needs):
         new = make_admission(sampling.make_params(7, **params), prompt, 97, limit=200)
         state = ex.admit(ex.init_state(), 1, new)
-        state, logits, _ = ex.prefill_chunk(state, 1, prompt, 0, plan.prefill_sizes[0])
+        state, chunk = ex.prefill_chunk(state, 1, prompt, 0, plan.prefill_sizes[0])
         # Not `first_token` and `decode`, which may choose others.
-        state, first = ex._call(FirstToken(needs), state, 1, logits)
+        state, first = ex._call(FirstToken(needs), ex.params, state, 1, chunk.last)
         slots = ex.sizes.decode_slots([1])
         decode = Decode(len(slots), plan.decode_steps, ex.sizes.bucket(100), needs)
         parts = [first]

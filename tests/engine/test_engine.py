@@ -22,7 +22,7 @@ from llama_jax import Llama
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.needs import Needs
 from llama_jax.decode.plan import choose_plan
-from llama_jax.decode.programs import FirstToken, Prefill, serving_programs
+from llama_jax.decode.programs import FirstToken, Score, serving_programs
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.engine import (
     MAX_FAILURES,
@@ -384,8 +384,8 @@ def test_running_ahead_changes_no_token(any_ex, dispatches, monkeypatch):
 def test_no_request_compiles_anything_after_warm_up(any_ex):
     """Not by the executor, and not in passing: an array's operation outside a program is one."""
     rng, earlier, lowered = random.Random(3), [], []
-    for size, bucket in itertools.product(SIZES, any_ex.sizes.buckets):
-        any_ex.compile(Prefill(size, bucket, scored=True))  # these are compiled when first called
+    for size in SIZES:
+        any_ex.compile(Score(size))  # these are compiled when first called
     engine = make(any_ex)
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(
@@ -402,7 +402,7 @@ def test_no_request_compiles_anything_after_warm_up(any_ex):
         jax.monitoring.clear_event_listeners()
     assert lowered == []
     _, warm = warm_executor(any_ex.plan)
-    apart = ("logits(", "prefill_scored(")
+    apart = ("logits(", "score(")
     later = {name for name in any_ex.compiled.names if not name.startswith(apart)} - warm
     assert later - {"init_cache"} - {name for name in later if ", 3, " in name} == set()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llama_jax.nn import cache as kv
-from llama_jax.nn import ops, projection
+from llama_jax.nn import ops, projection, transformer
 from llama_jax.nn.transformer import Transformer, forward
 from tests.helpers import reference
 from tests.helpers.models import SMALL, random_params
@@ -142,13 +142,15 @@ def test_one_row_of_many():
         np.testing.assert_array_equal(layer.v[::2], old.v[::2])
 
 
-def test_last_selects_one_position():
-    params = random_params(SMALL)
-    whole = full_forward(SMALL, params, TOKENS[:8])
-    cache = kv.init_cache(SMALL, 1, 8, jnp.float32)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_output_layer_can_be_applied_to_some_positions(tied):
+    config = dataclasses.replace(SMALL, tie_embeddings=tied)
+    params, model = random_params(config), Transformer(config)
+    whole = full_forward(config, params, TOKENS[:8])
+    cache = kv.init_cache(config, 1, 8, jnp.float32)
     args = (jnp.asarray([TOKENS[:8]]), jnp.zeros(1, jnp.int32), cache)
-    last = jnp.asarray([5], jnp.int32)
-    logits, _ = jit_forward(Transformer(SMALL), params, *args, attend_len=8, last=last)
+    x, _ = transformer.hidden(model, params, *args, attend_len=8)
+    logits = transformer.logits(model, params, x[:, 5:6])
     np.testing.assert_allclose(logits[0], whole[5:6], atol=1e-5)
 
 
