@@ -2,9 +2,10 @@
 # All that is to be measured on a GPU: bash benchmarks/gpu.sh
 #
 #   OUT       folder for records, plots and logs (default benchmarks/results)
-#   STEPS     which steps, in order (default: all of these): bits (across slots, buckets and prefix
-#             hits), one, many (batch 1, larger batches; against other programs), ablate (what else
-#             the plan could say), flags (XLA_FLAGS), tests
+#   STEPS     which steps, in order. The default takes under nine minutes: values (each operation
+#             against float64), bits (across slots, buckets and prefix hits), one, many (batch 1,
+#             larger batches: time against the least traffic, and against other programs). The
+#             others: ablate (what else the plan could say), flags (XLA_FLAGS), tests (all of them)
 #   SMALL=1   tiny sizes of the demo model, to try the script itself on any machine
 #
 # A step that fails or takes longer than its limit does not end the others.
@@ -33,14 +34,17 @@ step() {
   echo "$name: status $?, $SECONDS s" | tee -a "$out/summary.txt"
 }
 
-for name in ${STEPS:-bits one many ablate flags tests}; do
+for name in ${STEPS:-values bits one many}; do
   case $name in
+    values)
+      step values 90 python -m pytest -n 1 -q tests/nn
+      ;;
     bits)
-      step bits 150 python -m pytest -n 1 -m "slow or not slow" tests/decode/test_invariance.py
+      step bits 140 python -m pytest -n 1 -m "slow or not slow" tests/decode/test_invariance.py
       ;;
     one | many)
       declare -n sizes=$name
-      step "$name" 240 python -m benchmarks "${common[@]}" --name="e2e-$name" \
+      step "$name" 150 python -m benchmarks "${common[@]}" --name="e2e-$name" \
         --against="$against" --nowarm_start "${sizes[@]}"
       ;;
     ablate)
