@@ -26,12 +26,14 @@ from benchmarks.shapes import SHAPES, load_shape
 from benchmarks.topologies import TARGETS, find_target
 from llama_jax.config import ModelConfig
 from llama_jax.decode.chips import Chip
+from llama_jax.decode.compiled import lower
 from llama_jax.decode.needs import Needs
 from llama_jax.decode.plan import DETERMINISM, Plan, accelerator_plan
 from llama_jax.decode.programs import Decode, Prefill, Program, Target
 from llama_jax.decode.state import init_state
 from llama_jax.errors import InputError
 from llama_jax.jax_settings import Device, pinned_settings
+from llama_jax.nn.sharding import Shards, make_mesh
 from llama_jax.nn.transformer import Transformer, param_shapes
 
 FLAGS = command.make_flags(
@@ -112,7 +114,7 @@ def compile_program(
     params = param_shapes(config, plan.weights)
     state = jax.eval_shape(lambda: init_state(config, batch, context, plan.cache))
     model = Transformer(config, jnp.dtype(plan.weights), plan.kernels)
-    target = Target(config, model, batch, context, plan.cache, device=None)
+    target = Target(config, model, batch, context, plan.cache, make_mesh(Shards(), [device]))
     if isinstance(program, Decode):
         args = program.arguments(params, state, range(batch))
         sizes = {"batch": batch, "context": program.attend_len - 1, "new_tokens": 1}
@@ -124,8 +126,7 @@ def compile_program(
         cost = chunk_cost(config, plan.weights, tokens=program.size, before=before)
     began = time.perf_counter()
     with pinned_settings():
-        jitted = jax.jit(program.function(target), donate_argnums=program.donated)
-        compiled = jitted.lower(*shapes(args)).compile()
+        compiled = lower(program, target, *shapes(args)).compile()
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
     module = Module(compiled.as_text() or "")

@@ -11,6 +11,7 @@ import jax
 
 from llama_jax.decode.programs import Program, Target
 from llama_jax.jax_settings import pinned_settings
+from llama_jax.nn.sharding import Shards, place, shards_of, specs
 
 
 @dataclasses.dataclass
@@ -37,6 +38,7 @@ class CompiledPrograms:
         self.wanted: queue.SimpleQueue[Program | None] = queue.SimpleQueue()
         """Programs that `choose` would have chosen, each once. None wakes who waits for one."""
         self._target = target
+        self._device = target.mesh.devices.flat[0]
         self._executables: dict[Program, jax.stages.Compiled] = {}
         self._locks: dict[Program, threading.Lock] = {}
         self._log_lock = threading.Lock()
@@ -52,7 +54,7 @@ class CompiledPrograms:
 
     def shapes(self, program: Program) -> Any:
         """Return the shapes of what a program without arguments returns; allocates nothing."""
-        with pinned_settings(self._target.device):
+        with pinned_settings(self._device):
             return jax.eval_shape(self.function(program))
 
     def choose(self, programs: Sequence[Program]) -> Program:
@@ -73,7 +75,7 @@ class CompiledPrograms:
             began = time.perf_counter()
             self.compile(program, *args)
             self.log.waited_s += time.perf_counter() - began
-        with pinned_settings(self._target.device):
+        with pinned_settings(self._device):
             return self._executables[program](*args)
 
     def compile(self, program: Program, *args: Any) -> None:
@@ -82,10 +84,31 @@ class CompiledPrograms:
             if program in self._executables:
                 return
             began = time.perf_counter()
-            jitted = jax.jit(self.function(program), donate_argnums=program.donated)
-            with pinned_settings(self._target.device):
-                executable = jitted.lower(*args).compile()
+            with pinned_settings(self._device):
+                executable = lower(program, self._target, *args).compile()
             with self._log_lock:
                 self.log.names.append(str(program))
                 self.log.seconds += time.perf_counter() - began
             self._executables[program] = executable
+
+
+def lower(program: Program, target: Target, *args: Any) -> jax.stages.Lowered:
+    """Return a program for arguments of these shapes, ready to be compiled.
+
+    On several devices each runs it on its parts of parameters and cache, and on all of the rest.
+    """
+    function = program.function(target)
+    options: dict[str, Any] = {"donate_argnums": program.donated}
+    shards = shards_of(target.mesh)
+    if shards.devices > 1:
+        whole = dataclasses.replace(target, model=target.model.clone(shards=Shards()))
+        results = jax.eval_shape(program.function(whole), *args)
+        ins, outs = (specs(tree, target.config, shards) for tree in (args, results))
+        if program.runs_model:
+            # Not checked: that what is whole on every device is the same there. It is computed so.
+            function = jax.shard_map(
+                function, mesh=target.mesh, in_specs=ins, out_specs=outs, check_vma=False
+            )
+        options |= {"in_shardings": place(ins, target.mesh)}
+        options |= {"out_shardings": place(outs, target.mesh)}
+    return jax.jit(function, **options).lower(*args)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode.compiled import CompiledPrograms, CompileLog
@@ -33,6 +34,7 @@ from llama_jax.decode.sizes import Sizes
 from llama_jax.decode.state import Admission, DecodeState
 from llama_jax.decode.steps import Logprobs, ReadChunk, StepOutputs
 from llama_jax.jax_settings import pinned_settings, to_host
+from llama_jax.nn.sharding import Shards, make_mesh, place, shards_of, specs
 from llama_jax.nn.transformer import Params, Transformer
 
 
@@ -49,6 +51,8 @@ class Executor:
         context: tokens of prompt plus output that a slot can hold, at most `config.max_seq_len`.
         plan: how to compute; None: as `choose_plan` says.
         drawable: only ids below it are sampled; None: all of the vocabulary.
+        mesh: the devices to run on; see `sharding.make_mesh`. None: the one that holds the
+            parameters.
     """
 
     def __init__(
@@ -61,16 +65,23 @@ class Executor:
         context: int,
         plan: Plan | None = None,
         drawable: int | None = None,
+        mesh: Mesh | None = None,
     ):
         self.plan = plan = plan or choose_plan(config, dtype)
         self.config, self.batch, self.context = config, batch, context
         self.sizes = Sizes(plan, batch, context)
         with pinned_settings():
             self.params = jax.tree.map(lambda a: jnp.asarray(a, plan.weights), params)
-        (self.device,) = jax.tree.leaves(self.params)[0].devices()
-        model = Transformer(config, jnp.dtype(plan.weights), plan.kernels)
+        if mesh is None:
+            mesh = make_mesh(Shards(), list(jax.tree.leaves(self.params)[0].devices()))
+        shards = shards_of(mesh)
+        if shards.devices > 1:
+            parts = place(specs(self.params, config, shards), mesh)
+            self.params = jax.device_put(self.params, parts)
+        self.mesh, self.device = mesh, mesh.devices.flat[0]
+        model = Transformer(config, jnp.dtype(plan.weights), plan.kernels, shards)
         self.programs = CompiledPrograms(
-            Target(config, model, batch, self.sizes.capacity, plan.cache, self.device, drawable)
+            Target(config, model, batch, self.sizes.capacity, plan.cache, mesh, drawable)
         )
 
     @property

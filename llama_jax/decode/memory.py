@@ -12,7 +12,8 @@ from llama_jax.decode.sizes import Sizes
 from llama_jax.errors import InputError
 from llama_jax.jax_settings import Device, default_device
 from llama_jax.nn.attention import BLOCK
-from llama_jax.nn.transformer import KernelChoice, param_count
+from llama_jax.nn.kernel_choice import KernelChoice
+from llama_jax.nn.transformer import param_count
 
 _STATE_BYTES = 9
 """For each token of the vocabulary: bias, count, and whether the prompt has it."""

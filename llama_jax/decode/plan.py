@@ -10,7 +10,8 @@ from llama_jax.decode.host import total_memory
 from llama_jax.errors import InputError
 from llama_jax.jax_settings import default_device
 from llama_jax.nn.cpu_kernels import has_kernels
-from llama_jax.nn.transformer import KernelChoice, param_count
+from llama_jax.nn.kernel_choice import KernelChoice
+from llama_jax.nn.transformer import param_count
 
 DETERMINISM = ("strict", "fast")
 """strict: the tokens of a request depend neither on the number of slots nor on other requests.

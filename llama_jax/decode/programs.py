@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from jax.sharding import Mesh
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode import sampling, state, steps
 from llama_jax.decode.needs import ALL_NEEDS, Needs
 from llama_jax.decode.sizes import Sizes
 from llama_jax.decode.state import Admission, DecodeState
-from llama_jax.jax_settings import Device
 from llama_jax.nn import cache as kv
 from llama_jax.nn.transformer import Params, Transformer
 
@@ -34,7 +34,8 @@ class Target:
     capacity: int
     """Cache positions of each slot."""
     cache_dtype: str
-    device: Device
+    mesh: Mesh
+    """The devices that hold the model; see `sharding.make_mesh`."""
     drawable: int | None = None
     """Only ids below it are sampled; None: all."""
 
@@ -42,6 +43,8 @@ class Target:
 class Program(abc.ABC):
     """A function at fixed sizes; its `str` is its name."""
 
+    runs_model: ClassVar[bool] = False
+    """The function gathers from the target's devices what each has a part of."""
     donated: ClassVar[tuple[int, ...]]
     """Indices of the arguments that a call consumes."""
 
@@ -157,6 +160,7 @@ class Prefill(Program):
     size: int
     """Tokens, padding included."""
     attend_len: int
+    runs_model: ClassVar[bool] = True
     donated: ClassVar[tuple[int, ...]] = (1,)
 
     def function(self, target: Target) -> Callable[..., Any]:
@@ -185,6 +189,7 @@ class Score(Program):
 
     size: int
     """Tokens, padding included."""
+    runs_model: ClassVar[bool] = True
     donated: ClassVar[tuple[int, ...]] = ()
 
     def function(self, target: Target) -> Callable[..., Any]:
@@ -206,6 +211,7 @@ class FirstToken(Program):
     """Sample the first token of a slot whose prompt is read."""
 
     needs: Needs = ALL_NEEDS
+    runs_model: ClassVar[bool] = True
     donated: ClassVar[tuple[int, ...]] = (1,)
 
     def function(self, target: Target) -> Callable[..., Any]:
@@ -231,6 +237,7 @@ class Decode(Program):
     num_steps: int
     attend_len: int
     needs: Needs = ALL_NEEDS
+    runs_model: ClassVar[bool] = True
     donated: ClassVar[tuple[int, ...]] = (1,)
 
     def function(self, target: Target) -> Callable[..., Any]:
@@ -260,6 +267,7 @@ class Logits(Program):
 
     size: int
     attend_len: int
+    runs_model: ClassVar[bool] = True
     donated: ClassVar[tuple[int, ...]] = (1,)
 
     def function(self, target: Target) -> Callable[..., Any]:

@@ -82,6 +82,7 @@ def swiglu(
     up: Float[Array, "F D"],
     down: Float[Array, "D F"],
     linears: Linears,
+    gather: Callable[[Array], Array],
     *,
     to_float16: bool,
 ) -> Float[Array, "B T D"]:
@@ -96,10 +97,11 @@ def swiglu(
         gate, up, down: weights, [outputs, inputs].
         linears: multiplies the same activations by several weights; one of
             `projection.IMPLEMENTATIONS`.
+        gather: returns the whole of what `gate` and `up` give a part of; see `Shards.gather`.
         to_float16: whether it rounds them to float16; see `projection.rounds_to_float16`.
     """
     gated, upped = linears(x, gate, up)
-    hidden = jax.nn.silu(gated) * upped
+    hidden = gather(jax.nn.silu(gated) * upped)
     if not to_float16:
         (out,) = linears(hidden, down)
         return out

@@ -5,7 +5,7 @@ dtype; the residual stream is float32. The layers are a Python loop over separat
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,27 +18,12 @@ from llama_jax.config import ModelConfig
 from llama_jax.jax_settings import pinned_settings
 from llama_jax.nn import attention, ops, projection
 from llama_jax.nn import cache as kv
+from llama_jax.nn.kernel_choice import KernelChoice
+from llama_jax.nn.sharding import Shards, splits_head
 
 Params = dict[str, Any]
 """A nested dict of arrays: `embed`, `layer_{i}/attention/{q,k,v,o}`, `layer_{i}/attention_norm`,
 `layer_{i}/feed_forward/{gate,up,down}`, `layer_{i}/ffn_norm`, `final_norm`, `lm_head`."""
-
-
-class KernelChoice(NamedTuple):
-    """Which implementation computes each operation; `plan.py` chooses."""
-
-    projection: str = "plain"
-    """A key of `projection.IMPLEMENTATIONS`."""
-    attention: str = "blocks"
-    """Of one query a sequence; a key of `attention.IMPLEMENTATIONS`."""
-    norm: str = "plain"
-    """A key of `ops.NORM_IMPLEMENTATIONS`."""
-    prefill_attention: str | None = None
-    """Of several queries; None: as `attention`."""
-    decode_rows: int | None = None
-    """Rows of every product where a sequence has one query: sequences are padded to a multiple of
-    it and multiplied so many at a time, since the bits of a row may depend on the number of rows.
-    None: as many as there are sequences."""
 
 
 _projection_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
@@ -51,6 +36,8 @@ class _Layer(nn.Module):
     dtype: DTypeLike = jnp.float32
     """The parameters'."""
     kernels: KernelChoice = KernelChoice()
+    shards: Shards = Shards()
+    """Of several, each device has its part of every weight and calls this within `shard_map`."""
 
     def linears(self, x: Float[Array, "b T i"], *weights: Float[Array, "_ i"]) -> list[Array]:
         """Multiply the same activations by several weights."""
@@ -72,8 +59,16 @@ class _Layer(nn.Module):
             return x
         return jnp.pad(x, ((0, -x.shape[0] % rows), (0, 0), (0, 0)))
 
-    def weight(self, name: str, outputs: int, inputs: int) -> Float[Array, "outputs inputs"]:
-        """Declare a projection."""
+    def weight(
+        self, name: str, outputs: int, inputs: int, *, parts: int | None = None
+    ) -> Float[Array, "part inputs"]:
+        """Declare a projection, or one device's part of its outputs.
+
+        Args:
+            name, outputs, inputs: the whole projection's.
+            parts: into how many it is split; None: into one for each device.
+        """
+        outputs //= self.shards.devices if parts is None else parts
         return self.param(name, _projection_init, (outputs, inputs), self.dtype)
 
     def norm_weight(self, name: str) -> Float[Array, "D"]:
@@ -99,25 +94,28 @@ class Attention(_Layer):
         attend_len: int,
     ) -> tuple[Float[Array, "padded T D"], kv.LayerCache]:
         """Attend from T new tokens to all so far; arguments as in `Transformer`."""
-        c = self.config
+        c, kv_parts = self.config, self.shards.kv
         batch, length = starts.shape[0], x.shape[1]
         positions = starts[:, None] + jnp.arange(length, dtype=starts.dtype)[None, :]
-        heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
-        weights = (self.weight(name, n * c.head_dim, c.dim) for name, n in heads.items())
-        q, k, v = (a[:batch] for a in self.linears(x, *weights))
-
+        kv_dim = c.num_kv_heads * c.head_dim
+        weights = (
+            self.weight("q", c.dim, c.dim),
+            self.weight("k", kv_dim, c.dim, parts=kv_parts),
+            self.weight("v", kv_dim, c.dim, parts=kv_parts),
+        )
+        q, k, v = (
+            a[:batch].reshape(batch, length, -1, c.head_dim) for a in self.linears(x, *weights)
+        )
         angles = ops.rope_angles(positions, c.head_dim, c.rope_theta, c.rope_factor)
-        q = ops.apply_rope(q.reshape(batch, length, c.num_heads, c.head_dim), angles)
-        k = ops.apply_rope(k.reshape(batch, length, c.num_kv_heads, c.head_dim), angles)
-        v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
+        q, k = ops.apply_rope(q, angles), ops.apply_rope(k, angles)
 
         cache = kv.write(cache, k, v, starts, slots)
         name = self.kernels.attention if length == 1 else self.kernels.prefill_attention
         attend = attention.IMPLEMENTATIONS[name or self.kernels.attention]
         out = attend(q, cache.k, cache.v, positions, slots=slots, attend_len=attend_len)
-        out = self.padded(out.reshape(batch, length, -1))
-        (out,) = self.linears(out, self.weight("o", c.dim, c.num_heads * c.head_dim))
-        return out, cache
+        out = self.padded(self.shards.gather(out.reshape(batch, length, -1)))
+        (out,) = self.linears(out, self.weight("o", c.dim, c.dim))
+        return self.shards.gather(out), cache
 
 
 class FeedForward(_Layer):
@@ -130,7 +128,9 @@ class FeedForward(_Layer):
         gate, up = self.weight("gate", c.ffn_dim, c.dim), self.weight("up", c.ffn_dim, c.dim)
         down = self.weight("down", c.dim, c.ffn_dim)
         to_float16 = projection.rounds_to_float16(self.kernels.projection, down)
-        return ops.swiglu(x, gate, up, down, self.linears, to_float16=to_float16)
+        gather = self.shards.gather
+        out = ops.swiglu(x, gate, up, down, self.linears, gather, to_float16=to_float16)
+        return gather(out)
 
 
 class Block(_Layer):
@@ -147,8 +147,9 @@ class Block(_Layer):
         attend_len: int,
     ) -> tuple[Float[Array, "padded T D"], kv.LayerCache]:
         """Run one layer; arguments as in `Transformer`, but that rows may be added to x."""
-        attention = Attention(self.config, self.dtype, self.kernels, name="attention")
-        feed_forward = FeedForward(self.config, self.dtype, self.kernels, name="feed_forward")
+        how = (self.config, self.dtype, self.kernels, self.shards)
+        attention = Attention(*how, name="attention")
+        feed_forward = FeedForward(*how, name="feed_forward")
         normed = self.normed(x, self.norm_weight("attention_norm"))
         attended, cache = attention(normed, starts, cache, slots=slots, attend_len=attend_len)
         x = x + attended
@@ -162,11 +163,14 @@ class Transformer(_Layer):
         """Declare the parameters."""
         c = self.config
         embed_init = nn.initializers.normal(1.0)
-        self.embed = self.param("embed", embed_init, (c.vocab_size, c.dim), self.dtype)
-        self.layer = [Block(c, self.dtype, self.kernels) for _ in range(c.num_layers)]
+        width = c.dim if c.tie_embeddings else c.dim // self.shards.devices
+        self.embed = self.param("embed", embed_init, (c.vocab_size, width), self.dtype)
+        how = (c, self.dtype, self.kernels, self.shards)
+        self.layer = [Block(*how) for _ in range(c.num_layers)]
         self.final_norm = self.norm_weight("final_norm")
         if not c.tie_embeddings:
-            self.lm_head = self.weight("lm_head", c.vocab_size, c.dim)
+            parts = self.shards.devices if splits_head(c, self.shards) else 1
+            self.lm_head = self.weight("lm_head", c.vocab_size, c.dim, parts=parts)
 
     def __call__(
         self,
@@ -207,7 +211,8 @@ class Transformer(_Layer):
 
         Rows may be added to those of `tokens`; see `KernelChoice.decode_rows`.
         """
-        x = self.padded(ops.embed(tokens, self.embed))
+        x = ops.embed(tokens, self.embed)
+        x = self.padded(x if self.config.tie_embeddings else self.shards.gather(x))
         layers = []
         for block, layer_cache in zip(self.layer, cache, strict=True):
             x, layer_cache = block(x, starts, layer_cache, slots=slots, attend_len=attend_len)
@@ -219,7 +224,8 @@ class Transformer(_Layer):
         normed = self.normed(self.padded(x), self.final_norm)
         head = self.embed if self.config.tie_embeddings else self.lm_head
         (logits,) = self.linears(normed, head)
-        return logits[: x.shape[0]]
+        logits = logits[: x.shape[0]]
+        return self.shards.gather(logits) if splits_head(self.config, self.shards) else logits
 
 
 def forward(

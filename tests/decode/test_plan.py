@@ -17,7 +17,8 @@ from llama_jax.decode.plan import Plan, accelerator_plan, choose_plan
 from llama_jax.decode.state import make_admission
 from llama_jax.engine.engine import Engine
 from llama_jax.nn.cache import init_cache
-from llama_jax.nn.transformer import KernelChoice, Transformer, forward, param_shapes
+from llama_jax.nn.kernel_choice import KernelChoice
+from llama_jax.nn.transformer import Transformer, forward, param_shapes
 
 CONFIG = ModelConfig(
     vocab_size=1000,

@@ -11,7 +11,8 @@ import pytest
 from llama_jax.config import ModelConfig
 from llama_jax.decode.plan import Plan
 from llama_jax.nn.cpu_kernels import has_kernels
-from llama_jax.nn.transformer import KernelChoice, param_shapes
+from llama_jax.nn.kernel_choice import KernelChoice
+from llama_jax.nn.transformer import param_shapes
 
 SMALL = ModelConfig(
     vocab_size=97,

@@ -1,0 +1,131 @@
+"""Sharding: one model over several devices, so that no sum crosses from one to another.
+
+Every projection is split by its outputs: each output is one sum, on one device. What the next
+operation needs whole is gathered. So a device computes what one alone would, and the bits do not
+depend on how many there are, as far as a product's do not depend on the number of its outputs.
+Heads are split by key/value head, and where there are fewer of these than devices, each is on
+several, which share its query heads.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from llama_jax.config import ModelConfig
+from llama_jax.errors import InputError
+from llama_jax.nn.cache import LayerCache
+
+AXES = ("kv", "group")
+"""Of the mesh: parts of the key/value heads, and parts of the query heads that share one."""
+
+_BY_OUTPUT = {"q", "o", "gate", "up", "down"}
+
+
+class Shards(NamedTuple):
+    """Static: into how many parts a model is split."""
+
+    kv: int = 1
+    group: int = 1
+
+    @property
+    def devices(self) -> int:
+        """How many."""
+        return self.kv * self.group
+
+    def gather(self, x: Float[Array, "*batch part"]) -> Float[Array, "*batch whole"]:
+        """Return the whole of an array whose last dimension is split over all devices."""
+        if self.devices == 1:
+            return x
+        return lax.all_gather(x, AXES, axis=x.ndim - 1, tiled=True)
+
+
+def choose_shards(config: ModelConfig, count: int) -> Shards:
+    """Return how to split a model over so many devices.
+
+    Raises:
+        InputError: its heads, or its widths, cannot be divided by that.
+    """
+    if type(count) is not int or count < 1:
+        raise InputError(f"devices is {count!r}, expected a whole number from 1, or 'all'")
+    if not _divides(config, count):
+        sizes = [n for n in range(1, config.num_heads + 1) if _divides(config, n)]
+        raise InputError(
+            f"the model cannot be split over {count} devices: it has {config.num_kv_heads} "
+            f"key/value heads, {config.num_heads} heads, and widths of {config.dim:,} and "
+            f"{config.ffn_dim:,}; choose {', '.join(map(str, sizes))}"
+        )
+    kv = math.gcd(count, config.num_kv_heads)
+    return Shards(kv, count // kv)
+
+
+def _divides(config: ModelConfig, count: int) -> bool:
+    by_heads = config.num_kv_heads % count == 0 or count % config.num_kv_heads == 0
+    widths = (config.num_heads, config.dim, config.ffn_dim)
+    return by_heads and all(width % count == 0 for width in widths)
+
+
+def make_mesh(shards: Shards, devices: Sequence[Any]) -> Mesh:
+    """Return the mesh of these devices, as many as there are shards."""
+    if shards.devices == 1:
+        return Mesh(np.array(devices).reshape(shards), AXES)
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shards, AXES, axis_types=auto, devices=devices)
+
+
+def shards_of(mesh: Mesh) -> Shards:
+    """Return into how many parts a model on a mesh is split."""
+    return Shards(*(mesh.shape[name] for name in AXES))
+
+
+def splits_head(config: ModelConfig, shards: Shards) -> bool:
+    """Return whether the output layer is split; else every device has it whole.
+
+    It is not where it is the table of embeddings, which is split by width or not at all, nor where
+    the vocabulary, to which a fine-tune may add a token, does not divide.
+    """
+    return not config.tie_embeddings and config.vocab_size % shards.devices == 0
+
+
+def param_spec(path: str, config: ModelConfig, shards: Shards) -> P:
+    """Return how a parameter is split; see `shapes_by_path` for the paths."""
+    name = path.rpartition("/")[2]
+    if name in _BY_OUTPUT or (name == "lm_head" and splits_head(config, shards)):
+        return P(AXES, None)
+    if name in ("k", "v"):
+        return P("kv", None)
+    if name == "embed" and not config.tie_embeddings:
+        return P(None, AXES)
+    return P()
+
+
+def specs(tree: Any, config: ModelConfig, shards: Shards) -> Any:
+    """Return how each array of a tree is split.
+
+    Parameters, which are in dicts, are split as `param_spec` says, caches by key/value heads, and
+    all else is whole on every device.
+    """
+
+    def spec(node: Any) -> Any:
+        if isinstance(node, LayerCache):
+            return jax.tree.map(lambda _: P(None, "kv"), node)
+        if isinstance(node, dict):
+            return jax.tree_util.tree_map_with_path(
+                lambda keys, _: param_spec(keys[-1].key, config, shards), node
+            )
+        return P()
+
+    return jax.tree.map(spec, tree, is_leaf=lambda node: isinstance(node, LayerCache | dict))
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Return the shardings that specs name on a mesh."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda node: isinstance(node, P)
+    )
