@@ -67,6 +67,30 @@ def default_device() -> Device:
         ) from None
 
 
+def find_devices(count: int | str) -> list[Device]:
+    """Return devices to run one model on, the default one first.
+
+    Args:
+        count: how many; "all": all that this process has, of the default one's kind.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    first = default_device()
+    if count == 1:
+        return [first]
+    others = [each for each in jax.local_devices(backend=first.platform) if each != first]
+    devices = [first, *others]
+    if count == "all":
+        return devices
+    if type(count) is not int or not 1 <= count <= len(devices):
+        raise InputError(
+            f"devices is {count!r}, expected 'all' or 1 to {len(devices)}, the "
+            f"{first.platform.upper()} devices that are here"
+        )
+    return devices[:count]
+
+
 def copy_to_host_async(values: Any) -> None:
     """Begin to copy arrays to the host as soon as they are computed: `to_host` then need not."""
     with jax.transfer_guard("allow"):

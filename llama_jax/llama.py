@@ -27,7 +27,7 @@ from llama_jax.engine.score import Score, ScoreRequest, Text, make_score_request
 from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import Tokenizer, check_vocabulary
-from llama_jax.weights.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
+from llama_jax.weights.checkpoint import Checkpoint, find_mesh, load_checkpoint, open_checkpoint
 from llama_jax.weights.dtypes import choose_dtype
 from llama_jax.weights.unconverted import checkpoint_folder
 
@@ -76,6 +76,7 @@ class Llama:
             context=context,
             plan=choose_plan(config, checkpoint.dtype, determinism),
             drawable=tokenizer and tokenizer.vocab_size,
+            mesh=checkpoint.mesh,
         )
         self.engine = Engine(
             self.executor,
@@ -95,6 +96,7 @@ class Llama:
         slots: int = 1,
         max_queue: int | None = None,
         determinism: str = "strict",
+        devices: int | str = 1,
         eos_tokens: Sequence[int] | None = None,
         verify: bool = False,
         convert: bool = False,
@@ -114,6 +116,9 @@ class Llama:
             max_queue: requests that may wait beyond those; None: any number.
             determinism: `strict`: a request's tokens depend neither on `slots` nor on the others;
                 `fast`: on a GPU or TPU, or a CPU without the kernels, they may.
+            devices: how many to split the model over, or "all" of this machine's: each holds its
+                part of the weights and caches. A request's tokens do not depend on it with the
+                CPU kernels; elsewhere see docs/scaling.md.
             eos_tokens: ids that end an answer, in place of the checkpoint's.
             convert: take Hugging Face's or Meta's folder, or hf://ORG/NAME, too. It is converted
                 once, into the user's cache (docs/checkpoints.md).
@@ -122,7 +127,8 @@ class Llama:
 
         Raises:
             InputError: see `load_checkpoint`; context out of range; a tokenizer of another model;
-                no room for weights and caches on the device.
+                no room for weights and caches on the devices; not so many devices, or the model
+                cannot be split over them.
         """
         began = time.perf_counter()
         path = default_checkpoint() if path is None else path
@@ -132,10 +138,11 @@ class Llama:
         _check_sizes(config, context, slots, max_queue)
         dtype = choose_dtype(dtype, manifest["dtype"])
         plan = choose_plan(config, dtype, determinism)
-        check_fits(config, plan, slots, context or config.max_seq_len)
+        mesh = find_mesh(config, devices)
+        check_fits(config, plan, slots, context or config.max_seq_len, mesh)
         if eos_tokens is not None:
             config = dataclasses.replace(config, eos_tokens=tuple(eos_tokens))
-        checkpoint = load_checkpoint(path, dtype, verify=verify, progress=progress)
+        checkpoint = load_checkpoint(path, dtype, devices=devices, verify=verify, progress=progress)
         checkpoint = dataclasses.replace(checkpoint, config=config)
         jax.block_until_ready(checkpoint.params)
         load_s = time.perf_counter() - began
@@ -149,10 +156,13 @@ class Llama:
 
     @property
     def weight_bytes_per_token(self) -> int:
-        """Bytes of weights that one decoded token reads; of the embedding table, next to none."""
-        params = self.executor.params
-        total = sum(array.nbytes for array in jax.tree.leaves(params))
-        return total if self.config.tie_embeddings else total - params["embed"].nbytes
+        """Bytes of weights that a device reads for one decoded token; of the embedding table, next
+        to none."""
+        params = dict(self.executor.params)
+        if not self.config.tie_embeddings:
+            del params["embed"]
+        parts = (array.addressable_shards[0].data for array in jax.tree.leaves(params))
+        return sum(part.nbytes for part in parts)
 
     def generate(self, **request: Any) -> Result:
         """Generate a whole answer.

@@ -3,14 +3,15 @@
 import pathlib
 
 from llama_jax.cli.flags import FLAGS, refuse_flags
-from llama_jax.cli.model import checkpoint_path
+from llama_jax.cli.model import checkpoint_path, parse_devices
 from llama_jax.cli.verbs import ESTIMATE, GENERAL, MODEL, Verb
 from llama_jax.config import MAX_SLOTS, ModelConfig, check_sizes
 from llama_jax.decode.chips import CHIPS
 from llama_jax.decode.memory import available_memory, in_units, memory_fraction, needed_memory
 from llama_jax.decode.plan import Plan, accelerator_plan, choose_plan
 from llama_jax.errors import InputError
-from llama_jax.jax_settings import default_device
+from llama_jax.jax_settings import default_device, find_devices
+from llama_jax.nn.sharding import ONE_DEVICE, Shards, choose_shards
 from llama_jax.weights.checkpoint import open_checkpoint
 from llama_jax.weights.dtypes import choose_dtype
 
@@ -26,15 +27,17 @@ def estimate(verb: Verb) -> None:
     check_sizes(config, FLAGS.context, slots)
     context = config.max_seq_len if FLAGS.context is None else FLAGS.context
     plan, device, room = _find_device(config, stored)
-    needed = needed_memory(config, plan, slots, context)
+    shards = choose_shards(config, _num_devices())
+    needed = needed_memory(config, plan, slots, context, shards)
+    each = f"on each of {shards.devices} devices" if shards.devices > 1 else ""
     rows = [
         ("weights", needed.weights, f"{name}, {plan.weights}"),
         ("caches", needed.caches, f"{slots:,} slots of {context:,} tokens"),
         ("working", needed.working, "at most"),
-        ("total", needed.total, ""),
+        ("total", needed.total, each),
     ]
     if room is not None:
-        most = most_slots(config, plan, context, room)
+        most = most_slots(config, plan, context, room, shards)
         verdict = "fits" if needed.total <= room else "does not fit"
         about = f"{verdict}; {most or 'no'} slots of {context:,} tokens do"
         if FLAGS.chip is not None and memory_fraction(CHIPS[device].platform) < 1:
@@ -44,11 +47,13 @@ def estimate(verb: Verb) -> None:
         print(f"{what:<8} {in_units(size):>10}  {about}".rstrip())
 
 
-def most_slots(config: ModelConfig, plan: Plan, context: int, room: int) -> int:
-    """Return how many slots of a context fit into so many bytes; 0: not even one."""
+def most_slots(
+    config: ModelConfig, plan: Plan, context: int, room: int, shards: Shards = ONE_DEVICE
+) -> int:
+    """Return how many slots of a context fit into so many bytes a device; 0: not even one."""
 
     def fits(slots: int) -> bool:
-        return needed_memory(config, plan, slots, context).total <= room
+        return needed_memory(config, plan, slots, context, shards).total <= room
 
     return max((slots for slots in range(1, MAX_SLOTS + 1) if fits(slots)), default=0)
 
@@ -65,6 +70,16 @@ def _read_config() -> tuple[str, ModelConfig, str]:
     return path.stem, ModelConfig.load(path), "float16"
 
 
+def _num_devices() -> int:
+    """Return over how many devices the model would be split."""
+    devices = parse_devices()
+    if FLAGS.chip is None:
+        return len(find_devices(devices))
+    if type(devices) is not int:
+        raise InputError(f"--devices is {devices!r}, expected a number with --chip")
+    return devices
+
+
 def _find_device(config: ModelConfig, stored: str) -> tuple[Plan, str, int | None]:
     """Return the plan for the device that the flags name, its name and the bytes to be had."""
     if FLAGS.chip is not None:
@@ -73,5 +88,8 @@ def _find_device(config: ModelConfig, stored: str) -> tuple[Plan, str, int | Non
         plan = accelerator_plan(chip.platform, dtype, FLAGS.determinism)
         return plan, chip.name, int(chip.memory * memory_fraction(chip.platform))
     device = default_device()
+    room = available_memory(device)
+    if room is not None and device.platform == "cpu":  # its devices share it
+        room //= _num_devices()
     plan = choose_plan(config, choose_dtype(FLAGS.dtype, stored), FLAGS.determinism)
-    return plan, f"this {device.platform.upper()}", available_memory(device)
+    return plan, f"this {device.platform.upper()}", room

@@ -55,6 +55,12 @@ def _define_model_flags() -> None:
         "strict: a request's tokens do not depend on --slots or on other requests. fast: on a GPU "
         "or TPU, or a CPU without the kernels, they may. Elsewhere both are the same.",
     )
+    flags.DEFINE_string(
+        "devices",
+        "1",
+        "Devices to split the model over, a number or all. Each holds its part of the weights and "
+        "caches.",
+    )
     flags.DEFINE_list(
         "eos_tokens", None, "Token ids that end an answer: 2,32000. Default: the checkpoint's."
     )

@@ -22,6 +22,12 @@ def checkpoint_path() -> pathlib.Path:
     return path
 
 
+def parse_devices() -> int | str:
+    """Return what --devices says: a number, or "all"."""
+    text = FLAGS.devices
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
 def load_model(slots: int = 1, max_queue: int | None = None) -> Llama:
     """Load the checkpoint; --slots takes precedence over `slots`."""
     if warning := use_compile_cache():
@@ -34,6 +40,7 @@ def load_model(slots: int = 1, max_queue: int | None = None) -> Llama:
             slots=slots if FLAGS.slots is None else FLAGS.slots,
             max_queue=max_queue,
             determinism=FLAGS.determinism,
+            devices=parse_devices(),
             eos_tokens=FLAGS.eos_tokens and parse_tokens("eos_tokens", FLAGS.eos_tokens),
             verify=FLAGS.verify,
             convert=FLAGS.convert,

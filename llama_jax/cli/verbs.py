@@ -3,7 +3,7 @@
 import dataclasses
 
 MODEL = (
-    *("checkpoint", "dtype", "context", "slots", "determinism"),
+    *("checkpoint", "dtype", "context", "slots", "determinism", "devices"),
     *("eos_tokens", "verify", "convert"),
 )
 ESTIMATE = ("estimate", "config", "chip")

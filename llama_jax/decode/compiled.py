@@ -11,7 +11,7 @@ import jax
 
 from llama_jax.decode.programs import Program, Target
 from llama_jax.jax_settings import pinned_settings
-from llama_jax.nn.sharding import Shards, place, shards_of, specs
+from llama_jax.nn.sharding import ONE_DEVICE, place, shards_of, specs
 
 
 @dataclasses.dataclass
@@ -101,7 +101,7 @@ def lower(program: Program, target: Target, *args: Any) -> jax.stages.Lowered:
     options: dict[str, Any] = {"donate_argnums": program.donated}
     shards = shards_of(target.mesh)
     if shards.devices > 1:
-        whole = dataclasses.replace(target, model=target.model.clone(shards=Shards()))
+        whole = dataclasses.replace(target, model=target.model.clone(shards=ONE_DEVICE))
         results = jax.eval_shape(program.function(whole), *args)
         ins, outs = (specs(tree, target.config, shards) for tree in (args, results))
         if program.runs_model:

@@ -34,7 +34,7 @@ from llama_jax.decode.sizes import Sizes
 from llama_jax.decode.state import Admission, DecodeState
 from llama_jax.decode.steps import Logprobs, ReadChunk, StepOutputs
 from llama_jax.jax_settings import pinned_settings, to_host
-from llama_jax.nn.sharding import Shards, make_mesh, place, shards_of, specs
+from llama_jax.nn.sharding import ONE_DEVICE, make_mesh, place, shards_of, specs
 from llama_jax.nn.transformer import Params, Transformer
 
 
@@ -73,7 +73,7 @@ class Executor:
         with pinned_settings():
             self.params = jax.tree.map(lambda a: jnp.asarray(a, plan.weights), params)
         if mesh is None:
-            mesh = make_mesh(Shards(), list(jax.tree.leaves(self.params)[0].devices()))
+            mesh = make_mesh(ONE_DEVICE, list(jax.tree.leaves(self.params)[0].devices()))
         shards = shards_of(mesh)
         if shards.devices > 1:
             parts = place(specs(self.params, config, shards), mesh)

@@ -4,16 +4,16 @@ import dataclasses
 import os
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode.host import free_memory
 from llama_jax.decode.plan import Plan
 from llama_jax.decode.sizes import Sizes
 from llama_jax.errors import InputError
-from llama_jax.jax_settings import Device, default_device
+from llama_jax.jax_settings import Device
 from llama_jax.nn.attention import BLOCK
-from llama_jax.nn.kernel_choice import KernelChoice
-from llama_jax.nn.transformer import param_count
+from llama_jax.nn.sharding import ONE_DEVICE, Shards, num_params, shards_of
 
 _STATE_BYTES = 9
 """For each token of the vocabulary: bias, count, and whether the prompt has it."""
@@ -21,7 +21,7 @@ _STATE_BYTES = 9
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes that a model needs."""
+    """Bytes that a model needs on each of its devices."""
 
     weights: int
     caches: int
@@ -36,36 +36,41 @@ class Memory:
         return self.weights + self.caches + self.working
 
 
-def needed_memory(config: ModelConfig, plan: Plan, slots: int, context: int) -> Memory:
-    """Return the memory that a model takes.
+def needed_memory(
+    config: ModelConfig, plan: Plan, slots: int, context: int, shards: Shards = ONE_DEVICE
+) -> Memory:
+    """Return the memory that a model takes on each of its devices.
 
     Args:
         config: its shape.
         plan: how it is held.
         slots: answers at once.
         context: tokens of prompt plus output that each holds.
+        shards: into how many parts it is split.
     """
     capacity = Sizes(plan, slots, context).capacity
-    numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim * capacity
+    heads = config.num_kv_heads // shards.kv
+    numbers = 2 * config.num_layers * heads * config.head_dim * capacity
     item = jnp.dtype(plan.cache).itemsize
     return Memory(
-        weights=param_count(config) * jnp.dtype(plan.weights).itemsize,
+        weights=num_params(config, shards) * jnp.dtype(plan.weights).itemsize,
         caches=slots * numbers * item,
         working=slots * _STATE_BYTES * config.vocab_size
-        + _temporary(config, plan.kernels, max(plan.prefill_sizes), slots, capacity, item)
+        + _temporary(config, plan, shards, slots, capacity)
         # XLA on a TPU turns some layers' caches of one slot to another layout for a prefill.
         + (0 if plan.batch_invariant else numbers * item // 8),
     )
 
 
-def _temporary(
-    config: ModelConfig, kernels: KernelChoice, chunk: int, slots: int, capacity: int, item: int
-) -> int:
+def _temporary(config: ModelConfig, plan: Plan, shards: Shards, slots: int, capacity: int) -> int:
     """Return an upper bound on the bytes of the largest program's temporary arrays."""
+    kernels, chunk, item = plan.kernels, max(plan.prefill_sizes), jnp.dtype(plan.cache).itemsize
     seen = {"whole": capacity, "tree": capacity, "native": 0}
     prefill = kernels.prefill_attention or kernels.attention
-    scores = config.num_heads * max(
-        chunk * seen.get(prefill, BLOCK), slots * seen.get(kernels.attention, BLOCK)
+    scores = (
+        config.num_heads
+        // shards.devices
+        * max(chunk * seen.get(prefill, BLOCK), slots * seen.get(kernels.attention, BLOCK))
     )
     activations = chunk * (3 * config.ffn_dim + 4 * config.dim)
     # Of each slot's last token, or of every token of a prompt that is scored.
@@ -91,24 +96,31 @@ def memory_fraction(platform: str) -> float:
     return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if platform == "gpu" else 1
 
 
-def check_fits(config: ModelConfig, plan: Plan, slots: int, context: int) -> None:
-    """Refuse a model that JAX's default device has no room for.
+def check_fits(config: ModelConfig, plan: Plan, slots: int, context: int, mesh: Mesh) -> None:
+    """Refuse a model that its devices have no room for.
 
     Args:
         config: its shape.
         plan: how it is held.
         slots, context: see `needed_memory`.
+        mesh: the devices; those of a CPU share its memory.
 
     Raises:
         InputError: with the sum, and what is available.
     """
-    device = default_device()
-    memory, room = needed_memory(config, plan, slots, context), available_memory(device)
+    device, count = mesh.devices.flat[0], mesh.size
+    memory = needed_memory(config, plan, slots, context, shards_of(mesh))
+    room = available_memory(device)
+    if room is not None and device.platform == "cpu":
+        room //= count
     if room is None or memory.total <= room:
         return
     more = "" if device.platform == "cpu" else ", or more of it (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+    each = f" on each of {count} devices" if count > 1 else ""
+    if device.platform != "cpu":
+        more = f", more devices{more}"
     raise InputError(
-        f"the model needs {in_units(memory.total)}: {in_units(memory.weights)} of weights, "
+        f"the model needs {in_units(memory.total)}{each}: {in_units(memory.weights)} of weights, "
         f"{in_units(memory.caches)} of caches ({slots:,} slots of {context:,} tokens) and "
         f"{in_units(memory.working)} to work with; the {device.platform.upper()} has "
         f"{in_units(room)} left; choose fewer slots, a smaller context, a 16-bit dtype{more}"

@@ -11,7 +11,7 @@ from llama_jax.errors import InputError
 from llama_jax.jax_settings import default_device
 from llama_jax.nn.cpu_kernels import has_kernels
 from llama_jax.nn.kernel_choice import KernelChoice
-from llama_jax.nn.transformer import param_count
+from llama_jax.nn.sharding import num_params
 
 DETERMINISM = ("strict", "fast")
 """strict: the tokens of a request depend neither on the number of slots nor on other requests.
@@ -98,7 +98,7 @@ def _cpu_plan(config: ModelConfig, dtype: str) -> Plan:
         return Plan(dtype, cache, KernelChoice("native", "native", "native"), (16, 32, 64, 128))
     if dtype == "bfloat16":
         return Plan(dtype, cache, KernelChoice("two_rows", "blocks"))
-    if dtype == "float32" or _fits(6 * param_count(config)):
+    if dtype == "float32" or _fits(6 * num_params(config)):
         return Plan("float32", cache, KernelChoice("plain", "blocks"))
     return Plan(dtype, cache, KernelChoice("blocked", "blocks"))
 

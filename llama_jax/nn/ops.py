@@ -78,14 +78,14 @@ def apply_rope(
 
 def swiglu(
     x: Float[Array, "B T D"],
-    gate: Float[Array, "F D"],
-    up: Float[Array, "F D"],
-    down: Float[Array, "D F"],
+    gate: Float[Array, "part D"],
+    up: Float[Array, "part D"],
+    down: Float[Array, "outputs F"],
     linears: Linears,
     gather: Callable[[Array], Array],
     *,
     to_float16: bool,
-) -> Float[Array, "B T D"]:
+) -> Float[Array, "B T outputs"]:
     """Return down(silu(gate(x)) * up(x)) (arXiv:2002.05202) in float32.
 
     The product can exceed float16's 65,504 (Llama-2-7B does so at layer 30 on some prompts). Where
@@ -94,7 +94,7 @@ def swiglu(
 
     Args:
         x: normalised activations.
-        gate, up, down: weights, [outputs, inputs].
+        gate, up, down: weights, [outputs, inputs], or one device's part of their outputs.
         linears: multiplies the same activations by several weights; one of
             `projection.IMPLEMENTATIONS`.
         gather: returns the whole of what `gate` and `up` give a part of; see `Shards.gather`.

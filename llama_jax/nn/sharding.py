@@ -7,6 +7,7 @@ Heads are split by key/value head, and where there are fewer of these than devic
 several, which share its query heads.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,13 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.nn.cache import LayerCache
+from llama_jax.nn.shapes import shapes_by_path
 
 AXES = ("kv", "group")
 """Of the mesh: parts of the key/value heads, and parts of the query heads that share one."""
@@ -44,6 +46,9 @@ class Shards(NamedTuple):
         if self.devices == 1:
             return x
         return lax.all_gather(x, AXES, axis=x.ndim - 1, tiled=True)
+
+
+ONE_DEVICE = Shards()
 
 
 def choose_shards(config: ModelConfig, count: int) -> Shards:
@@ -103,6 +108,23 @@ def param_spec(path: str, config: ModelConfig, shards: Shards) -> P:
     if name == "embed" and not config.tie_embeddings:
         return P(None, AXES)
     return P()
+
+
+def param_sharding(path: str, config: ModelConfig, mesh: Mesh) -> Sharding:
+    """Return where a parameter lies on a mesh."""
+    if mesh.size == 1:
+        return SingleDeviceSharding(mesh.devices.flat[0])
+    return NamedSharding(mesh, param_spec(path, config, shards_of(mesh)))
+
+
+@functools.cache
+def num_params(config: ModelConfig, shards: Shards = ONE_DEVICE) -> int:
+    """Return how many of the parameters one device holds."""
+    sizes = {AXES: shards.devices, "kv": shards.kv, None: 1}
+    return sum(
+        math.prod(shape) // math.prod(sizes[axis] for axis in param_spec(path, config, shards))
+        for path, shape in shapes_by_path(config).items()
+    )
 
 
 def specs(tree: Any, config: ModelConfig, shards: Shards) -> Any:

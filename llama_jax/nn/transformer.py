@@ -4,7 +4,6 @@ The only module that imports flax. Weights are stored as published, [outputs, in
 dtype; the residual stream is float32. The layers are a Python loop over separate parameters.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +18,7 @@ from llama_jax.jax_settings import pinned_settings
 from llama_jax.nn import attention, ops, projection
 from llama_jax.nn import cache as kv
 from llama_jax.nn.kernel_choice import KernelChoice
-from llama_jax.nn.sharding import Shards, splits_head
+from llama_jax.nn.sharding import ONE_DEVICE, Shards, splits_head
 
 Params = dict[str, Any]
 """A nested dict of arrays: `embed`, `layer_{i}/attention/{q,k,v,o}`, `layer_{i}/attention_norm`,
@@ -36,7 +35,7 @@ class _Layer(nn.Module):
     dtype: DTypeLike = jnp.float32
     """The parameters'."""
     kernels: KernelChoice = KernelChoice()
-    shards: Shards = Shards()
+    shards: Shards = ONE_DEVICE
     """Of several, each device has its part of every weight and calls this within `shard_map`."""
 
     def linears(self, x: Float[Array, "b T i"], *weights: Float[Array, "_ i"]) -> list[Array]:
@@ -286,9 +285,3 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.floa
 def param_shapes(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:
     """Return the parameters' shapes and dtype as a tree of ShapeDtypeStruct; allocates nothing."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
-
-
-@functools.cache
-def param_count(config: ModelConfig) -> int:
-    """Return the number of parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))

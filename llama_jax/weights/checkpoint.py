@@ -15,12 +15,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
-from llama_jax.jax_settings import default_device, pinned_settings
+from llama_jax.jax_settings import find_devices, pinned_settings
+from llama_jax.nn.sharding import choose_shards, make_mesh, param_sharding
 from llama_jax.nn.transformer import Params, param_shapes
 from llama_jax.weights.array_sizes import check_arrays
 from llama_jax.weights.atomic_directory import atomic_directory
@@ -52,6 +54,8 @@ class Checkpoint:
     """The digest of its weights as stored (docs/checkpoints.md); None: made up."""
     tokenizer_digest: str | None = None
     """The SHA-256 of the tokenizer's file, by the manifest."""
+    mesh: Mesh | None = None
+    """The devices that hold `params`; None: one does."""
 
 
 def save_checkpoint(
@@ -104,32 +108,39 @@ def load_checkpoint(
     path: str | pathlib.Path,
     dtype: DTypeLike | None = None,
     *,
+    devices: int | str = 1,
     verify: bool = False,
     progress: bool = False,
 ) -> Checkpoint:
-    """Restore a checkpoint onto the default device.
+    """Restore a checkpoint onto one or several devices, each of which reads its part.
 
     Args:
         path: the folder `save_checkpoint` or `python -m convert` wrote.
         dtype: of the weights in memory; see `choose_dtype`.
+        devices: how many, or "all"; see `find_devices`.
         verify: first read everything and compare its digests; else sizes and small files only.
         progress: show bars on stderr if it takes over a second.
 
     Raises:
         InputError: the folder is missing, a file, empty, half there, of another version, changed
-            after it was written, or its arrays are not those that its config asks for.
+            after it was written, its arrays are not those that its config asks for, or it cannot
+            be split over so many devices.
     """
     path = checkpoint_folder(path)
     values, config = open_checkpoint(path)
     run_dtype = choose_dtype(dtype, values["dtype"])
-    device = jax.sharding.SingleDeviceSharding(default_device())
+    mesh = find_mesh(config, devices)
     if verify:
         verify_checkpoint(path, progress=progress)
 
     restored: dict[str, jax.Array] = {}
     for shard, rows in _shard_rows(path, values, "loading", progress):
         abstract = {
-            name: jax.ShapeDtypeStruct(row["shape"], jnp.dtype(run_dtype), sharding=device)
+            name: jax.ShapeDtypeStruct(
+                row["shape"],
+                jnp.dtype(run_dtype),
+                sharding=param_sharding(name, config, mesh),
+            )
             for name, row in rows.items()
         }
         restored |= read_shard(shard, abstract)
@@ -142,7 +153,14 @@ def load_checkpoint(
         tokenizer_path(path, values),
         values["root"],
         values["files"].get("tokenizer.model", {}).get("sha256"),
+        mesh,
     )
+
+
+def find_mesh(config: ModelConfig, devices: int | str) -> Mesh:
+    """Return the mesh that a model is split over; see `load_checkpoint`."""
+    found = find_devices(devices)
+    return make_mesh(choose_shards(config, len(found)), found)
 
 
 def tokenizer_path(path: pathlib.Path, values: dict[str, Any]) -> pathlib.Path | None:
