@@ -4,6 +4,7 @@ import hypothesis
 from hypothesis import strategies as st
 
 from llama_jax import Llama
+from llama_jax.engine.engine import Engine
 from llama_jax.engine.prefills import Prefills
 from llama_jax.engine.request import make_request
 
@@ -91,9 +92,10 @@ def test_a_short_prompt_waits_for_one_chunk_of_long_ones():
     reused = [each.reused for each in others]
     assert all(reused[1:])
     assert reused[0] == 0
-    alone = Llama.load(slots=8, context=512)
+    alone = Engine(llm.executor, llm.tokenizer)
     for request, got in ((long, others), (short, [polite])):
-        expected = alone.engine.submit(request)
+        expected = alone.submit(request)
         while not expected.done:
-            alone.engine.step()
+            alone.step()
+        assert expected.reused == 0
         assert all(each.tokens == expected.tokens for each in got)
