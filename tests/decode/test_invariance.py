@@ -92,6 +92,7 @@ def test_a_logit_depends_on_its_own_sequence_alone(strict, dtype, memory):
         np.testing.assert_array_equal(got[: 8 - first], expected[first:last])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "memory"), EVERY_PLAN)
 def test_tokens_and_logprobs_do_not_depend_on_slots_or_neighbours(strict, dtype, memory):
     """One slot, two and eight; prompts of all buckets at once; read anew or from the cache."""
