@@ -105,7 +105,7 @@ def lower(program: Program, target: Target, *args: Any) -> jax.stages.Lowered:
         results = jax.eval_shape(program.function(whole), *args)
         ins, outs = (specs(tree, target.config, shards) for tree in (args, results))
         if program.runs_model:
-            # Not checked: that what is whole on every device is the same there. It is computed so.
+            # Every device computes alike what is whole: the check cannot see that, so it is off.
             function = jax.shard_map(
                 function, mesh=target.mesh, in_specs=ins, out_specs=outs, check_vma=False
             )
