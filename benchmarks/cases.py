@@ -59,8 +59,11 @@ class Case:
         self, config: ModelConfig, dtype: str, seconds: float, limits: Limits
     ) -> dict[str, float]:
         """Return what a record holds of the case, if it took so many seconds."""
-        least_work = prefill_cost if self.op == "prefill" else decode_cost
-        cost = least_work(config, dtype, **self.request())
+        if self.op == "prefill":
+            cost = prefill_cost(config, dtype, tokens=self.tokens)
+        else:
+            batch, context, new = self.batch, self.tokens, self.new_tokens
+            cost = decode_cost(config, dtype, batch=batch, context=context, new_tokens=new)
         least = cost.limit_seconds(limits.bandwidth, matmul_limit(limits.matmul, dtype))
         return {
             "seconds": seconds,

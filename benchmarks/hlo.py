@@ -25,6 +25,16 @@ _FREE = {
 }
 _CALLS = ("async-start", "call", "conditional", "while")
 _CUTS = ("dynamic-slice", "gather", "slice")
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+"""Operations that exchange arrays with other devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +75,16 @@ class Instruction:
     number: int
     """A parameter's index, a whole constant's value, or the turns of a loop; -1: none is stated."""
     is_root: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """Collective operations of one kind."""
+
+    count: int = 0
+    received: int = 0
+    """Bytes of their results. Of all-gathers what the device had is left out, so it is what comes
+    from the others."""
 
 
 Computation = dict[str, Instruction]
@@ -140,6 +160,30 @@ class Module:
             if large and self._written(computation, each) >= min(a.moved for a in large):
                 found.append((each.name, large[0].shape))
         return found
+
+    def collectives(self, name: str) -> dict[str, Exchange]:
+        """Return what one turn of a computation exchanges with other devices, by operation."""
+        found: dict[str, Exchange] = {}
+        for turns, computation, each in self._with_turns(name):
+            kind = each.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                received = sum(array.size for array in _targets(each))
+                if kind == "all-gather":
+                    operands = [computation[name].results for name in each.operands]
+                    received -= sum(array.size for arrays in operands for array in arrays)
+                old = found.get(kind, Exchange())
+                found[kind] = Exchange(old.count + turns, old.received + turns * received)
+        return found
+
+    def _with_turns(self, name: str) -> Iterator[tuple[int, Computation, Instruction]]:
+        """Yield what a computation runs, and how often, with the computation that it is in."""
+        computation = self._computations[name]
+        for each in computation.values():
+            yield 1, computation, each
+            turns = self._turns(each) if each.opcode == "while" else 1
+            for called in each.called if each.opcode in _CALLS else ():
+                for inner, within, what in self._with_turns(called):
+                    yield turns * inner, within, what
 
     def _instructions(self, name: str) -> Iterator[tuple[Computation, Instruction]]:
         """Yield what a computation runs, with the computation that it is in; fusions are one."""
@@ -242,6 +286,9 @@ class Module:
 
 def _targets(instruction: Instruction) -> tuple[Array, ...]:
     """Return the results; of an asynchronous copy, which lists its source too, the copy."""
+    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+        sources = len(instruction.operands)
+        return instruction.results[sources : 2 * sources]
     place = {"copy-start": 0, "slice-start": 1}.get(instruction.opcode)
     return instruction.results if place is None else instruction.results[place : place + 1]
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from llama_jax.config import ModelConfig
+from llama_jax.nn.sharding import Shards, splits_head
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of one number, by dtype."""
@@ -23,20 +24,25 @@ class Cost:
         return max(self.bytes / bandwidth, self.flops / matmul_rate)
 
 
-def layer_params(config: ModelConfig) -> int:
+ONE = Shards()
+"""A model that is whole on one device. With other shards the costs are those of each device."""
+
+
+def layer_params(config: ModelConfig, shards: Shards = ONE) -> int:
     """Return the parameters of all layers, norms included."""
-    c = config
-    attention = 2 * c.dim * c.dim + 2 * c.dim * c.num_kv_heads * c.head_dim
-    return c.num_layers * (attention + 3 * c.dim * c.ffn_dim + 2 * c.dim)
+    c, parts = config, shards.devices
+    attention = 2 * c.dim * c.dim // parts + 2 * c.dim * c.num_kv_heads * c.head_dim // shards.kv
+    return c.num_layers * (attention + 3 * c.dim * c.ffn_dim // parts + 2 * c.dim)
 
 
-def params_read(config: ModelConfig) -> int:
+def params_read(config: ModelConfig, shards: Shards = ONE) -> int:
     """Return the parameters that one decoded token needs: all but the table of embeddings.
 
     Of that table a token needs one row, which is next to nothing; but a tied table is the output
     projection too, and as such is read in full.
     """
-    return layer_params(config) + config.dim + config.vocab_size * config.dim
+    head_parts = shards.devices if splits_head(config, shards) else 1
+    return layer_params(config, shards) + config.dim + config.vocab_size * config.dim // head_parts
 
 
 def total_params(config: ModelConfig) -> int:
@@ -50,34 +56,46 @@ def weight_bytes(config: ModelConfig, dtype: str) -> int:
     return total_params(config) * ITEM_BYTES[dtype]
 
 
-def kv_bytes(config: ModelConfig, dtype: str) -> int:
+def kv_bytes(config: ModelConfig, dtype: str, shards: Shards = ONE) -> int:
     """Return the bytes of keys and values per token of one slot, over all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * ITEM_BYTES[dtype]
+    heads = config.num_kv_heads // shards.kv
+    return 2 * config.num_layers * heads * config.head_dim * ITEM_BYTES[dtype]
 
 
 def decode_cost(
-    config: ModelConfig, dtype: str, *, batch: int, context: float, new_tokens: int
+    config: ModelConfig,
+    dtype: str,
+    *,
+    batch: int,
+    context: float,
+    new_tokens: int,
+    shards: Shards = ONE,
 ) -> Cost:
     """Return the cost of `new_tokens` steps of `batch` slots that hold `context` tokens each.
 
     A step reads the weights once for all slots, and each slot's keys and values.
     """
     attended = context + (new_tokens + 1) / 2  # on average, the new token itself included
-    attention = 4 * config.num_layers * config.dim * attended  # scores, and their weighted sum
-    flops = batch * (2 * params_read(config) + attention)
-    read = params_read(config) * ITEM_BYTES[dtype] + batch * attended * kv_bytes(config, dtype)
+    # Scores, and their weighted sum.
+    attention = 4 * config.num_layers * config.dim // shards.devices * attended
+    params = params_read(config, shards)
+    flops = batch * (2 * params + attention)
+    read = params * ITEM_BYTES[dtype] + batch * attended * kv_bytes(config, dtype, shards)
     return Cost(new_tokens * flops, new_tokens * read)
 
 
-def chunk_cost(config: ModelConfig, dtype: str, *, tokens: int, before: int = 0) -> Cost:
+def chunk_cost(
+    config: ModelConfig, dtype: str, *, tokens: int, before: int = 0, shards: Shards = ONE
+) -> Cost:
     """Return the cost of reading tokens of a prompt, after `before` others, without their logits.
 
     Weights are read once; keys and values are written, and those of the tokens before are read.
     """
-    attention = 4 * config.num_layers * config.dim * tokens * (before + (tokens + 1) / 2)
-    flops = 2 * tokens * layer_params(config) + attention
-    moved = layer_params(config) * ITEM_BYTES[dtype] + (before + tokens) * kv_bytes(config, dtype)
-    return Cost(flops, moved)
+    width = config.dim // shards.devices
+    attention = 4 * config.num_layers * width * tokens * (before + (tokens + 1) / 2)
+    params = layer_params(config, shards)
+    moved = params * ITEM_BYTES[dtype] + (before + tokens) * kv_bytes(config, dtype, shards)
+    return Cost(2 * tokens * params + attention, moved)
 
 
 def prefill_cost(config: ModelConfig, dtype: str, *, tokens: int) -> Cost:

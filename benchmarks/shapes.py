@@ -10,6 +10,7 @@ _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 _FILES = {
     "7b": _CONFIGS / "llama-2-7b.json",
     "13b": _CONFIGS / "llama-2-13b.json",
+    "70b": _CONFIGS / "llama-2-70b.json",
     "demo": DEMO_CHECKPOINT / "config.json",
 }
 _SIZES: dict[str, dict[str, Any]] = {

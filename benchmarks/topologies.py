@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -11,8 +12,12 @@ from llama_jax.decode.chips import CHIPS, Chip
 from llama_jax.errors import InputError
 from llama_jax.jax_settings import Device
 
-TPU_TOPOLOGIES = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
-"""The smallest that libtpu knows of each; one device of it is used."""
+TPU_TOPOLOGIES = {
+    "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),
+    "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8"),
+}
+"""Of each chip, from the smallest that libtpu knows; not all of a topology's devices are used."""
 
 _H100 = """
 platform_name: "CUDA"
@@ -44,28 +49,39 @@ gpu_device_info {
 TARGETS = (*TPU_TOPOLOGIES, "h100")
 
 
-def find_target(name: str) -> tuple[Chip, Device]:
-    """Return a chip, and a device of it to compile for.
+def find_target(name: str, count: int = 1) -> tuple[Chip, list[Device]]:
+    """Return a chip, and so many devices of it to compile for.
 
     Args:
-        name: one of TARGETS; a TPU's may be followed by its topology, as in "v5e:2x2".
+        name: one of TARGETS; a TPU's may be followed by its topology, as in "v5e:2x2". Without one
+            it is the smallest with so many devices.
+        count: devices, all connected with each other.
 
     Raises:
-        InputError: there is no such target, or what compiles for it is not installed.
+        InputError: there is no such target, it has fewer devices, or what compiles for it is not
+            installed.
     """
     chip, _, topology = name.partition(":")
     if chip not in TARGETS or (topology and chip not in TPU_TOPOLOGIES):
         raise InputError(f"--target={name}, expected one of {', '.join(TARGETS)}, or as v5e:2x2")
     if chip in TPU_TOPOLOGIES:
         _require("libtpu", name, "aot-tpu")
-        topology = topology or TPU_TOPOLOGIES[chip]
-        return CHIPS[chip], _tpu(f"{chip}:{topology}")
+        devices = _tpu(f"{chip}:{topology or _smallest(chip, count)}")
+        if len(devices) < count:
+            raise InputError(f"--devices={count}, but {name} has {len(devices)}; choose fewer")
+        return CHIPS[chip], devices[:count]
     _require("jax_plugins.xla_cuda12", name, "aot-gpu")
-    options: dict[str, Any] = {"target_config": _H100, "topology": "1 x 1 x 1"}
-    return CHIPS[chip], topologies.get_topology_desc("", "cuda", **options).devices[0]
+    options: dict[str, Any] = {"target_config": _H100, "topology": f"1 x 1 x {count}"}
+    return CHIPS[chip], list(topologies.get_topology_desc("", "cuda", **options).devices)
 
 
-def _tpu(topology: str) -> Device:
+def _smallest(chip: str, count: int) -> str:
+    *smaller, largest = TPU_TOPOLOGIES[chip]
+    sizes = {each: math.prod(map(int, each.split("x"))) for each in smaller}
+    return next((each for each, size in sizes.items() if size >= count), largest)
+
+
+def _tpu(topology: str) -> list[Device]:
     # libtpu would ask the cloud's metadata server where it is, and allow one process only.
     for name, value in {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -78,7 +94,7 @@ def _tpu(topology: str) -> Device:
     except Exception as error:
         said = str(error).partition("\n")[0]
         raise InputError(f"--target={topology}: libtpu knows no such topology ({said})") from None
-    return found.devices[0]
+    return list(found.devices)
 
 
 def _require(module: str, target: str, extra: str) -> None:

@@ -1,6 +1,8 @@
 """The benchmark: its arithmetic, its command line, and that it runs. Never how fast."""
 
+import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from absl.testing import flagsaver
+from jax.sharding import AbstractMesh, NamedSharding
 
 from benchmarks import __main__ as program
 from benchmarks import ablate, command
@@ -21,6 +24,8 @@ from benchmarks.model_cost import decode_cost, kv_bytes, params_read, prefill_co
 from benchmarks.report import table
 from benchmarks.shapes import SHAPES, load_shape
 from llama_jax.decode.plan import choose_plan
+from llama_jax.nn.cache import init_cache
+from llama_jax.nn.sharding import AXES, Shards, specs
 from llama_jax.nn.transformer import param_shapes
 from tests.helpers import ROOT
 
@@ -56,7 +61,7 @@ def cli(capsys):
 
 
 @pytest.mark.parametrize(
-    "shape", [pytest.param(s, marks=[pytest.mark.slow] * (s == "13b")) for s in SHAPES]
+    "shape", [pytest.param(s, marks=[pytest.mark.slow] * (s in ("13b", "70b"))) for s in SHAPES]
 )
 def test_parameters_are_the_models(shape):
     config = load_shape(shape)
@@ -64,6 +69,28 @@ def test_parameters_are_the_models(shape):
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert total_params(config) == total
     assert params_read(config) == total - params["embed"].size
+
+
+@pytest.mark.parametrize("change", [{}, {"vocab_size": 32001}, {"tie_embeddings": True}])
+@pytest.mark.parametrize(("kv", "group"), [(1, 1), (4, 1), (4, 2)])
+def test_a_devices_parameters_are_its_parts(kv, group, change):
+    """A layer of the 1B shape, whose four key/value heads eight devices share by two."""
+    config = dataclasses.replace(load_shape("1b"), num_layers=1, **change)
+    shards, mesh = Shards(kv, group), AbstractMesh((kv, group), AXES)
+
+    def numbers(tree):
+        """Return how many numbers of each array a device has."""
+        return jax.tree.map(
+            lambda array, spec: math.prod(NamedSharding(mesh, spec).shard_shape(array.shape)),
+            tree,
+            specs(tree, config, shards),
+        )
+
+    params = numbers(param_shapes(config))
+    unread = 0 if config.tie_embeddings else params["embed"]
+    assert params_read(config, shards) == sum(jax.tree.leaves(params)) - unread
+    cache = numbers(jax.eval_shape(lambda: init_cache(config, 1, 1, "float16")))
+    assert kv_bytes(config, "float16", shards) == 2 * sum(jax.tree.leaves(cache))
 
 
 def test_a_token_of_7b_reads_13_gigabytes():
@@ -142,7 +169,7 @@ def test_a_table_aligns_names_left_and_numbers_right():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--shape=8b"], "--shape has '8b', expected 13b, 1b, 300m, 7b, demo"),
+        (["--shape=8b"], "--shape has '8b', expected 13b, 1b, 300m, 70b, 7b, demo"),
         (["--shape=1b", "--checkpoint=x"], "--shape is given with --checkpoint"),
         (["--checkpoint=none"], "--checkpoint=none has no config.json; name the folder"),
         (["--dtype=int8"], "--dtype has 'int8', expected float32, float16, bfloat16"),

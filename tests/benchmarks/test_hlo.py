@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from benchmarks.hlo import Module
+from benchmarks.hlo import Exchange, Module
 
 SIZE = 4096
 
@@ -100,3 +100,54 @@ slice-start(%w), slice={{[0:1024], [0:4096]}}
     )
     expected = 2 * 1024 * 4096 + 2 * 8 * 4096 + 2 * 4096 * 4096 + 4 * 8 * 4096
     assert module.traffic(module.entry) == expected
+
+
+def test_what_devices_exchange_is_counted_by_operation():
+    """Four turns of a loop with an all-gather; then one in two halves, and a sum.
+
+    Of eight devices each gets seven parts of what is gathered.
+    """
+    module = Module(
+        textwrap.dedent("""\
+        HloModule jit_decode, is_scheduled=true
+
+        %add (a: f32[], b: f32[]) -> f32[] {
+          %a = f32[] parameter(0)
+          %b = f32[] parameter(1)
+          ROOT %sum = f32[] add(%a, %b)
+        }
+
+        %turn (p.1: (s32[], bf16[1,64])) -> (s32[], bf16[1,64]) {
+          %p.1 = (s32[], bf16[1,64]{1,0}) parameter(0)
+          %i = s32[] get-tuple-element(%p.1), index=0
+          %part = bf16[1,64]{1,0} get-tuple-element(%p.1), index=1
+          %all = bf16[1,512]{1,0} all-gather(%part), dimensions={1}
+          %cut = bf16[1,64]{1,0} slice(%all), slice={[0:1], [64:128]}
+          ROOT %next = (s32[], bf16[1,64]{1,0}) tuple(%i, %cut)
+        }
+
+        %goes_on (p.2: (s32[], bf16[1,64])) -> pred[] {
+          %p.2 = (s32[], bf16[1,64]{1,0}) parameter(0)
+          %j = s32[] get-tuple-element(%p.2), index=0
+          %turns = s32[] constant(4)
+          ROOT %less = pred[] compare(%j, %turns), direction=LT
+        }
+
+        ENTRY %main (x: (s32[], bf16[1,64]), y: f32[1,64]) -> f32[1,512] {
+          %x = (s32[], bf16[1,64]{1,0}) parameter(0)
+          %y = f32[1,64]{1,0} parameter(1)
+          %loop = (s32[], bf16[1,64]{1,0}) while(%x), condition=%goes_on, body=%turn
+          %ags = (f32[1,64]{1,0}, f32[1,512]{1,0}) all-gather-start(%y), dimensions={1}
+          %agd = f32[1,512]{1,0} all-gather-done(%ags)
+          ROOT %reduced = f32[1,512]{1,0} all-reduce(%agd), to_apply=%add
+        }
+        """)
+    )
+    gathers = Exchange(5, 4 * 7 * 64 * 2 + 7 * 64 * 4)
+    assert module.collectives(module.entry) == {
+        "all-gather": gathers,
+        "all-reduce": Exchange(1, 512 * 4),
+    }
+    assert module.collectives(module.loop()) == {"all-gather": Exchange(1, 7 * 64 * 2)}
+    loop, start = 4 * (2 * 64 + 2 * 512 + 2 * 64 + 2 * 64), 4 * 64 + 4 * 512
+    assert module.traffic(module.entry) == loop + start + 2 * 4 * 512
