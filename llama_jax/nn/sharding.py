@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
@@ -45,7 +46,10 @@ class Shards(NamedTuple):
         """Return the whole of an array whose last dimension is split over all devices."""
         if self.devices == 1:
             return x
-        return lax.all_gather(x, AXES, axis=x.ndim - 1, tiled=True)
+        # By a dimension of its own. To gather by the last one, XLA on a GPU would put it first in
+        # memory, and then transpose the keys of all the cache to suit that, before each scan.
+        parts = jnp.moveaxis(lax.all_gather(x, AXES), 0, -2)
+        return parts.reshape(*x.shape[:-1], -1)
 
 
 ONE_DEVICE = Shards()
