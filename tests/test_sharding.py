@@ -73,5 +73,6 @@ def test_a_few_cases_on_eight_devices():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_case_on_eight_devices(assets):
     assert " passed" in run_cases("-k", "not gqa-float16")

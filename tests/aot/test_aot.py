@@ -124,25 +124,26 @@ def test_a_small_model_on_four_devices(compiled, chip, batches):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "target", "devices", "bounds"),
+    ("shape", "target", "devices", "bounds", "programs"),
     [
-        ("70b", "v5e:4x4", 16, (1.02, 1.02)),
-        ("70b", "v6e:2x4", 8, (1.02, 1.02)),
+        ("70b", "v5e:4x4", 16, (1.02, 1.02), "decode"),
+        ("70b", "v6e:2x4", 8, (1.02, 1.02), "decode,prefill"),
         # Of 70B's cache a GPU reads less than it writes of scores and of values of blocks: eight
         # queries share a key.
-        ("70b", "h100", 4, (1.03, 1.07)),
-        ("13b", "h100", 2, (1.03, 1.04)),
-        ("13b", "h100", 4, (1.04, 1.05)),
-        ("13b", "v5p:2x2x1", 2, (1.02, 1.03)),
+        ("70b", "h100", 4, (1.03, 1.07), "decode,prefill"),
+        ("13b", "h100", 2, (1.03, 1.04), "decode"),
+        ("13b", "h100", 4, (1.04, 1.05), "decode"),
     ],
 )
-def test_a_large_model_on_several_devices(compiled, shape, target, devices, bounds):
+def test_a_large_model_on_several_devices(compiled, shape, target, devices, bounds, programs):
     """Four layers, with a context of 4,096; all layers fit, by the sum of what four take."""
     chip, whole = target.partition(":")[0], load_shape(shape)
     config, shards = dataclasses.replace(whole, num_layers=4), choose_shards(whole, devices)
-    flags = (f"--shape={shape}", f"--devices={devices}", "--layers=4", "--batch=1,8")
-    programs = compiled(target, *flags, xla_flags=IN_ONE_SUM if chip == "h100" else "")
-    for (kind, batch), found in programs.items():
+    flags = [f"--shape={shape}", f"--devices={devices}", "--layers=4", "--batch=1,8"]
+    flags.append(f"--programs={programs}")
+    record = compiled(target, *flags, xla_flags=IN_ONE_SUM if chip == "h100" else "")
+    assert len(record) == 2 * len(programs.split(","))
+    for (kind, batch), found in record.items():
         check_exchange(found, config, shards, kind)
         cache = 4096 * batch * kv_bytes(config, "float16", shards)
         assert found["aliased_bytes"] >= cache

@@ -113,10 +113,10 @@ def test_fifty_mixed_requests(native_kernels, dtype):
     """Tokens, log-probabilities of answers and prompts, and the fingerprint."""
     requests = draw_requests(50)
     sizes = {"dtype": dtype, "context": 256}
-    one = Llama.load(DEMO_CHECKPOINT, **sizes, slots=2)
+    one = Llama.load(DEMO_CHECKPOINT, **sizes)
     expected = answers(one, requests)
     for devices in (2, 4) if dtype == "float16" else (4,):
-        llm = Llama.load(DEMO_CHECKPOINT, **sizes, slots=3, devices=devices)
+        llm = Llama.load(DEMO_CHECKPOINT, **sizes, slots=2, devices=devices)
         assert answers(llm, requests) == expected
         assert llm.engine.fingerprint == one.engine.fingerprint
 
@@ -157,7 +157,7 @@ def test_each_device_holds_its_part():
     assert 1 / 4 < parts < 0.27  # keys and values are in halves, norms whole
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_without_the_kernels_the_tokens_are_the_same(monkeypatch, dtype):
     """Logits differ by 1e-5 of their standard deviation in float32, 7e-4 in float16."""
     monkeypatch.setattr("llama_jax.decode.plan.has_kernels", lambda: False)
@@ -167,6 +167,6 @@ def test_without_the_kernels_the_tokens_are_the_same(monkeypatch, dtype):
     tokens = [[result.tokens for result in llm.generate_all(requests)] for llm in (one, four)]
     logits = [llm.logits(range(3, 60)) for llm in (one, four)]
     furthest = np.abs(logits[0] - logits[1]).max() / logits[0].std()
-    assert furthest < {"float32": 5e-5, "float16": 3e-3, "bfloat16": 3e-2}[dtype]
+    assert furthest < {"float32": 5e-5, "float16": 3e-3}[dtype]
     assert tokens[0] == tokens[1]
     assert one.engine.fingerprint != four.engine.fingerprint
