@@ -28,9 +28,10 @@ from benchmarks.topologies import TARGETS, find_target
 from llama_jax.config import ModelConfig
 from llama_jax.decode.chips import Chip
 from llama_jax.decode.compiled import lower
+from llama_jax.decode.model_programs import Decode, Prefill
 from llama_jax.decode.needs import Needs
 from llama_jax.decode.plan import DETERMINISM, Plan, accelerator_plan
-from llama_jax.decode.programs import Decode, Prefill, Program, Target
+from llama_jax.decode.program import Program, Target
 from llama_jax.decode.state import init_state
 from llama_jax.errors import InputError
 from llama_jax.jax_settings import pinned_settings

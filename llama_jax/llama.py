@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import os
 import pathlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from llama_jax.config import ModelConfig, check_sizes
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.memory import check_fits
 from llama_jax.decode.plan import choose_plan
-from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.fingerprint import fingerprint
 from llama_jax.engine.request import GenerationRequest, check_tokens, make_request
@@ -26,12 +24,11 @@ from llama_jax.engine.result import Result
 from llama_jax.engine.score import Score, ScoreRequest, Text, make_score_request
 from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
+from llama_jax.nn.sharding import find_mesh
+from llama_jax.source import find_checkpoint
 from llama_jax.text.tokenizer import Tokenizer, check_vocabulary
-from llama_jax.weights.checkpoint import Checkpoint, find_mesh, load_checkpoint, open_checkpoint
+from llama_jax.weights.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
 from llama_jax.weights.dtypes import choose_dtype
-from llama_jax.weights.unconverted import checkpoint_folder
-
-CHECKPOINT_VARIABLE = "LLAMA_JAX_CHECKPOINT"
 
 
 class Llama:
@@ -131,8 +128,7 @@ class Llama:
                 cannot be split over them.
         """
         began = time.perf_counter()
-        path = default_checkpoint() if path is None else path
-        path = checkpoint_folder(_converted(path, dtype, progress) if convert else path)
+        path = find_checkpoint(path, dtype, convert=convert, progress=progress)
         # Before the weights: a mistake should not take a minute to show.
         manifest, config = open_checkpoint(path)
         _check_sizes(config, context, slots, max_queue)
@@ -142,7 +138,7 @@ class Llama:
         check_fits(config, plan, slots, context or config.max_seq_len, mesh)
         if eos_tokens is not None:
             config = dataclasses.replace(config, eos_tokens=tuple(eos_tokens))
-        checkpoint = load_checkpoint(path, dtype, devices=devices, verify=verify, progress=progress)
+        checkpoint = load_checkpoint(path, dtype, mesh=mesh, verify=verify, progress=progress)
         checkpoint = dataclasses.replace(checkpoint, config=config)
         jax.block_until_ready(checkpoint.params)
         load_s = time.perf_counter() - began
@@ -288,19 +284,6 @@ def _check_sizes(
         raise InputError(f"max_queue is {max_queue!r}, expected a whole number from 0")
 
 
-def _converted(path: str | pathlib.Path, dtype: DTypeLike | None, progress: bool) -> pathlib.Path:
-    """Return the checkpoint of a source: the one place where the package uses the converters."""
-    from convert import cached  # above this package: only for those who ask for it
-
-    name = None if dtype is None else choose_dtype(dtype, "")
-    return cached.converted(path, name, progress=progress)
-
-
 def _read(stream: Stream) -> Result:
     collections.deque(stream, maxlen=0)
     return stream.result
-
-
-def default_checkpoint() -> pathlib.Path:
-    """Return $LLAMA_JAX_CHECKPOINT if it is set, else the embedded demo model's folder."""
-    return pathlib.Path(os.environ.get(CHECKPOINT_VARIABLE) or DEMO_CHECKPOINT)

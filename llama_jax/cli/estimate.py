@@ -26,8 +26,8 @@ def estimate(verb: Verb) -> None:
     slots = usual if FLAGS.slots is None else FLAGS.slots
     check_sizes(config, FLAGS.context, slots)
     context = config.max_seq_len if FLAGS.context is None else FLAGS.context
-    plan, device, room = _find_device(config, stored)
     shards = choose_shards(config, _num_devices())
+    plan, device, room = _find_device(config, stored, shards.devices)
     needed = needed_memory(config, plan, slots, context, shards)
     each = f"on each of {shards.devices} devices" if shards.devices > 1 else ""
     rows = [
@@ -80,16 +80,13 @@ def _num_devices() -> int:
     return devices
 
 
-def _find_device(config: ModelConfig, stored: str) -> tuple[Plan, str, int | None]:
-    """Return the plan for the device that the flags name, its name and the bytes to be had."""
+def _find_device(config: ModelConfig, stored: str, count: int) -> tuple[Plan, str, int | None]:
+    """Return the plan for the devices that the flags name, their name and the bytes of each."""
     if FLAGS.chip is not None:
         chip = CHIPS[FLAGS.chip]
         dtype = choose_dtype(FLAGS.dtype, stored, chip.platform)
         plan = accelerator_plan(chip.platform, dtype, FLAGS.determinism)
         return plan, chip.name, int(chip.memory * memory_fraction(chip.platform))
     device = default_device()
-    room = available_memory(device)
-    if room is not None and device.platform == "cpu":  # its devices share it
-        room //= _num_devices()
     plan = choose_plan(config, choose_dtype(FLAGS.dtype, stored), FLAGS.determinism)
-    return plan, f"this {device.platform.upper()}", room
+    return plan, f"this {device.platform.upper()}", available_memory(device, count)

@@ -9,7 +9,8 @@ from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.requests import parse_tokens
 from llama_jax.decode.compile_cache import use_compile_cache
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.llama import Llama, default_checkpoint
+from llama_jax.llama import Llama
+from llama_jax.source import default_checkpoint
 from llama_jax.weights.quiet import orbax_muted
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from llama_jax.decode.programs import Program, Target
+from llama_jax.decode.model_programs import ModelProgram
+from llama_jax.decode.program import Program, Target
 from llama_jax.jax_settings import pinned_settings
 from llama_jax.nn.sharding import ONE_DEVICE, place, shards_of, specs
 
@@ -104,7 +105,7 @@ def lower(program: Program, target: Target, *args: Any) -> jax.stages.Lowered:
         whole = dataclasses.replace(target, model=target.model.clone(shards=ONE_DEVICE))
         results = jax.eval_shape(program.function(whole), *args)
         ins, outs = (specs(tree, target.config, shards) for tree in (args, results))
-        if program.runs_model:
+        if isinstance(program, ModelProgram):
             # Every device computes alike what is whole: the check cannot see that, so it is off.
             function = jax.shard_map(
                 function, mesh=target.mesh, in_specs=ins, out_specs=outs, check_vma=False

@@ -11,27 +11,21 @@ from jax.sharding import Mesh
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode.compiled import CompiledPrograms, CompileLog
+from llama_jax.decode.model_programs import Decode, FirstToken, Logits, Prefill, Score
 from llama_jax.decode.needs import ALL_NEEDS, Needs, covering
 from llama_jax.decode.plan import Plan, choose_plan
-from llama_jax.decode.programs import (
+from llama_jax.decode.program import Program, Target
+from llama_jax.decode.sizes import Sizes
+from llama_jax.decode.state import Admission, DecodeState
+from llama_jax.decode.state_programs import (
     Admit,
     ClearSlot,
     CopySlot,
-    Decode,
-    FirstToken,
     InitCache,
     InitState,
-    Logits,
-    Prefill,
-    Program,
     Release,
-    Score,
-    Target,
     empty_admission,
-    serving_programs,
 )
-from llama_jax.decode.sizes import Sizes
-from llama_jax.decode.state import Admission, DecodeState
 from llama_jax.decode.steps import Logprobs, ReadChunk, StepOutputs
 from llama_jax.jax_settings import pinned_settings, to_host
 from llama_jax.nn.sharding import ONE_DEVICE, make_mesh, place, shards_of, specs
@@ -228,3 +222,14 @@ class Executor:
     def _call(self, program: Any, *values: Any) -> Any:
         """Run a program on the arguments that it makes of these values."""
         return self.programs.run(program, *program.arguments(*values))
+
+
+def serving_programs(sizes: Sizes) -> Iterator[Program]:
+    """Yield the programs that serve every request at these sizes; `Score` is not among them."""
+    yield from (InitState(), Admit(), Release(), CopySlot(), FirstToken())
+    for bucket in sizes.buckets:
+        for size in sizes.plan.prefill_sizes:
+            if size <= bucket:
+                yield Prefill(size, bucket)
+        for count in sizes.decode_counts:
+            yield Decode(count, sizes.plan.decode_steps, bucket)

@@ -79,13 +79,19 @@ def _temporary(config: ModelConfig, plan: Plan, shards: Shards, slots: int, capa
     return scores * (4 + item) + 4 * max(activations, logits)
 
 
-def available_memory(device: Device) -> int | None:
+def available_memory(device: Device, count: int = 1) -> int | None:
     """Return the bytes that may still be taken on a device; None: it does not tell.
 
-    Of a GPU or TPU it is what JAX may take (XLA_PYTHON_CLIENT_MEM_FRACTION of a GPU's memory).
+    Of a GPU or TPU it is what JAX may take (XLA_PYTHON_CLIENT_MEM_FRACTION of a GPU's memory). The
+    devices of a CPU share its memory.
+
+    Args:
+        device: one of those that are used.
+        count: how many are.
     """
     if device.platform == "cpu":
-        return free_memory()
+        free = free_memory()
+        return None if free is None else free // count
     stats = device.memory_stats() or {}
     limit = stats.get("bytes_limit")
     return None if limit is None else max(0, limit - stats.get("bytes_in_use", 0))
@@ -103,16 +109,14 @@ def check_fits(config: ModelConfig, plan: Plan, slots: int, context: int, mesh: 
         config: its shape.
         plan: how it is held.
         slots, context: see `needed_memory`.
-        mesh: the devices; those of a CPU share its memory.
+        mesh: its devices.
 
     Raises:
         InputError: with the sum, and what is available.
     """
     device, count = mesh.devices.flat[0], mesh.size
     memory = needed_memory(config, plan, slots, context, shards_of(mesh))
-    room = available_memory(device)
-    if room is not None and device.platform == "cpu":
-        room //= count
+    room = available_memory(device, count)
     if room is None or memory.total <= room:
         return
     more = "" if device.platform == "cpu" else ", or more of it (XLA_PYTHON_CLIENT_MEM_FRACTION)"

@@ -1,7 +1,7 @@
 """The decode state: a fixed number of slots, each with one request at its own position.
 
 `admit` gives a slot to a request; the functions of `steps.py` advance it. All are pure;
-`programs.py` compiles them with the state donated.
+`state_programs.py` describes the programs that they are compiled to.
 """
 
 from collections.abc import Sequence

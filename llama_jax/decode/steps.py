@@ -1,7 +1,7 @@
 """Decode steps: slots admitted one by one, prompts prefilled in chunks, tokens in scans.
 
-Everything is token ids and arrays. The functions are pure; `programs.py` compiles them with the
-state donated.
+Everything is token ids and arrays. The functions are pure; `model_programs.py` describes the
+programs that they are compiled to, with the state donated.
 
     admit(slot) -> prefill(slot, chunk) ... -> first_token(slot) -> decode(slots) ...
 """
@@ -19,8 +19,7 @@ from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE, TOP_LOGPROBS
 from llama_jax.decode.state import DecodeState, gather_rows, scatter_rows
 from llama_jax.decode.sums import log_softmax
 from llama_jax.nn import cache as kv
-from llama_jax.nn import transformer
-from llama_jax.nn.transformer import Params, Transformer
+from llama_jax.nn.transformer import Params, Transformer, forward
 
 
 class Logprobs(NamedTuple):
@@ -73,9 +72,7 @@ def prefill(
         length: how many of `tokens` are the prompt's, 1 to T.
     """
     part = gather_rows(state, slot[None])
-    hidden, cache = transformer.hidden(
-        model,
-        params,
+    hidden, cache = model.bind({"params": params}).hidden(
         tokens[None, :],
         part.positions,
         state.cache,
@@ -95,7 +92,7 @@ def score(
     targets: Int[Array, "T"],
 ) -> Logprobs:
     """Return the log-probabilities [T, 1] of the token after each of a chunk; see `ReadChunk`."""
-    logits = transformer.logits(model, params, hidden[None])
+    logits = model.bind({"params": params}).logits(hidden[None])
     return jax.tree.map(lambda a: a[:, None], _logprobs(logits[0], targets))
 
 
@@ -123,7 +120,7 @@ def first_token(
     Returns:
         The state, and one step of one column.
     """
-    logits = transformer.logits(model, params, last[None])[0]
+    logits = model.bind({"params": params}).logits(last[None])[0]
     part = gather_rows(state, slot[None])
     part = part._replace(done=jnp.zeros_like(part.done))
     part, outputs = _emit(part, lax.optimization_barrier(logits), needs, drawable)
@@ -146,7 +143,7 @@ def decode_step(
     that is not read before it is written again.
     """
     active = jnp.logical_not(state.done)
-    logits, cache = transformer.forward(
+    logits, cache = forward(
         model,
         params,
         state.tokens[:, None],
@@ -214,7 +211,7 @@ def logits_of_text(
     attend_len: int,
 ) -> tuple[kv.KVCache, Float[Array, "T V"]]:
     """Return the logits at every position of one chunk of a single text; the cache is donated."""
-    logits, cache = transformer.forward(
+    logits, cache = forward(
         model, params, tokens[None, :], start[None], cache, attend_len=attend_len
     )
     return cache, logits[0]

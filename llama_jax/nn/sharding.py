@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError
+from llama_jax.jax_settings import find_devices
 from llama_jax.nn.cache import LayerCache
 from llama_jax.nn.shapes import shapes_by_path
 
@@ -61,8 +62,8 @@ def choose_shards(config: ModelConfig, count: int) -> Shards:
     Raises:
         InputError: its heads, or its widths, cannot be divided by that.
     """
-    if type(count) is not int or count < 1:
-        raise InputError(f"devices is {count!r}, expected a whole number from 1, or 'all'")
+    if count < 1:
+        raise InputError(f"devices is {count}, expected a whole number from 1, or 'all'")
     if not _divides(config, count):
         sizes = [n for n in range(1, config.num_heads + 1) if _divides(config, n)]
         raise InputError(
@@ -86,6 +87,20 @@ def make_mesh(shards: Shards, devices: Sequence[Any]) -> Mesh:
         return Mesh(np.array(devices).reshape(shards), AXES)
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.make_mesh(shards, AXES, axis_types=auto, devices=devices)
+
+
+def find_mesh(config: ModelConfig, devices: int | str) -> Mesh:
+    """Return the mesh to split a model over.
+
+    Args:
+        config: its shape.
+        devices: how many, or "all"; see `find_devices`.
+
+    Raises:
+        InputError: there are not so many, or the model cannot be split over them.
+    """
+    found = find_devices(devices)
+    return make_mesh(choose_shards(config, len(found)), found)
 
 
 def shards_of(mesh: Mesh) -> Shards:

@@ -244,35 +244,6 @@ def forward(
     return outputs
 
 
-def hidden(
-    model: Transformer,
-    params: Params,
-    tokens: Int[Array, "b T"],
-    starts: Int[Array, "b"],
-    cache: kv.KVCache,
-    *,
-    slots: Int[Array, "b"] | None = None,
-    attend_len: int,
-) -> tuple[Float[Array, "padded T D"], kv.KVCache]:
-    """Apply all but the output layer; see `Transformer.hidden`."""
-    outputs: Any = model.apply(
-        {"params": params},
-        tokens,
-        starts,
-        cache,
-        slots=slots,
-        attend_len=attend_len,
-        method="hidden",
-    )
-    return outputs
-
-
-def logits(model: Transformer, params: Params, x: Float[Array, "b T D"]) -> Float[Array, "b T V"]:
-    """Apply the output layer to the residual stream; see `Transformer.logits`."""
-    outputs: Any = model.apply({"params": params}, x, method="logits")
-    return outputs
-
-
 def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> Params:
     """Draw random parameters: for training, tests and speed measurements at a real shape."""
     tokens = jnp.zeros((1, 1), jnp.int32)

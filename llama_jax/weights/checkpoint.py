@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
-from llama_jax.jax_settings import find_devices, pinned_settings
-from llama_jax.nn.sharding import choose_shards, make_mesh, param_sharding
+from llama_jax.jax_settings import pinned_settings
+from llama_jax.nn.sharding import find_mesh, param_sharding
 from llama_jax.nn.transformer import Params, param_shapes
 from llama_jax.weights.array_sizes import check_arrays
 from llama_jax.weights.atomic_directory import atomic_directory
@@ -108,7 +108,7 @@ def load_checkpoint(
     path: str | pathlib.Path,
     dtype: DTypeLike | None = None,
     *,
-    devices: int | str = 1,
+    mesh: Mesh | None = None,
     verify: bool = False,
     progress: bool = False,
 ) -> Checkpoint:
@@ -117,19 +117,18 @@ def load_checkpoint(
     Args:
         path: the folder `save_checkpoint` or `python -m convert` wrote.
         dtype: of the weights in memory; see `choose_dtype`.
-        devices: how many, or "all"; see `find_devices`.
+        mesh: the devices, as from `find_mesh`; None: the default one.
         verify: first read everything and compare its digests; else sizes and small files only.
         progress: show bars on stderr if it takes over a second.
 
     Raises:
         InputError: the folder is missing, a file, empty, half there, of another version, changed
-            after it was written, its arrays are not those that its config asks for, or it cannot
-            be split over so many devices.
+            after it was written, or its arrays are not those that its config asks for.
     """
     path = checkpoint_folder(path)
     values, config = open_checkpoint(path)
     run_dtype = choose_dtype(dtype, values["dtype"])
-    mesh = find_mesh(config, devices)
+    mesh = find_mesh(config, 1) if mesh is None else mesh
     if verify:
         verify_checkpoint(path, progress=progress)
 
@@ -155,12 +154,6 @@ def load_checkpoint(
         values["files"].get("tokenizer.model", {}).get("sha256"),
         mesh,
     )
-
-
-def find_mesh(config: ModelConfig, devices: int | str) -> Mesh:
-    """Return the mesh that a model is split over; see `load_checkpoint`."""
-    found = find_devices(devices)
-    return make_mesh(choose_shards(config, len(found)), found)
 
 
 def tokenizer_path(path: pathlib.Path, values: dict[str, Any]) -> pathlib.Path | None:

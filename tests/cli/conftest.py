@@ -11,7 +11,7 @@ from llama_jax import Llama
 from llama_jax.cli import flags
 from llama_jax.cli.main import main, parse_flags
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.llama import CHECKPOINT_VARIABLE
+from llama_jax.source import CHECKPOINT_VARIABLE
 
 
 @pytest.fixture(autouse=True)

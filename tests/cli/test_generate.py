@@ -9,7 +9,7 @@ import pytest
 from llama_jax import Llama, Result
 from llama_jax.cli.verbs import PARAMETERS
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.llama import CHECKPOINT_VARIABLE
+from llama_jax.source import CHECKPOINT_VARIABLE
 from llama_jax.text.chat import encode_dialog
 from llama_jax.weights import checkpoint
 from llama_jax.weights.shards import tensors

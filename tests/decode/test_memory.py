@@ -10,7 +10,7 @@ from llama_jax import InputError, Llama
 from llama_jax.decode import host, memory
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.plan import Plan
-from llama_jax.decode.programs import InitState
+from llama_jax.decode.state_programs import InitState
 from llama_jax.nn.kernel_choice import KernelChoice
 from tests.helpers.models import CONFIG, PURE, random_params
 

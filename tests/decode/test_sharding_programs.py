@@ -11,19 +11,11 @@ import sys
 
 import pytest
 
-from llama_jax.config import ModelConfig
 from tests.helpers import ROOT
+from tests.helpers.models import SMALL
 
-CONFIG = ModelConfig(
-    vocab_size=512,
-    dim=128,
-    ffn_dim=192,
-    num_layers=2,
-    num_heads=8,
-    num_kv_heads=2,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_seq_len=512,
+CONFIG = dataclasses.replace(
+    SMALL, vocab_size=512, dim=128, ffn_dim=192, num_heads=8, max_seq_len=512
 )
 """Two key/value heads: each is on two devices, which share its query heads."""
 
@@ -34,7 +26,7 @@ from benchmarks.aot import compile_program
 from llama_jax.config import ModelConfig
 from llama_jax.decode.needs import ALL_NEEDS, Needs
 from llama_jax.decode.plan import accelerator_plan, choose_plan
-from llama_jax.decode.programs import Decode, Prefill
+from llama_jax.decode.model_programs import Decode, Prefill
 from llama_jax.nn.sharding import choose_shards, make_mesh
 config, platform, batches = json.loads(sys.argv[1])
 config = ModelConfig(**config)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llama_jax.nn import cache as kv
-from llama_jax.nn import ops, projection, transformer
+from llama_jax.nn import ops, projection
 from llama_jax.nn.transformer import Transformer, forward
 from tests.helpers import reference
 from tests.helpers.models import SMALL, random_params
@@ -149,8 +149,9 @@ def test_the_output_layer_can_be_applied_to_some_positions(tied):
     whole = full_forward(config, params, TOKENS[:8])
     cache = kv.init_cache(config, 1, 8, jnp.float32)
     args = (jnp.asarray([TOKENS[:8]]), jnp.zeros(1, jnp.int32), cache)
-    x, _ = transformer.hidden(model, params, *args, attend_len=8)
-    logits = transformer.logits(model, params, x[:, 5:6])
+    bound = model.bind({"params": params})
+    x, _ = bound.hidden(*args, attend_len=8)
+    logits = bound.logits(x[:, 5:6])
     np.testing.assert_allclose(logits[0], whole[5:6], atol=1e-5)
 
 

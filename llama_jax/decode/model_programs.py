@@ -1,0 +1,151 @@
+"""Programs that run the model: each device on its part, see `compiled.lower`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from llama_jax.decode import steps
+from llama_jax.decode.needs import ALL_NEEDS, Needs
+from llama_jax.decode.program import Program, Target
+from llama_jax.decode.state import DecodeState
+from llama_jax.nn import cache as kv
+from llama_jax.nn.transformer import Params
+
+
+class ModelProgram(Program):
+    """A function that gathers from the target's devices what each has a part of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill(ModelProgram):
+    """Read one chunk of a prompt."""
+
+    size: int
+    """Tokens, padding included."""
+    attend_len: int
+    donated: ClassVar[tuple[int, ...]] = (1,)
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `steps.prefill` at these sizes."""
+        return functools.partial(steps.prefill, target.model, attend_len=self.attend_len)
+
+    def arguments(
+        self,
+        params: Params,
+        old: DecodeState,
+        slot: int = 0,
+        prompt: Sequence[int] = (0,),
+        start: int = 0,
+    ) -> tuple[Any, ...]:
+        """Return the arguments of a call that reads the prompt's tokens from `start` on."""
+        length = np.int32(min(self.size, len(prompt) - start))
+        return params, old, np.int32(slot), padded_chunk(prompt, start, self.size), length
+
+    def __str__(self) -> str:
+        return f"prefill({self.size}, {self.attend_len})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Score(ModelProgram):
+    """Return the log-probabilities of a prompt's tokens, of one chunk."""
+
+    size: int
+    """Tokens, padding included."""
+    donated: ClassVar[tuple[int, ...]] = ()
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `steps.score`."""
+        return functools.partial(steps.score, target.model)
+
+    def arguments(
+        self, params: Params, hidden: Any, prompt: Sequence[int], start: int
+    ) -> tuple[Any, ...]:
+        """Return the arguments of a call for the chunk that begins at `start`."""
+        return params, hidden, padded_chunk(prompt, start + 1, self.size)
+
+    def __str__(self) -> str:
+        return f"score({self.size})"
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstToken(ModelProgram):
+    """Sample the first token of a slot whose prompt is read."""
+
+    needs: Needs = ALL_NEEDS
+    donated: ClassVar[tuple[int, ...]] = (1,)
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `steps.first_token` for these needs."""
+        return functools.partial(
+            steps.first_token, target.model, needs=self.needs, drawable=target.drawable
+        )
+
+    def arguments(self, params: Params, old: DecodeState, slot: int, last: Any) -> tuple[Any, ...]:
+        """Return the arguments of a call; `last` is of the prompt's last chunk."""
+        return params, old, np.int32(slot), last
+
+    def __str__(self) -> str:
+        return f"first_token({str(self.needs).removeprefix(', ')})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode(ModelProgram):
+    """Run some decode steps of some slots."""
+
+    slots: int
+    """How many are computed."""
+    num_steps: int
+    attend_len: int
+    needs: Needs = ALL_NEEDS
+    donated: ClassVar[tuple[int, ...]] = (1,)
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `steps.decode` at these sizes."""
+        return functools.partial(
+            steps.decode,
+            target.model,
+            needs=self.needs,
+            num_steps=self.num_steps,
+            attend_len=self.attend_len,
+            drawable=target.drawable,
+        )
+
+    def arguments(self, params: Params, old: DecodeState, slots: Sequence[int]) -> tuple[Any, ...]:
+        """Return the arguments of a call; all slots, in order, are given no indices."""
+        if len(slots) == old.tokens.shape[0]:
+            return params, old
+        return params, old, np.asarray(slots, np.int32)
+
+    def __str__(self) -> str:
+        return f"decode({self.slots}, {self.num_steps}, {self.attend_len}{self.needs})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits(ModelProgram):
+    """Return the logits after every token of a chunk."""
+
+    size: int
+    attend_len: int
+    donated: ClassVar[tuple[int, ...]] = (1,)
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `steps.logits_of_text` at these sizes."""
+        return functools.partial(steps.logits_of_text, target.model, attend_len=self.attend_len)
+
+    def arguments(
+        self, params: Params, cache: kv.KVCache, tokens: Sequence[int], start: int
+    ) -> tuple[Any, ...]:
+        """Return the arguments of a call."""
+        return params, cache, np.int32(start), padded_chunk(tokens, start, self.size)
+
+    def __str__(self) -> str:
+        return f"logits({self.size}, {self.attend_len})"
+
+
+def padded_chunk(tokens: Sequence[int], start: int, size: int) -> np.ndarray:
+    """Return `size` tokens from `start` on, padded on the right with id 0."""
+    part = np.asarray(tokens[start : start + size], np.int32)
+    return np.pad(part, (0, size - len(part)))
