@@ -63,7 +63,7 @@ def choose_shards(config: ModelConfig, count: int) -> Shards:
         InputError: its heads, or its widths, cannot be divided by that.
     """
     if count < 1:
-        raise InputError(f"devices is {count}, expected a whole number from 1, or 'all'")
+        raise InputError(f"devices is {count}, expected a whole number from 1")
     if not _divides(config, count):
         sizes = [n for n in range(1, config.num_heads + 1) if _divides(config, n)]
         raise InputError(

@@ -35,6 +35,19 @@ def test_7b_on_an_h100(cli, monkeypatch):
     assert "does not fit" in out
 
 
+def test_70b_on_four_h100(cli):
+    arguments = ["--estimate", f"--config={CONFIGS['70b']}", "--chip=h100"]
+    _, out, _ = cli(*arguments)
+    assert "does not fit; no slots" in out
+    status, out, err = cli(*arguments, "--devices=4")
+    assert (status, err) == (0, "")
+    weights, caches, _, total, room = out.splitlines()
+    assert weights.split()[:3] == ["weights", "34.49", "GB"]
+    assert caches.split()[:3] == ["caches", "335.54", "MB"]
+    assert total.endswith("GB  on each of 4 devices")
+    assert "GB  fits; " in room
+
+
 def test_a_checkpoint_on_this_machine(cli):
     _, out, err = cli("--estimate", "--dtype=bfloat16")
     assert "demo model" in err
@@ -56,6 +69,11 @@ def test_a_checkpoint_on_this_machine(cli):
         (["--estimate", "--context=513"], "context is 513, expected 1 to 512"),
         (["--estimate", "--chip=v5e", "--dtype=float16"], "which a TPU cannot multiply"),
         (["--estimate", "--eos_tokens=2"], "--eos_tokens is given with --estimate"),
+        (["--estimate", "--chip=v5e", "--devices=all"], "--devices is 'all', expected a number"),
+        (["--estimate", "--chip=v5e", "--devices=0"], "devices is 0, expected a whole number"),
+        (["--estimate", "--chip=v5e", "--devices=3"], "split over 3 devices: it has 2 key/value"),
+        (["--estimate", "--devices=99"], "devices is 99, expected 'all' or 1 to "),
+        (["--estimate", "--devices=two"], "devices is 'two', expected 'all' or 1 to "),
     ],
     ids=" ".join,
 )

@@ -12,6 +12,7 @@ from llama_jax.decode.executor import Executor
 from llama_jax.decode.plan import Plan
 from llama_jax.decode.state_programs import InitState
 from llama_jax.nn.kernel_choice import KernelChoice
+from llama_jax.nn.sharding import Shards, num_params
 from tests.helpers.models import CONFIG, PURE, random_params
 
 BFLOAT16 = Plan("bfloat16", "uint16", KernelChoice("two_rows", "blocks"))
@@ -39,6 +40,21 @@ def test_a_model_without_room_is_refused_before_its_weights_are_read(monkeypatch
     )
     with pytest.raises(InputError, match=expected):
         Llama.load(slots=256, context=128)
+
+
+def test_devices_of_a_cpu_share_its_memory(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda: 100)
+    cpu = types.SimpleNamespace(platform="cpu")
+    assert [memory.available_memory(cpu, count) for count in (1, 4)] == [100, 25]
+
+
+def test_each_of_several_devices_takes_its_part():
+    one, four = (
+        memory.needed_memory(CONFIG, PURE, 3, 40, shards) for shards in (Shards(), Shards(2, 2))
+    )
+    assert four.weights == 4 * num_params(CONFIG, Shards(2, 2))
+    assert 1 / 4 < four.weights / one.weights < 1 / 2
+    assert four.caches == one.caches / 2
 
 
 @pytest.mark.parametrize(
