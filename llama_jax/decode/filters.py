@@ -1,5 +1,6 @@
 """Filters of the sampling law: top-k, top-p and min-p."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -9,8 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 from llama_jax.decode.rounding import quotient
 from llama_jax.decode.sums import sum_by_halves, sums_before
 
-HEAD = 1024
-"""Tokens to look through for a cut before all of the vocabulary is sorted."""
+HEADS = 64, 1024
+"""How many of the first tokens are looked through for a cut before the whole vocabulary is sorted.
+
+The first holds every top-k that the card allows, and most cuts by top-p.
+"""
 
 
 def apply_filters(
@@ -60,14 +64,15 @@ def _apply_cut(
     # Of -0 and 0, which are equal, XLA's top-k would take 0 first.
     ordering = jnp.where(logits == 0, 0.0, logits)
 
-    def cut_whole(_: _Cut) -> _Cut:
-        falling, ids_in_order = lax.sort((-ordering, ids), dimension=-1, is_stable=True, num_keys=1)
-        # Of a row that the head settles it is the same cut: sums by shifts do not depend on length.
-        return _cut(-falling, ids_in_order, logits, top_k, top_p)
+    def cut_within(heads: Sequence[int]) -> _Cut:
+        if not heads:
+            order = lax.sort((-ordering, ids), dimension=-1, is_stable=True, num_keys=1)
+            return _cut(-order[0], order[1], logits, top_k, top_p)
+        cut = _cut(*lax.top_k(ordering, heads[0]), logits, top_k, top_p)
+        # Of a row that is settled the longer one gives the same cut: no sum depends on its length.
+        return lax.cond(jnp.all(cut.settled), lambda: cut, lambda: cut_within(heads[1:]))
 
-    cut = _cut(*lax.top_k(ordering, min(HEAD, vocab_size)), logits, top_k, top_p)
-    if vocab_size > HEAD:
-        cut = lax.cond(jnp.all(cut.settled), lambda head: head, cut_whole, cut)
+    cut = cut_within([size for size in HEADS if size < vocab_size])
     inside = _is_until(logits, cut.logit, cut.id)
     off = ((top_k == 0) | (top_k >= vocab_size)) & (top_p >= 1)
     return jnp.where(inside | off[:, None], logits, -jnp.inf)

@@ -23,7 +23,7 @@ from tests.helpers import law
 from tests.helpers.models import SMALL
 
 ROWS = 8
-SIZES = [12, 1000, 5000]  # the last beyond HEAD: the cut may lie where only a full sort finds it
+SIZES = [12, 1000, 5000]  # the last beyond HEADS: the cut may lie where only a full sort finds it
 
 
 @dataclasses.dataclass(frozen=True)

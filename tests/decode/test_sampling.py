@@ -279,9 +279,11 @@ def test_published_vectors():
             assert np.flatnonzero(np.isfinite(kept)).tolist() == vector["kept"], vector
 
 
-LONG = 5000  # beyond HEAD: the cut may lie where only a full sort finds it
+LONG = 5000  # beyond HEADS: the cut may lie where only a full sort finds it
 CUTS = [
     {"top_k": 40},
+    {"top_k": 64},
+    {"top_k": 65},
     {"top_k": 1024},
     {"top_k": 1025},
     {"top_k": 3000, "top_p": 0.7},
