@@ -71,7 +71,8 @@ def find_devices(count: int | str) -> list[Device]:
     """Return devices to run one model on, the default one first.
 
     Args:
-        count: how many; "all": all that this process has, of the default one's kind.
+        count: how many; "all": all of the default one's kind. If several processes were joined
+            (`jax.distributed`), all of theirs, else those of this one.
 
     Raises:
         InputError: there are not so many.
@@ -79,6 +80,14 @@ def find_devices(count: int | str) -> list[Device]:
     first = default_device()
     if count == 1:
         return [first]
+    if jax.process_count() > 1:
+        devices = jax.devices(first.platform)
+        if count != len(devices) and count != "all":
+            raise InputError(
+                f"devices is {count!r}, expected 'all' or {len(devices)}: the "
+                f"{jax.process_count()} processes run one model on all that they have"
+            )
+        return devices
     others = [each for each in jax.local_devices(backend=first.platform) if each != first]
     devices = [first, *others]
     if count == "all":

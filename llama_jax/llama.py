@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from llama_jax.config import ModelConfig, check_sizes
 from llama_jax.decode.executor import Executor
+from llama_jax.decode.lockstep import Lockstep
 from llama_jax.decode.memory import check_fits
 from llama_jax.decode.plan import choose_plan
 from llama_jax.engine.engine import Engine
@@ -42,6 +43,7 @@ class Llama:
         context, slots, max_queue: see `load`.
         reuse: see `Engine`.
         load_s: seconds that loading took, for the results' timings.
+        lockstep: see `load`.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Llama:
         max_queue: int | None = None,
         determinism: str = "strict",
         load_s: float = 0.0,
+        lockstep: Lockstep | None = None,
     ):
         config = checkpoint.config
         _check_sizes(config, context, slots, max_queue)
@@ -74,6 +77,7 @@ class Llama:
             plan=choose_plan(config, checkpoint.dtype, determinism),
             drawable=tokenizer and tokenizer.vocab_size,
             mesh=checkpoint.mesh,
+            lockstep=lockstep,
         )
         self.engine = Engine(
             self.executor,
@@ -98,6 +102,7 @@ class Llama:
         verify: bool = False,
         convert: bool = False,
         progress: bool = False,
+        lockstep: Lockstep | None = None,
     ) -> "Llama":
         """Restore a checkpoint.
 
@@ -113,7 +118,7 @@ class Llama:
             max_queue: requests that may wait beyond those; None: any number.
             determinism: `strict`: a request's tokens depend neither on `slots` nor on the others;
                 `fast`: on a GPU or TPU, or a CPU without the kernels, they may.
-            devices: how many to split the model over, or "all" of this machine's: each holds its
+            devices: how many to split the model over, or "all"; see `find_devices`. Each holds its
                 part of the weights and caches. A request's tokens do not depend on it with the
                 CPU kernels; elsewhere see docs/scaling.md.
             eos_tokens: ids that end an answer, in place of the checkpoint's.
@@ -121,6 +126,8 @@ class Llama:
                 once, into the user's cache (docs/checkpoints.md).
             verify: first compare all weights with the checkpoint's digests.
             progress: show bars on stderr if it takes over a second.
+            lockstep: tells other processes, which hold a part of the model, of each call; see
+                `hosts.Leader`. None: there are none, or they make the same calls by themselves.
 
         Raises:
             InputError: see `load_checkpoint`; context out of range; a tokenizer of another model;
@@ -142,8 +149,15 @@ class Llama:
         checkpoint = dataclasses.replace(checkpoint, config=config)
         jax.block_until_ready(checkpoint.params)
         load_s = time.perf_counter() - began
-        sizes = {"context": context, "slots": slots, "max_queue": max_queue}
-        return cls(checkpoint, **sizes, determinism=determinism, load_s=load_s)
+        return cls(
+            checkpoint,
+            context=context,
+            slots=slots,
+            max_queue=max_queue,
+            determinism=determinism,
+            load_s=load_s,
+            lockstep=lockstep,
+        )
 
     @property
     def context(self) -> int:

@@ -39,7 +39,7 @@ class CompiledPrograms:
         self.wanted: queue.SimpleQueue[Program | None] = queue.SimpleQueue()
         """Programs that `choose` would have chosen, each once. None wakes who waits for one."""
         self._target = target
-        self._device = target.mesh.devices.flat[0]
+        self._device = target.mesh.local_devices[0]
         self._executables: dict[Program, jax.stages.Compiled] = {}
         self._locks: dict[Program, threading.Lock] = {}
         self._log_lock = threading.Lock()

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode.compiled import CompiledPrograms, CompileLog
+from llama_jax.decode.lockstep import Lockstep
 from llama_jax.decode.model_programs import Decode, FirstToken, Logits, Prefill, Score
 from llama_jax.decode.needs import ALL_NEEDS, Needs, covering
 from llama_jax.decode.plan import Plan, choose_plan
@@ -47,6 +48,7 @@ class Executor:
         drawable: only ids below it are sampled; None: all of the vocabulary.
         mesh: the devices to run on; see `sharding.make_mesh`. None: the one that holds the
             parameters.
+        lockstep: if the devices are of several processes, tells the others of each call.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Executor:
         plan: Plan | None = None,
         drawable: int | None = None,
         mesh: Mesh | None = None,
+        lockstep: Lockstep | None = None,
     ):
+        self.lockstep = lockstep
         self.plan = plan = plan or choose_plan(config, dtype)
         self.config, self.batch, self.context = config, batch, context
         self.sizes = Sizes(plan, batch, context)
@@ -72,7 +76,7 @@ class Executor:
         if shards.devices > 1:
             parts = place(specs(self.params, config, shards), mesh)
             self.params = jax.device_put(self.params, parts)
-        self.mesh, self.device = mesh, mesh.devices.flat[0]
+        self.mesh, self.device = mesh, mesh.local_devices[0]
         model = Transformer(config, jnp.dtype(plan.weights), plan.kernels, shards)
         self.programs = CompiledPrograms(
             Target(config, model, batch, self.sizes.capacity, plan.cache, mesh, drawable)
@@ -85,41 +89,41 @@ class Executor:
 
     def init_state(self) -> DecodeState:
         """Return a fresh state of idle slots."""
-        return self.programs.run(InitState())
+        return self.call(InitState())
 
     def admit(self, state: DecodeState, slot: int, new: Admission) -> DecodeState:
         """Give a slot to a request; see `state.admit`."""
-        return self._call(Admit(), state, slot, new)
+        return self.call(Admit(), state, slot, new)
 
     def release(self, state: DecodeState, slot: int) -> DecodeState:
         """End a slot's request early; see `state.release`."""
-        return self._call(Release(), state, slot)
+        return self.call(Release(), state, slot)
 
     def copy_slot(self, state: DecodeState, source: int, target: int) -> DecodeState:
         """Copy the cache of one slot to another; see `state.copy_slot`."""
-        return self._call(CopySlot(), state, source, target)
+        return self.call(CopySlot(), state, source, target)
 
     def clear_slot(self, state: DecodeState, slot: int) -> DecodeState:
         """Set the cache of one slot to zero; see `state.clear_slot`. Compiled at its first use."""
-        return self._call(ClearSlot(), state, slot)
+        return self.call(ClearSlot(), state, slot)
 
     def prefill_chunk(
         self, state: DecodeState, slot: int, prompt: Sequence[int], start: int, size: int
     ) -> tuple[DecodeState, ReadChunk]:
         """Read one of the prompt's `Sizes.chunks` into an admitted slot."""
         program = Prefill(size, self.sizes.bucket(start + size))
-        return self._call(program, self.params, state, slot, prompt, start)
+        return self.call(program, self.params, state, slot, prompt, start)
 
     def score(self, chunk: ReadChunk, prompt: Sequence[int], start: int) -> Logprobs:
         """Return the log-probabilities [size, 1] of the tokens that follow those of a chunk."""
-        return self._call(Score(len(chunk.hidden)), self.params, chunk.hidden, prompt, start)
+        return self.call(Score(len(chunk.hidden)), self.params, chunk, prompt, start)
 
     def first_token(
         self, state: DecodeState, slot: int, chunk: ReadChunk, needs: Needs
     ) -> tuple[DecodeState, StepOutputs]:
         """Sample a slot's first token after its prompt's last chunk; one step of one column."""
         program = self.programs.choose([FirstToken(each) for each in covering(needs)])
-        return self._call(program, self.params, state, slot, chunk.last)
+        return self.call(program, self.params, state, slot, chunk)
 
     def prefill(
         self,
@@ -159,16 +163,16 @@ class Executor:
         slots = self.sizes.decode_slots(slots)
         sizes = len(slots), steps, self.sizes.bucket(longest + steps)
         program = self.programs.choose([Decode(*sizes, each) for each in covering(needs)])
-        state, outputs = self._call(program, self.params, state, slots)
+        state, outputs = self.call(program, self.params, state, slots)
         return state, outputs, slots
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return the float32 logits [T, V] after each token of a text."""
-        cache = self.programs.run(InitCache())
+        cache = self.call(InitCache())
         parts = []
         for start, size in self.sizes.chunks(len(tokens)):
             program = Logits(size, self.sizes.bucket(start + size))
-            cache, logits = self._call(program, self.params, cache, tokens, start)
+            cache, logits = self.call(program, self.params, cache, tokens, start)
             parts.append(to_host(logits)[: len(tokens) - start])
         return np.concatenate(parts)
 
@@ -192,35 +196,43 @@ class Executor:
 
     def compile(self, program: Program) -> None:
         """Compile one of the programs that requests need; any thread may, beside calls."""
+        if self.lockstep is not None:
+            self.lockstep.compile(program)
         self.programs.compile(program, *self._example(program))
 
     def _example(self, program: Any) -> tuple[Any, ...]:
         """Return arguments of a program's shapes; no state is allocated."""
         match program:
-            case InitState():
-                return ()
             case Admit():
                 new = empty_admission(self.config)
                 return program.arguments(self._state_shapes, 0, new)
             case FirstToken():
-                last = jax.ShapeDtypeStruct((1, self.config.dim), jnp.float32)
-                return program.arguments(self.params, self._state_shapes, 0, last)
+                return program.arguments(self.params, self._state_shapes, 0, self._chunk_shapes(1))
             case Score():
-                hidden = jax.ShapeDtypeStruct((program.size, self.config.dim), jnp.float32)
-                return program.arguments(self.params, hidden, [0], 0)
+                return program.arguments(self.params, self._chunk_shapes(program.size), [0], 0)
             case Prefill():
                 return program.arguments(self.params, self._state_shapes)
             case Decode():
                 return program.arguments(self.params, self._state_shapes, range(program.slots))
+            case InitState():
+                return program.arguments()
             case _:
                 return program.arguments(self._state_shapes)
+
+    def _chunk_shapes(self, size: int) -> ReadChunk:
+        def of_rows(rows: int) -> Any:
+            return jax.ShapeDtypeStruct((rows, self.config.dim), jnp.float32)
+
+        return ReadChunk(last=of_rows(1), hidden=of_rows(size))
 
     @functools.cached_property
     def _state_shapes(self) -> DecodeState:
         return self.programs.shapes(InitState())
 
-    def _call(self, program: Any, *values: Any) -> Any:
+    def call(self, program: Any, *values: Any) -> Any:
         """Run a program on the arguments that it makes of these values."""
+        if self.lockstep is not None:
+            self.lockstep.call(program, values)
         return self.programs.run(program, *program.arguments(*values))
 
 

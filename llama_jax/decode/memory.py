@@ -114,13 +114,13 @@ def check_fits(config: ModelConfig, plan: Plan, slots: int, context: int, mesh: 
     Raises:
         InputError: with the sum, and what is available.
     """
-    device, count = mesh.devices.flat[0], mesh.size
+    device, count = mesh.local_devices[0], len(mesh.local_devices)
     memory = needed_memory(config, plan, slots, context, shards_of(mesh))
     room = available_memory(device, count)
     if room is None or memory.total <= room:
         return
     more = "" if device.platform == "cpu" else ", or more of it (XLA_PYTHON_CLIENT_MEM_FRACTION)"
-    each = f" on each of {count} devices" if count > 1 else ""
+    each = f" on each of {mesh.size} devices" if mesh.size > 1 else ""
     if device.platform != "cpu":
         more = f", more devices{more}"
     raise InputError(

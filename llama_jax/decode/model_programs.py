@@ -11,6 +11,7 @@ from llama_jax.decode import steps
 from llama_jax.decode.needs import ALL_NEEDS, Needs
 from llama_jax.decode.program import Program, Target
 from llama_jax.decode.state import DecodeState
+from llama_jax.decode.steps import ReadChunk
 from llama_jax.nn import cache as kv
 from llama_jax.nn.transformer import Params
 
@@ -61,10 +62,10 @@ class Score(ModelProgram):
         return functools.partial(steps.score, target.model)
 
     def arguments(
-        self, params: Params, hidden: Any, prompt: Sequence[int], start: int
+        self, params: Params, chunk: ReadChunk, prompt: Sequence[int], start: int
     ) -> tuple[Any, ...]:
         """Return the arguments of a call for the chunk that begins at `start`."""
-        return params, hidden, padded_chunk(prompt, start + 1, self.size)
+        return params, chunk.hidden, padded_chunk(prompt, start + 1, self.size)
 
     def __str__(self) -> str:
         return f"score({self.size})"
@@ -83,9 +84,11 @@ class FirstToken(ModelProgram):
             steps.first_token, target.model, needs=self.needs, drawable=target.drawable
         )
 
-    def arguments(self, params: Params, old: DecodeState, slot: int, last: Any) -> tuple[Any, ...]:
-        """Return the arguments of a call; `last` is of the prompt's last chunk."""
-        return params, old, np.int32(slot), last
+    def arguments(
+        self, params: Params, old: DecodeState, slot: int, chunk: ReadChunk
+    ) -> tuple[Any, ...]:
+        """Return the arguments of a call after the prompt's last chunk."""
+        return params, old, np.int32(slot), chunk.last
 
     def __str__(self) -> str:
         return f"first_token({str(self.needs).removeprefix(', ')})"

@@ -24,6 +24,10 @@ class InitState(Program):
         sizes = target.config, target.batch, target.capacity, target.cache_dtype
         return lambda: state.init_state(*sizes)
 
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the arguments of a call."""
+        return ()
+
     def __str__(self) -> str:
         return "init_state"
 
@@ -38,6 +42,10 @@ class InitCache(Program):
         """Return `cache.init_cache` at the target's sizes."""
         sizes = target.config, 1, target.capacity, target.cache_dtype
         return lambda: kv.init_cache(*sizes)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the arguments of a call."""
+        return ()
 
     def __str__(self) -> str:
         return "init_cache"

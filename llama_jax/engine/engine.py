@@ -218,6 +218,8 @@ class Engine:
                 self._scheduler.fail_all(error)
                 if not isinstance(error, Exception):
                     raise
+                if self.executor.lockstep is not None:
+                    self.executor.lockstep.fail(error)
                 return True
             finally:
                 self._clock.update()

@@ -89,7 +89,7 @@ def has_kernels() -> bool:
     if _register() is None:
         return False
     try:
-        with pinned_settings(jax.devices("cpu")[0]):
+        with pinned_settings(jax.local_devices(backend="cpu")[0]):
             return bool(linears(jnp.ones((1, 1)), jnp.ones((1, 1)))[0][0, 0] == 1)
     except jax.errors.JaxRuntimeError as error:
         _log.warning("the CPU kernels do not run with this jaxlib (%s); %s", error, REMEDY)

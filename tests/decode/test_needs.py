@@ -93,12 +93,12 @@ def test_every_program_of_a_plan_gives_the_same_tokens_and_bits(plan, request):
         state = ex.admit(ex.init_state(), 1, new)
         state, chunk = ex.prefill_chunk(state, 1, prompt, 0, plan.prefill_sizes[0])
         # Not `first_token` and `decode`, which may choose others.
-        state, first = ex._call(FirstToken(needs), ex.params, state, 1, chunk.last)
+        state, first = ex.call(FirstToken(needs), ex.params, state, 1, chunk)
         slots = ex.sizes.decode_slots([1])
         decode = Decode(len(slots), plan.decode_steps, ex.sizes.bucket(100), needs)
         parts = [first]
         for _ in range(2):
-            state, outputs = ex._call(decode, ex.params, state, slots)
+            state, outputs = ex.call(decode, ex.params, state, slots)
             column = slots.index(1)
             parts.append(jax.tree.map(lambda a, c=column: a[:, c : c + 1], outputs))
         tokens = np.concatenate([part.tokens for part in parts])
