@@ -18,7 +18,7 @@ ORDER = [
     {"engine", "source"},
     {"card", "llama"},
     {"__init__", "server"},
-    {"batch"},
+    {"batch", "hosts"},
     {"cli"},
 ]
 """The modules and folders of llama_jax: each imports from those above it only."""

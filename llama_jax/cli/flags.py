@@ -14,6 +14,7 @@ FLAGS = flags.FLAGS
 def define() -> None:
     """Define all flags in absl's global set; call it once."""
     _define_model_flags()
+    _define_process_flags()
     _define_estimate_flags()
     _define_prompt_flags()
     _define_sampling_flags()
@@ -57,9 +58,9 @@ def _define_model_flags() -> None:
     )
     flags.DEFINE_string(
         "devices",
-        "1",
+        None,
         "Devices to split the model over, a number or all. Each holds its part of the weights and "
-        "caches.",
+        "caches. Default: 1; of several processes all that they have.",
     )
     flags.DEFINE_list(
         "eos_tokens", None, "Token ids that end an answer: 2,32000. Default: the checkpoint's."
@@ -70,6 +71,36 @@ def _define_model_flags() -> None:
         False,
         "Let --checkpoint be Hugging Face's or Meta's folder, or hf://ORG/NAME. It is converted "
         "once, into $LLAMA_JAX_CACHE (~/.cache/llama_jax).",
+    )
+
+
+def _define_process_flags() -> None:
+    flags.DEFINE_bool(
+        "distributed",
+        None,
+        "Run one model on the devices of several processes, each started with the same flags; the "
+        "first has the text and the server. Default: true if SLURM, Open MPI, a TPU pod's launcher "
+        "or --coordinator_address started several.",
+    )
+    flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of process 0. Default: as the launcher says."
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "How many processes there are. Default: as the launcher says."
+    )
+    flags.DEFINE_integer(
+        "process_id",
+        None,
+        "The number of this process, from 0. Default: as the launcher says.",
+    )
+    flags.DEFINE_integer(
+        "initialization_timeout_s", 300, "Seconds for which processes wait for each other."
+    )
+    flags.DEFINE_integer(
+        "heartbeat_timeout_s",
+        100,
+        "Seconds without a sign of life after which a process counts as lost. One that ends is "
+        "noticed at once, a host that is gone after 30.",
     )
 
 

@@ -15,6 +15,7 @@ from llama_jax.cli.estimate import estimate
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.generate import generate
 from llama_jax.cli.help import help_text, version_text
+from llama_jax.cli.processes import run_on_all
 from llama_jax.cli.score import score
 from llama_jax.cli.serve import serve
 from llama_jax.cli.verbs import VERBS
@@ -83,4 +84,4 @@ def _run_verb(arguments: list[str]) -> None:
     for flag in ("config", "chip"):
         if FLAGS[flag].present:
             raise InputError(f"--{flag} is given without --estimate; add it")
-    return _RUN[name]()
+    return run_on_all(_RUN[name])

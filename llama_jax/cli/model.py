@@ -4,13 +4,17 @@ import contextlib
 import pathlib
 import sys
 
+import jax
+
 from llama_jax.cli.console import note
 from llama_jax.cli.flags import FLAGS
+from llama_jax.cli.processes import leaders
 from llama_jax.cli.requests import parse_tokens
 from llama_jax.decode.compile_cache import use_compile_cache
 from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.errors import InputError
 from llama_jax.llama import Llama
-from llama_jax.source import default_checkpoint
+from llama_jax.source import default_checkpoint, find_checkpoint
 from llama_jax.weights.quiet import orbax_muted
 
 
@@ -25,25 +29,37 @@ def checkpoint_path() -> pathlib.Path:
 
 def parse_devices() -> int | str:
     """Return what --devices says: a number, or "all"."""
-    text = FLAGS.devices
-    return int(text) if text.isascii() and text.isdigit() else text
+    text = FLAGS.devices or ("all" if leaders else "1")
+    devices = int(text) if text.isascii() and text.isdigit() else text
+    if leaders and devices not in ("all", jax.device_count()):
+        raise InputError(
+            f"--devices is {text}, expected all or {jax.device_count()}, those of all processes"
+        )
+    return "all" if leaders else devices
 
 
 def load_model(slots: int = 1, max_queue: int | None = None) -> Llama:
-    """Load the checkpoint; --slots takes precedence over `slots`."""
+    """Load the checkpoint, in all processes; --slots takes precedence over `slots`."""
     if warning := use_compile_cache():
         note(f"warning: {warning}")
+    arguments = {
+        "dtype": FLAGS.dtype,
+        "context": FLAGS.context,
+        "slots": slots if FLAGS.slots is None else FLAGS.slots,
+        "max_queue": max_queue,
+        "determinism": FLAGS.determinism,
+        "devices": parse_devices(),
+        "eos_tokens": FLAGS.eos_tokens and parse_tokens("eos_tokens", FLAGS.eos_tokens),
+        "verify": FLAGS.verify,
+    }
+    progress = sys.stderr.isatty()
     with contextlib.nullcontext() if FLAGS.debug else orbax_muted():
-        return Llama.load(
-            checkpoint_path(),
-            dtype=FLAGS.dtype,
-            context=FLAGS.context,
-            slots=slots if FLAGS.slots is None else FLAGS.slots,
-            max_queue=max_queue,
-            determinism=FLAGS.determinism,
-            devices=parse_devices(),
-            eos_tokens=FLAGS.eos_tokens and parse_tokens("eos_tokens", FLAGS.eos_tokens),
-            verify=FLAGS.verify,
-            convert=FLAGS.convert,
-            progress=sys.stderr.isatty(),
+        path = find_checkpoint(
+            checkpoint_path(), FLAGS.dtype, convert=FLAGS.convert, progress=progress
         )
+        for leader in leaders:
+            leader.load(path=path.absolute(), **arguments)
+        llm = Llama.load(path, **arguments, progress=progress, lockstep=next(iter(leaders), None))
+        for leader in leaders:
+            leader.check(llm.engine.fingerprint)
+        return llm

@@ -5,6 +5,8 @@ import dataclasses
 MODEL = (
     *("checkpoint", "dtype", "context", "slots", "determinism", "devices"),
     *("eos_tokens", "verify", "convert"),
+    *("distributed", "coordinator_address", "num_processes", "process_id"),
+    *("initialization_timeout_s", "heartbeat_timeout_s"),
 )
 ESTIMATE = ("estimate", "config", "chip")
 PROMPT = (

@@ -1,6 +1,7 @@
 """Serve: run the server until a signal stops it."""
 
 import asyncio
+import atexit
 import contextlib
 import dataclasses
 import gc
@@ -82,8 +83,7 @@ def serve(
         raise RuntimeError("the engine stopped; the log above says why")
     if not service.join():
         # It compiles. The interpreter's own exit would free what XLA's threads use.
-        sys.stderr.flush()
-        os._exit(0)
+        atexit.register(os._exit, 0)
 
 
 def _is_loopback(host: str) -> bool:
@@ -122,8 +122,13 @@ class _Progress:
             terminal = sys.stderr.isatty()
             if not terminal:
                 _note(f"warming up: {total} programs")
-            self._bar = tqdm.tqdm(total=total, desc="warming up", unit=" programs", leave=False)
-            self._bar.disable = not terminal
+            self._bar = tqdm.tqdm(
+                total=total,
+                desc="warming up",
+                unit=" programs",
+                leave=False,
+                disable=not terminal,
+            )
         self._bar.update()
         if done == total:
             self._bar.close()
