@@ -32,10 +32,11 @@ from llama_jax.decode.model_programs import Decode, Prefill
 from llama_jax.decode.needs import Needs
 from llama_jax.decode.plan import DETERMINISM, Plan, accelerator_plan
 from llama_jax.decode.program import Program, Target
+from llama_jax.decode.replicas import specs
 from llama_jax.decode.state import init_state
 from llama_jax.errors import InputError
 from llama_jax.jax_settings import pinned_settings
-from llama_jax.nn.sharding import choose_shards, make_mesh, place, shards_of, specs
+from llama_jax.nn.sharding import choose_shards, make_mesh, place, replicas_of, shards_of
 from llama_jax.nn.transformer import Transformer, param_shapes
 
 FLAGS = command.make_flags(
@@ -119,7 +120,7 @@ def compile_program(
         program: `Prefill` or `Decode`.
         config: the model's shape.
         plan: how it is held and computed.
-        batch: slots.
+        batch: slots, of all replicas together.
         context: positions of each slot's cache.
         mesh: of such devices.
     """
@@ -127,11 +128,11 @@ def compile_program(
 
     def shapes(tree: Any) -> Any:
         shapes = jax.eval_shape(lambda: tree)
-        if shards.devices == 1:
+        if mesh.size == 1:
             one = SingleDeviceSharding(mesh.devices.flat[0])
             places = jax.tree.map(lambda _: one, shapes)
         else:
-            places = place(specs(shapes, config, shards), mesh)
+            places = place(specs(shapes, config, mesh), mesh)
         return jax.tree.map(
             lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes, places
         )
@@ -142,7 +143,8 @@ def compile_program(
     target = Target(config, model, batch, context, plan.cache, mesh)
     if isinstance(program, Decode):
         args = program.arguments(params, state, range(batch))
-        sizes = {"batch": batch, "context": program.attend_len - 1, "new_tokens": 1}
+        slots_each = batch // replicas_of(mesh)
+        sizes = {"batch": slots_each, "context": program.attend_len - 1, "new_tokens": 1}
         cost = decode_cost(config, plan.weights, **sizes, shards=shards)
     else:
         assert isinstance(program, Prefill)

@@ -11,8 +11,9 @@ import jax
 
 from llama_jax.decode.model_programs import ModelProgram
 from llama_jax.decode.program import Program, Target
+from llama_jax.decode.replicas import argument_specs, in_replicas, shapes_of_part, specs
 from llama_jax.jax_settings import pinned_settings
-from llama_jax.nn.sharding import ONE_DEVICE, place, shards_of, specs
+from llama_jax.nn.sharding import ONE_DEVICE, place, replicas_of
 
 
 @dataclasses.dataclass
@@ -96,20 +97,22 @@ class CompiledPrograms:
 def lower(program: Program, target: Target, *args: Any) -> jax.stages.Lowered:
     """Return a program for arguments of these shapes, ready to be compiled.
 
-    On several devices each runs it on its parts of parameters and cache, and on all of the rest.
+    On several devices each runs it on its parts of parameters and cache, and on all of the rest;
+    of several replicas each on its slots.
     """
     function = program.function(target)
     options: dict[str, Any] = {"donate_argnums": program.donated}
-    shards = shards_of(target.mesh)
-    if shards.devices > 1:
+    mesh = target.mesh
+    if mesh.size > 1:
+        ins = argument_specs(program, target, args)
         whole = dataclasses.replace(target, model=target.model.clone(shards=ONE_DEVICE))
-        results = jax.eval_shape(program.function(whole), *args)
-        ins, outs = (specs(tree, target.config, shards) for tree in (args, results))
-        if isinstance(program, ModelProgram):
+        results = jax.eval_shape(program.function(whole), *shapes_of_part(args, ins, mesh))
+        outs = specs(results, target.config, mesh)
+        if isinstance(program, ModelProgram) or (program.slots and replicas_of(mesh) > 1):
             # Every device computes alike what is whole: the check cannot see that, so it is off.
+            function = in_replicas(function, program, target)
             function = jax.shard_map(
-                function, mesh=target.mesh, in_specs=ins, out_specs=outs, check_vma=False
+                function, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False
             )
-        options |= {"in_shardings": place(ins, target.mesh)}
-        options |= {"out_shardings": place(outs, target.mesh)}
+        options |= {"in_shardings": place(ins, mesh), "out_shardings": place(outs, mesh)}
     return jax.jit(function, **options).lower(*args)

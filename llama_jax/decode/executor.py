@@ -16,6 +16,7 @@ from llama_jax.decode.model_programs import Decode, FirstToken, Logits, Prefill,
 from llama_jax.decode.needs import ALL_NEEDS, Needs, covering
 from llama_jax.decode.plan import Plan, choose_plan
 from llama_jax.decode.program import Program, Target
+from llama_jax.decode.replicas import part_of, specs
 from llama_jax.decode.sizes import Sizes
 from llama_jax.decode.state import Admission, DecodeState
 from llama_jax.decode.state_programs import (
@@ -29,7 +30,7 @@ from llama_jax.decode.state_programs import (
 )
 from llama_jax.decode.steps import Logprobs, ReadChunk, StepOutputs
 from llama_jax.jax_settings import pinned_settings, to_host
-from llama_jax.nn.sharding import ONE_DEVICE, make_mesh, place, shards_of, specs
+from llama_jax.nn.sharding import ONE_DEVICE, make_mesh, place, replicas_of, shards_of
 from llama_jax.nn.transformer import Params, Transformer
 
 
@@ -42,7 +43,7 @@ class Executor:
         config: the model's shape.
         params: its parameters, of one dtype.
         dtype: the run's, of weights and cache, unless the plan holds them otherwise.
-        batch: slots.
+        batch: slots, of all replicas together.
         context: tokens of prompt plus output that a slot can hold, at most `config.max_seq_len`.
         plan: how to compute; None: as `choose_plan` says.
         drawable: only ids below it are sampled; None: all of the vocabulary.
@@ -67,14 +68,15 @@ class Executor:
         self.lockstep = lockstep
         self.plan = plan = plan or choose_plan(config, dtype)
         self.config, self.batch, self.context = config, batch, context
-        self.sizes = Sizes(plan, batch, context)
         with pinned_settings():
             self.params = jax.tree.map(lambda a: jnp.asarray(a, plan.weights), params)
         if mesh is None:
             mesh = make_mesh(ONE_DEVICE, list(jax.tree.leaves(self.params)[0].devices()))
+        self.sizes = Sizes(plan, batch, context, replicas_of(mesh))
+        assert batch % self.sizes.replicas == 0, (batch, mesh.shape)
         shards = shards_of(mesh)
-        if shards.devices > 1:
-            parts = place(specs(self.params, config, shards), mesh)
+        if mesh.size > 1:
+            parts = place(specs(self.params, config, mesh), mesh)
             self.params = jax.device_put(self.params, parts)
         self.mesh, self.device = mesh, mesh.local_devices[0]
         model = Transformer(config, jnp.dtype(plan.weights), plan.kernels, shards)
@@ -100,7 +102,7 @@ class Executor:
         return self.call(Release(), state, slot)
 
     def copy_slot(self, state: DecodeState, source: int, target: int) -> DecodeState:
-        """Copy the cache of one slot to another; see `state.copy_slot`."""
+        """Copy the cache of one slot to another of its replica; see `state.copy_slot`."""
         return self.call(CopySlot(), state, source, target)
 
     def clear_slot(self, state: DecodeState, slot: int) -> DecodeState:
@@ -110,20 +112,26 @@ class Executor:
     def prefill_chunk(
         self, state: DecodeState, slot: int, prompt: Sequence[int], start: int, size: int
     ) -> tuple[DecodeState, ReadChunk]:
-        """Read one of the prompt's `Sizes.chunks` into an admitted slot."""
+        """Read one of the prompt's `Sizes.chunks` into an admitted slot.
+
+        Of several replicas each returns a part of the chunk; that of the slot's holds it.
+        """
         program = Prefill(size, self.sizes.bucket(start + size))
         return self.call(program, self.params, state, slot, prompt, start)
 
-    def score(self, chunk: ReadChunk, prompt: Sequence[int], start: int) -> Logprobs:
+    def score(self, chunk: ReadChunk, slot: int, prompt: Sequence[int], start: int) -> Logprobs:
         """Return the log-probabilities [size, 1] of the tokens that follow those of a chunk."""
-        return self.call(Score(len(chunk.hidden)), self.params, chunk, prompt, start)
+        program = Score(len(chunk.hidden) // self.sizes.replicas)
+        scores = self.call(program, self.params, chunk, slot, prompt, start)
+        return self._part_of(scores, slot)
 
     def first_token(
         self, state: DecodeState, slot: int, chunk: ReadChunk, needs: Needs
     ) -> tuple[DecodeState, StepOutputs]:
         """Sample a slot's first token after its prompt's last chunk; one step of one column."""
         program = self.programs.choose([FirstToken(each) for each in covering(needs)])
-        return self.call(program, self.params, state, slot, chunk)
+        state, outputs = self.call(program, self.params, state, slot, chunk)
+        return state, self._part_of(outputs, slot)
 
     def prefill(
         self,
@@ -209,11 +217,13 @@ class Executor:
             case FirstToken():
                 return program.arguments(self.params, self._state_shapes, 0, self._chunk_shapes(1))
             case Score():
-                return program.arguments(self.params, self._chunk_shapes(program.size), [0], 0)
+                chunk = self._chunk_shapes(program.size)
+                return program.arguments(self.params, chunk, 0, [0], 0)
             case Prefill():
                 return program.arguments(self.params, self._state_shapes)
             case Decode():
-                return program.arguments(self.params, self._state_shapes, range(program.slots))
+                slots = range(program.num_slots)
+                return program.arguments(self.params, self._state_shapes, slots)
             case InitState():
                 return program.arguments()
             case _:
@@ -221,7 +231,8 @@ class Executor:
 
     def _chunk_shapes(self, size: int) -> ReadChunk:
         def of_rows(rows: int) -> Any:
-            return jax.ShapeDtypeStruct((rows, self.config.dim), jnp.float32)
+            shape = (rows * self.sizes.replicas, self.config.dim)
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
 
         return ReadChunk(last=of_rows(1), hidden=of_rows(size))
 
@@ -234,6 +245,10 @@ class Executor:
         if self.lockstep is not None:
             self.lockstep.call(program, values)
         return self.programs.run(program, *program.arguments(*values))
+
+    def _part_of(self, results: Any, slot: int) -> Any:
+        """Return the results that a slot's replica has of a program about the slot."""
+        return part_of(results, self.mesh, self.sizes.replica_of(slot))
 
 
 def serving_programs(sizes: Sizes) -> Iterator[Program]:

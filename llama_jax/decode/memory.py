@@ -13,7 +13,7 @@ from llama_jax.decode.sizes import Sizes
 from llama_jax.errors import InputError
 from llama_jax.jax_settings import Device
 from llama_jax.nn.attention import BLOCK
-from llama_jax.nn.sharding import ONE_DEVICE, Shards, num_params, shards_of
+from llama_jax.nn.sharding import ONE_DEVICE, Shards, num_params, replicas_of, shards_of
 
 _STATE_BYTES = 9
 """For each token of the vocabulary: bias, count, and whether the prompt has it."""
@@ -44,7 +44,7 @@ def needed_memory(
     Args:
         config: its shape.
         plan: how it is held.
-        slots: answers at once.
+        slots: answers at once, of one replica.
         context: tokens of prompt plus output that each holds.
         shards: into how many parts it is split.
     """
@@ -108,13 +108,14 @@ def check_fits(config: ModelConfig, plan: Plan, slots: int, context: int, mesh: 
     Args:
         config: its shape.
         plan: how it is held.
-        slots, context: see `needed_memory`.
+        slots, context: see `needed_memory`; the slots of all replicas.
         mesh: its devices.
 
     Raises:
         InputError: with the sum, and what is available.
     """
     device, count = mesh.local_devices[0], len(mesh.local_devices)
+    slots //= replicas_of(mesh)
     memory = needed_memory(config, plan, slots, context, shards_of(mesh))
     room = available_memory(device, count)
     if room is None or memory.total <= room:

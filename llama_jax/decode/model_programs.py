@@ -28,6 +28,7 @@ class Prefill(ModelProgram):
     """Tokens, padding included."""
     attend_len: int
     donated: ClassVar[tuple[int, ...]] = (1,)
+    slots: ClassVar[tuple[int, ...]] = (2,)
 
     def function(self, target: Target) -> Callable[..., Any]:
         """Return `steps.prefill` at these sizes."""
@@ -56,16 +57,23 @@ class Score(ModelProgram):
     size: int
     """Tokens, padding included."""
     donated: ClassVar[tuple[int, ...]] = ()
+    slots: ClassVar[tuple[int, ...]] = (2,)
+    per_replica: ClassVar[tuple[int, ...]] = (1,)
 
     def function(self, target: Target) -> Callable[..., Any]:
-        """Return `steps.score`."""
-        return functools.partial(steps.score, target.model)
+        """Return `steps.score`, given the slot that the chunk was read into."""
+
+        def score(params: Params, hidden: Any, slot: Any, targets: Any) -> steps.Logprobs:
+            del slot  # says which replica has the chunk
+            return steps.score(target.model, params, hidden, targets)
+
+        return score
 
     def arguments(
-        self, params: Params, chunk: ReadChunk, prompt: Sequence[int], start: int
+        self, params: Params, chunk: ReadChunk, slot: int, prompt: Sequence[int], start: int
     ) -> tuple[Any, ...]:
         """Return the arguments of a call for the chunk that begins at `start`."""
-        return params, chunk.hidden, padded_chunk(prompt, start + 1, self.size)
+        return params, chunk.hidden, np.int32(slot), padded_chunk(prompt, start + 1, self.size)
 
     def __str__(self) -> str:
         return f"score({self.size})"
@@ -77,6 +85,8 @@ class FirstToken(ModelProgram):
 
     needs: Needs = ALL_NEEDS
     donated: ClassVar[tuple[int, ...]] = (1,)
+    slots: ClassVar[tuple[int, ...]] = (2,)
+    per_replica: ClassVar[tuple[int, ...]] = (3,)
 
     def function(self, target: Target) -> Callable[..., Any]:
         """Return `steps.first_token` for these needs."""
@@ -98,12 +108,14 @@ class FirstToken(ModelProgram):
 class Decode(ModelProgram):
     """Run some decode steps of some slots."""
 
-    slots: int
-    """How many are computed."""
+    num_slots: int
+    """How many are computed, as many of each replica."""
     num_steps: int
     attend_len: int
     needs: Needs = ALL_NEEDS
     donated: ClassVar[tuple[int, ...]] = (1,)
+    slots: ClassVar[tuple[int, ...]] = (2,)
+    per_replica: ClassVar[tuple[int, ...]] = (2,)
 
     def function(self, target: Target) -> Callable[..., Any]:
         """Return `steps.decode` at these sizes."""
@@ -123,7 +135,7 @@ class Decode(ModelProgram):
         return params, old, np.asarray(slots, np.int32)
 
     def __str__(self) -> str:
-        return f"decode({self.slots}, {self.num_steps}, {self.attend_len}{self.needs})"
+        return f"decode({self.num_slots}, {self.num_steps}, {self.attend_len}{self.needs})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Target:
     """Cache positions of each slot."""
     cache_dtype: str
     mesh: Mesh
-    """The devices that hold the model; see `sharding.make_mesh`."""
+    """The devices that hold the model and its replicas; see `sharding.make_mesh`."""
     drawable: int | None = None
     """Only ids below it are sampled; None: all."""
 
@@ -38,6 +38,11 @@ class Program(abc.ABC):
 
     donated: ClassVar[tuple[int, ...]]
     """Indices of the arguments that a call consumes."""
+    slots: ClassVar[tuple[int, ...]] = ()
+    """Indices of the arguments that are slots, numbered over all replicas."""
+    per_replica: ClassVar[tuple[int, ...]] = ()
+    """Indices of the arguments of which each replica has a part. A slot that is none of them is one
+    replica's: the others skip the program; see `replicas.py`."""
 
     @abc.abstractmethod
     def function(self, target: Target) -> Callable[..., Any]:

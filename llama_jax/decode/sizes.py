@@ -22,6 +22,17 @@ class Sizes:
     """Slots."""
     context: int
     """Tokens of prompt plus output that a slot can hold."""
+    replicas: int = 1
+    """Of the model. Each has as many of the slots, one after the other."""
+
+    @property
+    def slots_each(self) -> int:
+        """Slots of each replica."""
+        return self.batch // self.replicas
+
+    def replica_of(self, slot: int) -> int:
+        """Return the replica that has a slot."""
+        return slot // self.slots_each
 
     @functools.cached_property
     def capacity(self) -> int:
@@ -76,12 +87,21 @@ class Sizes:
     def decode_slots(self, slots: Sequence[int]) -> list[int]:
         """Return the slots to compute: all, unless the plan is batch-invariant.
 
-        Then it is these and some others, a power of two together: few programs, not one for each
-        number of slots.
+        Then it is these and some others, a power of two in each replica: few programs, not one for
+        each number of slots. A replica's come one after the other.
         """
         if not self.plan.batch_invariant:
             return list(range(self.batch))
-        count = min(self.batch, 1 << (len(slots) - 1).bit_length())
-        others = (slot for slot in range(self.batch) if slot not in slots)
+        by_replica: list[list[int]] = [[] for _ in range(self.replicas)]
+        for slot in slots:
+            by_replica[self.replica_of(slot)].append(slot)
+        most = max(map(len, by_replica))
+        count = min(self.slots_each, 1 << (most - 1).bit_length())
+        return [slot for i, own in enumerate(by_replica) for slot in self._filled(i, own, count)]
+
+    def _filled(self, replica: int, slots: list[int], count: int) -> list[int]:
+        """Return so many slots of a replica, these among them."""
+        first = replica * self.slots_each
+        others = (slot for slot in range(first, first + self.slots_each) if slot not in slots)
         slots = [*slots, *itertools.islice(others, count - len(slots))]
-        return sorted(slots) if count == self.batch else slots
+        return sorted(slots) if count == self.slots_each else slots

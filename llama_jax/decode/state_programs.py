@@ -56,6 +56,7 @@ class Admit(Program):
     """Give a slot to a request."""
 
     donated: ClassVar[tuple[int, ...]] = (0,)
+    slots: ClassVar[tuple[int, ...]] = (1,)
 
     def function(self, target: Target) -> Callable[..., Any]:
         """Return `state.admit`."""
@@ -73,6 +74,7 @@ class SlotProgram(Program):
     """Change one slot."""
 
     donated: ClassVar[tuple[int, ...]] = (0,)
+    slots: ClassVar[tuple[int, ...]] = (1,)
 
     def arguments(self, old: DecodeState, slot: int = 0) -> tuple[Any, ...]:
         """Return the arguments of a call."""
@@ -105,9 +107,10 @@ class ClearSlot(SlotProgram):
 
 @dataclasses.dataclass(frozen=True)
 class CopySlot(Program):
-    """Copy the cache of one slot to another."""
+    """Copy the cache of one slot to another of the same replica."""
 
     donated: ClassVar[tuple[int, ...]] = (0,)
+    slots: ClassVar[tuple[int, ...]] = (1, 2)
 
     def function(self, target: Target) -> Callable[..., Any]:
         """Return `state.copy_slot`."""

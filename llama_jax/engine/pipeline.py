@@ -103,7 +103,7 @@ class Pipeline:
         )
         outputs, columns, scores = None, [], None
         if generation.request.parameters.prompt_logprobs:
-            logprobs = self._executor.score(chunk, prompt, start)
+            logprobs = self._executor.score(chunk, slot.index, prompt, start)
             scores = PromptScores(generation, logprobs, prompt[start + 1 : start + size + 1])
         if start + size >= len(prompt):
             self._state, outputs = self._executor.first_token(

@@ -5,6 +5,9 @@ operation needs whole is gathered. So a device computes what one alone would, an
 depend on how many there are, as far as a product's do not depend on the number of its outputs.
 Heads are split by key/value head, and where there are fewer of these than devices, each is on
 several, which share its query heads.
+
+A model that is split, or that fits one device, may be there several times: in replicas, between
+which nothing is exchanged.
 """
 
 import functools
@@ -28,6 +31,9 @@ from llama_jax.nn.shapes import shapes_by_path
 
 AXES = ("kv", "group")
 """Of the mesh: parts of the key/value heads, and parts of the query heads that share one."""
+
+DATA = "data"
+"""The mesh's first axis: replicas of the model."""
 
 _BY_OUTPUT = {"q", "o", "gate", "up", "down"}
 
@@ -82,30 +88,61 @@ def _divides(config: ModelConfig, count: int) -> bool:
 
 
 def make_mesh(shards: Shards, devices: Sequence[Any]) -> Mesh:
-    """Return the mesh of these devices, as many as there are shards."""
-    if shards.devices == 1:
-        return Mesh(np.array(devices).reshape(shards), AXES)
-    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shards, AXES, axis_types=auto, devices=devices)
+    """Return the mesh of these devices: of as many replicas as there are times the shards."""
+    shape, names = (len(devices) // shards.devices, *shards), (DATA, *AXES)
+    if len(devices) == 1:
+        return Mesh(np.array(devices).reshape(shape), names)
+    auto = (jax.sharding.AxisType.Auto,) * len(names)
+    return jax.make_mesh(shape, names, axis_types=auto, devices=devices)
 
 
-def find_mesh(config: ModelConfig, devices: int | str) -> Mesh:
-    """Return the mesh to split a model over.
+def find_mesh(config: ModelConfig, devices: int | str, replicas: int = 1) -> Mesh:
+    """Return the mesh to run a model on.
 
     Args:
         config: its shape.
-        devices: how many, or "all"; see `find_devices`.
+        devices: over how many each replica is split, or "all": all that are here are shared among
+            the replicas; see `find_devices`.
+        replicas: how often the model is there; see `check_replicas`.
 
     Raises:
         InputError: there are not so many, or the model cannot be split over them.
     """
-    found = find_devices(devices)
-    return make_mesh(choose_shards(config, len(found)), found)
+    found = find_devices(devices) if replicas == 1 else _find_shared(devices, replicas)
+    return make_mesh(choose_shards(config, len(found) // replicas), found)
+
+
+def check_replicas(replicas: int) -> None:
+    """Refuse a number of replicas that is none."""
+    if type(replicas) is not int or replicas < 1:
+        raise InputError(f"replicas is {replicas!r}, expected a whole number from 1")
+
+
+def _find_shared(devices: int | str, replicas: int) -> list[Any]:
+    """Return the devices of several replicas, the default one first."""
+    found = find_devices("all")
+    if devices == "all" and len(found) % replicas == 0:
+        return found
+    here = f"the {len(found)} {found[0].platform.upper()} devices that are here"
+    most = len(found) // replicas
+    if type(devices) is not int or not 1 <= devices <= most:
+        wanted = f"1 to {most}" if most else "fewer replicas"
+        whole = "'all' or " if len(found) % replicas == 0 else ""
+        raise InputError(
+            f"devices is {devices!r} with {replicas} replicas, expected {whole}{wanted}: the "
+            f"replicas share {here}"
+        )
+    return found[: devices * replicas]
 
 
 def shards_of(mesh: Mesh) -> Shards:
     """Return into how many parts a model on a mesh is split."""
     return Shards(*(mesh.shape[name] for name in AXES))
+
+
+def replicas_of(mesh: Mesh) -> int:
+    """Return how often a model is there on a mesh."""
+    return mesh.shape[DATA]
 
 
 def splits_head(config: ModelConfig, shards: Shards) -> bool:
