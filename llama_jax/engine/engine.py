@@ -15,12 +15,13 @@ import numpy as np
 
 from llama_jax.decode.executor import Executor
 from llama_jax.engine.clock import Clock
+from llama_jax.engine.counts import Counts
 from llama_jax.engine.fair_lock import FairLock
 from llama_jax.engine.generation import Generation
 from llama_jax.engine.parameters import DEFAULT_MAX_TOKENS
 from llama_jax.engine.queue import Queue
 from llama_jax.engine.request import GenerationRequest
-from llama_jax.engine.scheduler import Counts, Scheduler
+from llama_jax.engine.scheduler import Scheduler
 from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import Tokenizer
 

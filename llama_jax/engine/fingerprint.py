@@ -14,7 +14,6 @@ from llama_jax.decode.executor import Executor
 from llama_jax.decode.sampling import SAMPLER_VERSION
 from llama_jax.jax_settings import IN_FINGERPRINT
 from llama_jax.nn.cpu_kernels import instruction_set
-from llama_jax.nn.sharding import shards_of
 from llama_jax.version import __version__
 from llama_jax.weights.checkpoint import Checkpoint
 
@@ -30,9 +29,9 @@ _HARMLESS = ("--xla_dump_", "--xla_force_host_platform_device_count", "--xla_hlo
 def fingerprint(checkpoint: Checkpoint, executor: Executor) -> str:
     """Return `fp_` and 16 hexadecimal digits: of weights, program, versions and kind of device.
 
-    The sizes of batch and cache, and the number of devices, are part of it where the bits of a
-    logit can depend on them. It begins with `fp_fast_` where strict determinism would compute
-    otherwise.
+    The sizes of batch and cache, and the numbers of devices and replicas, are part of it where the
+    bits of a logit can depend on them. It begins with `fp_fast_` where strict determinism would
+    compute otherwise.
     """
     plan = executor.plan
     # Of a GPU or TPU it is promised, and not measured yet.
@@ -43,8 +42,8 @@ def fingerprint(checkpoint: Checkpoint, executor: Executor) -> str:
         "config": dataclasses.asdict(checkpoint.config),
         "dtype": checkpoint.dtype,
         "plan": plan._asdict(),
-        "sizes": None if is_known else (executor.batch, executor.sizes.capacity),
-        "shards": None if plan.batch_invariant else shards_of(executor.mesh),
+        "sizes": None if is_known else (executor.sizes.slots_each, executor.sizes.capacity),
+        "mesh": None if plan.batch_invariant else dict(executor.mesh.shape),
         "instructions": instruction_set() if plan.batch_invariant else None,
         "device": executor.device.device_kind,
         "sampler": SAMPLER_VERSION,

@@ -11,7 +11,7 @@ from typing import Any
 
 import jsonschema
 
-from llama_jax.decode.sampling import TOP_LOGPROBS
+from llama_jax.decode.sampling import TOP_LOGPROBS, SamplingParams, make_params
 from llama_jax.errors import InputError
 
 DEFAULT_MAX_TOKENS = 256
@@ -133,6 +133,20 @@ def make_parameters(values: dict[str, Any]) -> Parameters:
     if typed["seed"] is None:
         typed["seed"] = 1 + secrets.randbelow(_MAX_DRAWN_SEED)
     return Parameters(**typed)
+
+
+def sampling_params(parameters: Parameters) -> SamplingParams:
+    """Return what a slot samples by, of shape [1]."""
+    return make_params(
+        seed=parameters.seed,
+        temperature=parameters.temperature,
+        top_k=parameters.top_k,
+        top_p=parameters.top_p,
+        min_p=parameters.min_p,
+        repetition_penalty=parameters.repetition_penalty,
+        frequency_penalty=parameters.frequency_penalty,
+        presence_penalty=parameters.presence_penalty,
+    )
 
 
 def parameter_problems(values: dict[str, Any], others: Sequence[str] = ()) -> list[str]:

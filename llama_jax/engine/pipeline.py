@@ -44,6 +44,8 @@ class InFlight:
     logprobs: Logprobs | None
     """Of the tokens; None: no column's are wanted."""
     columns: list[Column]
+    replicas: set[int]
+    """Those that compute them."""
     prompt_scores: PromptScores | None = None
 
 
@@ -67,8 +69,9 @@ class Pipeline:
 
     @property
     def is_full(self) -> bool:
-        """Whether results must be read before the next call."""
-        return len(self._in_flight) >= self._executor.plan.max_in_flight
+        """Whether results must be read before the next call: a replica has enough in flight."""
+        counts = collections.Counter(i for each in self._in_flight for i in each.replicas)
+        return max(counts.values(), default=0) >= self._executor.plan.max_in_flight
 
     def allocate(self) -> None:
         """Allocate the state, whose caches are written whole, if there is none."""
@@ -111,7 +114,7 @@ class Pipeline:
             )
             columns = [Column(slot, generation, 0)]
         if outputs is not None or scores is not None:
-            self._send(outputs, columns, scores)
+            self._send(outputs, columns, {slot.replica}, scores)
 
     def decode(self, slots: list[Slot]) -> None:
         """Run the next decode steps of some slots; put their results in flight."""
@@ -126,7 +129,7 @@ class Pipeline:
             for slot in slots
             if slot.generation is not None
         ]
-        self._send(outputs, columns)
+        self._send(outputs, columns, {slot.replica for slot in slots})
 
     def receive(self) -> tuple[InFlight, np.ndarray]:
         """Wait for the oldest results in flight; return them with their tokens [steps, columns]."""
@@ -137,6 +140,7 @@ class Pipeline:
         self,
         outputs: StepOutputs | None,
         columns: list[Column],
+        replicas: set[int],
         scores: PromptScores | None = None,
     ) -> None:
         """Put results in flight, and begin to copy what will be read of them."""
@@ -147,7 +151,7 @@ class Pipeline:
             if any(column.slot.needs.logprobs for column in columns):
                 logprobs = outputs.logprobs
         copy_to_host_async((tokens, logprobs, scores and scores.logprobs))
-        self._in_flight.append(InFlight(tokens, logprobs, columns, scores))
+        self._in_flight.append(InFlight(tokens, logprobs, columns, replicas, scores))
 
     def _take_state(self) -> DecodeState:
         """Return the state for a call that consumes it."""

@@ -9,7 +9,6 @@ tokens need not read them again (a prefix cache hit). It makes no difference to 
 (tests/engine/test_engine.py).
 """
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -23,30 +22,14 @@ from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE
 from llama_jax.decode.state import make_admission
 from llama_jax.decode.steps import Logprobs
 from llama_jax.engine.clock import Clock
+from llama_jax.engine.counts import Counts
 from llama_jax.engine.generation import Generation, token_logprobs
+from llama_jax.engine.parameters import sampling_params
 from llama_jax.engine.pipeline import Column, Pipeline
 from llama_jax.engine.prefills import Prefills
 from llama_jax.engine.queue import Queue
 from llama_jax.engine.result import FinishReason
-from llama_jax.engine.slots import Slot, assign_slot
-
-
-@dataclasses.dataclass
-class Counts:
-    """What the engine has done since it was made."""
-
-    prompt_tokens: int = 0
-    """Of all requests that got a slot."""
-    cached_tokens: int = 0
-    """Of those, served from the prefix cache."""
-    tokens: int = 0
-    """Generated."""
-    ended: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Requests by finish reason, or `error`."""
-
-    def count_end(self, reason: str) -> None:
-        """Count a request that ended."""
-        self.ended[reason] = self.ended.get(reason, 0) + 1
+from llama_jax.engine.slots import Placement, Slot, assign_slot
 
 
 class NotFiniteError(ArithmeticError):
@@ -75,9 +58,10 @@ class Scheduler:
         self.failures = 0
         """Failed turns since a request last ended well: a device that is gone fails every one."""
         self.pipeline = Pipeline(executor)
-        self.slots = [Slot(index) for index in range(executor.batch)]
+        sizes = executor.sizes
+        self.slots = [Slot(i, sizes.replica_of(i)) for i in range(executor.batch)]
         self._executor, self._queue, self._clock, self._reuse = executor, queue, clock, reuse
-        self._prefills = Prefills()
+        self._prefills = [Prefills() for _ in range(sizes.replicas)]
         self._admitted = itertools.count(1)
 
     @property
@@ -95,7 +79,8 @@ class Scheduler:
     def fail_all(self, error: BaseException) -> None:
         """End all requests in slots by an error; the queue stays."""
         self.failures += 1
-        self._prefills.clear()
+        for prefills in self._prefills:
+            prefills.clear()
         self.pipeline.reset()
         for slot in self.slots:
             if slot.generation is not None and not slot.generation.done:
@@ -124,17 +109,41 @@ class Scheduler:
                 self._free(slot)
 
     def _read_prompts(self) -> None:
-        """Read as many tokens of the next prompts as the largest chunk has."""
-        sizes = self._executor.plan.prefill_sizes
-        budget = sizes[-1]
-        while budget >= sizes[0] and (generation := self._prefills.next(self._admissible)):
-            if generation not in self._prefills:
-                self._admit(generation)
-            slot, start, size = self._prefills.chunk(generation)
+        """Read as many tokens of the next prompts as the largest chunk has, in each replica.
+
+        The chunks of several replicas are read at the same time: results are awaited after each
+        has got one.
+        """
+        budgets = dict.fromkeys(range(len(self._prefills)), self._executor.plan.prefill_sizes[-1])
+        while budgets:
+            for replica, budget in list(budgets.items()):
+                read = self._read_next(replica, budget)
+                if read is None or budget - read < self._executor.plan.prefill_sizes[0]:
+                    del budgets[replica]
+                else:
+                    budgets[replica] -= read
+            self._receive_ready()
+
+    def _read_next(self, replica: int, budget: int) -> int | None:
+        """Read the next chunk of a replica's prompts.
+
+        Returns:
+            Its size; None: there is none, or it is larger than the budget.
+        """
+        prefills, waiting = self._prefills[replica], self._admissible
+        while (generation := prefills.next(waiting)) is not None:
+            if generation not in prefills:
+                placement = self._place(generation)
+                if placement.slot.replica != replica:
+                    waiting.remove(generation)
+                    continue
+                self._admit(generation, placement)
+            slot, start, size = prefills.chunk(generation)
             if size > budget:
-                return
-            budget -= size
+                return None
             self._read_chunk(slot, generation, start, size)
+            return size
+        return None
 
     @property
     def _admissible(self) -> list[Generation]:
@@ -142,13 +151,18 @@ class Scheduler:
         holders = [slot.generation.client for slot in self.slots if slot.generation is not None]
         return self._queue.next(len(self.slots) - len(holders), holders)
 
-    def _admit(self, generation: Generation) -> None:
+    def _place(self, generation: Generation) -> Placement:
+        """Choose a slot for a request."""
+        plan = self._executor.plan
+        # To be scored, every token of a prompt must be read.
+        reuse = self._reuse and not generation.request.parameters.prompt_logprobs
+        multiple = plan.reuse_multiple if reuse else None
+        return assign_slot(self.slots, generation.prompt, multiple, plan.prefill_sizes[-1])
+
+    def _admit(self, generation: Generation, placement: Placement) -> None:
         """Take a request out of the queue and give it a free slot."""
         parameters, prompt = generation.request.parameters, generation.prompt
-        # To be scored, every token of a prompt must be read.
-        reuse = self._reuse and not parameters.prompt_logprobs
-        multiple = self._executor.plan.reuse_multiple if reuse else None
-        slot, source, start = assign_slot(self.slots, prompt, multiple)
+        slot, source, start = placement
         # From here on it is the slot's: whatever fails below ends it, and does not lose it.
         slot.generation, slot.num_dispatched = generation, 0
         slot.last_used = next(self._admitted)
@@ -157,16 +171,7 @@ class Scheduler:
             self.pipeline.copy_slot(source, slot)
         slot.cached = source.cached[:start]
         vocab_size = self._executor.config.vocab_size
-        params = sampling.make_params(
-            seed=parameters.seed,
-            temperature=parameters.temperature,
-            top_k=parameters.top_k,
-            top_p=parameters.top_p,
-            min_p=parameters.min_p,
-            repetition_penalty=parameters.repetition_penalty,
-            frequency_penalty=parameters.frequency_penalty,
-            presence_penalty=parameters.presence_penalty,
-        )
+        params = sampling_params(parameters)
         slot.needs = needs_of(params, logprobs=parameters.logprobs is not None)
         new = make_admission(
             params,
@@ -181,7 +186,8 @@ class Scheduler:
         generation.begin(start)
         self.counts.prompt_tokens += len(prompt)
         self.counts.cached_tokens += start
-        self._prefills.add(slot, generation, self._executor.sizes.chunks(len(prompt), start))
+        chunks = self._executor.sizes.chunks(len(prompt), start)
+        self._prefills[slot.replica].add(slot, generation, chunks)
 
     def _read_chunk(self, slot: Slot, generation: Generation, start: int, size: int) -> None:
         """Read the next chunk of a prompt."""
@@ -190,9 +196,8 @@ class Scheduler:
         scored = generation.request.parameters.prompt_logprobs
         reusable = self._executor.plan.batch_invariant or not scored
         slot.cached = generation.prompt[: start + size] if reusable else []
-        if self._prefills.take(generation):
+        if self._prefills[slot.replica].take(generation):
             slot.num_dispatched = 1
-        self._receive_ready()
 
     # Tokens.
 
@@ -266,7 +271,7 @@ class Scheduler:
         """Make a slot available to the next request."""
         generation, slot.generation = slot.generation, None
         assert generation is not None
-        self._prefills.remove(generation)
+        self._prefills[slot.replica].remove(generation)
         if isinstance(generation.error, NotFiniteError):
             self.pipeline.clear_slot(slot)
             slot.cached = []

@@ -13,6 +13,8 @@ class Slot:
     """One slot of the decode state."""
 
     index: int
+    replica: int = 0
+    """The replica of the model that has it."""
     generation: Generation | None = None
     """None: the slot is free."""
     cached: list[int] = dataclasses.field(default_factory=list)
@@ -60,16 +62,38 @@ class Placement(NamedTuple):
     """How many tokens that is."""
 
 
-def assign_slot(slots: Sequence[Slot], prompt: list[int], multiple: int | None) -> Placement:
+def assign_slot(
+    slots: Sequence[Slot], prompt: list[int], multiple: int | None, chunk: int
+) -> Placement:
     """Choose a slot for a prompt; one must be free.
 
-    A free slot that holds the prompt's beginning is used itself if little else would be lost.
-    Otherwise its content is copied to the slot that was assigned longest ago.
+    Of several replicas that one is chosen where most whole chunks need not be read, then the one
+    with the fewest slots in use, then the one that holds more of the prompt's beginning.
 
     Args:
         slots: all of them.
         prompt: its tokens.
         multiple: the beginning is reused in multiples of so many tokens; None: not at all.
+        chunk: tokens that a turn reads.
+    """
+
+    def rank(own: Sequence[Slot]) -> tuple[tuple[int, int, int], Placement]:
+        placement = _assign(own, prompt, multiple)
+        in_use = sum(slot.generation is not None for slot in own)
+        return (placement.start // chunk, -in_use, placement.start), placement
+
+    by_replica: dict[int, list[Slot]] = {}
+    for slot in slots:
+        by_replica.setdefault(slot.replica, []).append(slot)
+    with_room = [own for own in by_replica.values() if any(s.generation is None for s in own)]
+    return max(map(rank, with_room), key=lambda ranked: ranked[0])[1]
+
+
+def _assign(slots: Sequence[Slot], prompt: list[int], multiple: int | None) -> Placement:
+    """Choose a slot of one replica, of which one is free.
+
+    A free slot that holds the prompt's beginning is used itself if little else would be lost.
+    Otherwise its content is copied to the slot that was assigned longest ago.
     """
     free = [slot for slot in slots if slot.generation is None]
     oldest = min(free, key=lambda slot: slot.last_used)

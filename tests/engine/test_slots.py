@@ -43,7 +43,7 @@ def test_common_counts_the_shared_beginning(cached, prompt):
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(some_slots(), TOKENS.filter(len), st.sampled_from([None, 1, 2, 4]))
 def test_a_choice_is_free_and_true_and_reuses_all_that_it_can(slots, prompt, multiple):
-    slot, source, start = assign_slot(slots, prompt, multiple)
+    slot, source, start = assign_slot(slots, prompt, multiple, 4)
     assert slot.generation is None
     assert source.cached[:start] == prompt[:start]
     if multiple is None:
@@ -62,14 +62,14 @@ def test_a_choice_is_free_and_true_and_reuses_all_that_it_can(slots, prompt, mul
 
 def test_a_cache_that_the_prompt_goes_on_from_is_used_where_it_is():
     slots = [Slot(0, cached=[1, 2, 3, 4], last_used=1), Slot(1, cached=[5, 6, 7, 8], last_used=2)]
-    assert assign_slot(slots, [5, 6, 7, 8, 9], 2) == (slots[1], slots[1], 4)
+    assert assign_slot(slots, [5, 6, 7, 8, 9], 2, 4) == (slots[1], slots[1], 4)
 
 
 def test_a_cache_that_would_be_lost_for_a_short_beginning_is_copied():
     """Here the system prompt is shared, and the long conversation behind it is kept."""
     slots = [Slot(0, cached=[1] * 9, last_used=1), Slot(1, cached=[5, 6, 7, 8, 9], last_used=2)]
-    assert assign_slot(slots, [5, 6, 1], 2) == (slots[0], slots[1], 2)
-    assert assign_slot(slots, [5, 6, 7, 8, 1], 2) == (slots[1], slots[1], 4)
+    assert assign_slot(slots, [5, 6, 1], 2, 4) == (slots[0], slots[1], 2)
+    assert assign_slot(slots, [5, 6, 7, 8, 1], 2, 4) == (slots[1], slots[1], 4)
 
 
 def test_a_busy_slot_is_a_source_but_never_the_choice():
@@ -78,7 +78,7 @@ def test_a_busy_slot_is_a_source_but_never_the_choice():
         Slot(1, cached=[1, 2], last_used=2),
         Slot(2, last_used=1),
     ]
-    assert assign_slot(slots, [1, 2, 3, 4], 1) == (slots[2], slots[0], 3)
+    assert assign_slot(slots, [1, 2, 3, 4], 1, 4) == (slots[2], slots[0], 3)
 
 
 def test_the_position_is_that_of_the_last_token_dispatched():
