@@ -104,16 +104,17 @@ class ModelConfig:
         return cls.from_dict(read_json(pathlib.Path(path)), source=str(path))
 
 
-def check_sizes(config: ModelConfig, context: int | None, slots: int) -> None:
+def check_sizes(config: ModelConfig, context: int | None, slots: int, replicas: int = 1) -> None:
     """Refuse what a user may not choose for a model.
 
     Args:
         config: the model's shape.
         context: tokens of prompt plus output that a slot can hold; None: as many as the model can.
         slots: answers at once.
+        replicas: copies of the model, 1 or more, which have as many slots each.
 
     Raises:
-        InputError: one of them is out of range.
+        InputError: one of them is out of range, or the slots cannot be shared equally.
     """
     if context is not None and (type(context) is not int or not 1 <= context <= config.max_seq_len):
         raise InputError(
@@ -122,6 +123,12 @@ def check_sizes(config: ModelConfig, context: int | None, slots: int) -> None:
         )
     if type(slots) is not int or not 1 <= slots <= MAX_SLOTS:
         raise InputError(f"slots is {slots!r}, expected 1 to {MAX_SLOTS}")
+    if slots % replicas:
+        more = slots - slots % replicas + replicas
+        raise InputError(
+            f"slots is {slots}, expected a multiple of {replicas}, since each of the replicas has "
+            f"as many; choose {more}, or other replicas"
+        )
 
 
 def _from_json(kind: Any, value: Any) -> Any:

@@ -25,7 +25,7 @@ from llama_jax.engine.result import Result
 from llama_jax.engine.score import Score, ScoreRequest, Text, make_score_request
 from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
-from llama_jax.nn.sharding import find_mesh
+from llama_jax.nn.sharding import check_replicas, find_mesh, replicas_of
 from llama_jax.source import find_checkpoint
 from llama_jax.text.tokenizer import Tokenizer, check_vocabulary
 from llama_jax.weights.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
@@ -59,7 +59,8 @@ class Llama:
         lockstep: Lockstep | None = None,
     ):
         config = checkpoint.config
-        _check_sizes(config, context, slots, max_queue)
+        replicas = 1 if checkpoint.mesh is None else replicas_of(checkpoint.mesh)
+        _check_sizes(config, context, slots, max_queue, replicas)
         context = config.max_seq_len if context is None else context
         tokenizer = checkpoint.tokenizer and Tokenizer(checkpoint.tokenizer)
         if tokenizer:
@@ -98,6 +99,7 @@ class Llama:
         max_queue: int | None = None,
         determinism: str = "strict",
         devices: int | str = 1,
+        replicas: int = 1,
         eos_tokens: Sequence[int] | None = None,
         verify: bool = False,
         convert: bool = False,
@@ -114,13 +116,17 @@ class Llama:
                 cache; None: as stored.
             context: tokens of prompt plus output to hold, at most (and by default) the model's
                 max_seq_len. A smaller cache takes less memory.
-            slots: answers to draw at once; each has a cache of `context` tokens.
+            slots: answers to draw at once, a multiple of `replicas`; each has a cache of `context`
+                tokens.
             max_queue: requests that may wait beyond those; None: any number.
             determinism: `strict`: a request's tokens depend neither on `slots` nor on the others;
                 `fast`: on a GPU or TPU, or a CPU without the kernels, they may.
             devices: how many to split the model over, or "all"; see `find_devices`. Each holds its
                 part of the weights and caches. A request's tokens do not depend on it with the
                 CPU kernels; elsewhere see docs/scaling.md.
+            replicas: copies of the model, which share the slots, and each of which has so many
+                devices; with "all", all of this machine's are shared equally. For more answers at
+                once from a model that fits; a request's tokens depend on it as on `devices`.
             eos_tokens: ids that end an answer, in place of the checkpoint's.
             convert: take Hugging Face's or Meta's folder, or hf://ORG/NAME, too. It is converted
                 once, into the user's cache (docs/checkpoints.md).
@@ -132,16 +138,17 @@ class Llama:
         Raises:
             InputError: see `load_checkpoint`; context out of range; a tokenizer of another model;
                 no room for weights and caches on the devices; not so many devices, or the model
-                cannot be split over them.
+                cannot be split over them; slots that the replicas cannot share equally.
         """
         began = time.perf_counter()
         path = find_checkpoint(path, dtype, convert=convert, progress=progress)
         # Before the weights: a mistake should not take a minute to show.
         manifest, config = open_checkpoint(path)
-        _check_sizes(config, context, slots, max_queue)
+        check_replicas(replicas)
+        _check_sizes(config, context, slots, max_queue, replicas)
         dtype = choose_dtype(dtype, manifest["dtype"])
         plan = choose_plan(config, dtype, determinism)
-        mesh = find_mesh(config, devices)
+        mesh = find_mesh(config, devices, replicas)
         check_fits(config, plan, slots, context or config.max_seq_len, mesh)
         if eos_tokens is not None:
             config = dataclasses.replace(config, eos_tokens=tuple(eos_tokens))
@@ -290,10 +297,10 @@ class Llama:
 
 
 def _check_sizes(
-    config: ModelConfig, context: int | None, slots: int, max_queue: int | None
+    config: ModelConfig, context: int | None, slots: int, max_queue: int | None, replicas: int
 ) -> None:
     """Refuse what `Llama` cannot be made with."""
-    check_sizes(config, context, slots)
+    check_sizes(config, context, slots, replicas)
     if max_queue is not None and (type(max_queue) is not int or max_queue < 0):
         raise InputError(f"max_queue is {max_queue!r}, expected a whole number from 0")
 

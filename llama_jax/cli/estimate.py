@@ -3,15 +3,22 @@
 import pathlib
 
 from llama_jax.cli.flags import FLAGS, refuse_flags
-from llama_jax.cli.model import checkpoint_path, parse_devices
+from llama_jax.cli.model import checkpoint_path, parse_devices, parse_slots
 from llama_jax.cli.verbs import ESTIMATE, GENERAL, MODEL, Verb
 from llama_jax.config import MAX_SLOTS, ModelConfig, check_sizes
 from llama_jax.decode.chips import CHIPS
 from llama_jax.decode.memory import available_memory, in_units, memory_fraction, needed_memory
 from llama_jax.decode.plan import Plan, accelerator_plan, choose_plan
 from llama_jax.errors import InputError
-from llama_jax.jax_settings import default_device, find_devices
-from llama_jax.nn.sharding import ONE_DEVICE, Shards, choose_shards
+from llama_jax.jax_settings import default_device
+from llama_jax.nn.sharding import (
+    ONE_DEVICE,
+    Shards,
+    check_replicas,
+    choose_shards,
+    find_mesh,
+    shards_of,
+)
 from llama_jax.weights.checkpoint import open_checkpoint
 from llama_jax.weights.dtypes import choose_dtype
 
@@ -23,16 +30,18 @@ def estimate(verb: Verb) -> None:
     refuse_flags("--estimate", "which loads no model", *without, *others)
     name, config, stored = _read_config()
     usual = 8 if verb.name in ("batch", "serve") else 1
-    slots = usual if FLAGS.slots is None else FLAGS.slots
-    check_sizes(config, FLAGS.context, slots)
+    slots, replicas = parse_slots(usual), FLAGS.replicas
+    check_replicas(replicas)
+    check_sizes(config, FLAGS.context, slots, replicas)
     context = config.max_seq_len if FLAGS.context is None else FLAGS.context
-    shards = choose_shards(config, _num_devices())
-    plan, device, room = _find_device(config, stored, shards.devices)
-    needed = needed_memory(config, plan, slots, context, shards)
-    each = f"on each of {shards.devices} devices" if shards.devices > 1 else ""
+    shards = _find_shards(config)
+    count = replicas * shards.devices
+    plan, device, room = _find_device(config, stored, count)
+    needed = needed_memory(config, plan, slots // replicas, context, shards)
+    each = f"on each of {count} devices" if count > 1 else ""
     rows = [
         ("weights", needed.weights, f"{name}, {plan.weights}"),
-        ("caches", needed.caches, f"{slots:,} slots of {context:,} tokens"),
+        ("caches", needed.caches, f"{slots // replicas:,} slots of {context:,} tokens"),
         ("working", needed.working, "at most"),
         ("total", needed.total, each),
     ]
@@ -70,14 +79,14 @@ def _read_config() -> tuple[str, ModelConfig, str]:
     return path.stem, ModelConfig.load(path), "float16"
 
 
-def _num_devices() -> int:
-    """Return over how many devices the model would be split."""
+def _find_shards(config: ModelConfig) -> Shards:
+    """Return into how many parts the model would be split."""
     devices = parse_devices()
     if FLAGS.chip is None:
-        return len(find_devices(devices))
+        return shards_of(find_mesh(config, devices, FLAGS.replicas))
     if type(devices) is not int:
         raise InputError(f"--devices is {devices!r}, expected a number with --chip")
-    return devices
+    return choose_shards(config, devices)
 
 
 def _find_device(config: ModelConfig, stored: str, count: int) -> tuple[Plan, str, int | None]:

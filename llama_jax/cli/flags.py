@@ -47,7 +47,8 @@ def _define_model_flags() -> None:
     flags.DEFINE_integer(
         "slots",
         None,
-        "Requests in flight at once, 1 to 256. Default: 8 in batch and serve, else 1.",
+        "Requests in flight at once, 1 to 256. Default: 8 in batch and serve, else 1; of each of "
+        "--replicas.",
     )
     flags.DEFINE_enum(
         "determinism",
@@ -60,7 +61,13 @@ def _define_model_flags() -> None:
         "devices",
         None,
         "Devices to split the model over, a number or all. Each holds its part of the weights and "
-        "caches. Default: 1; of several processes all that they have.",
+        "caches. Default: 1, with --replicas of each; of several processes all that they have.",
+    )
+    flags.DEFINE_integer(
+        "replicas",
+        1,
+        "Copies of the model, 1 or more, which share --slots equally: for more answers at once on "
+        "several devices. Each takes --devices of them; with all, they share all.",
     )
     flags.DEFINE_list(
         "eos_tokens", None, "Token ids that end an answer: 2,32000. Default: the checkpoint's."

@@ -35,20 +35,35 @@ def parse_devices() -> int | str:
         raise InputError(
             f"--devices is {text}, expected all or {jax.device_count()}, those of all processes"
         )
+    if leaders and FLAGS.replicas != 1:
+        raise InputError(
+            "--replicas is given with several processes, which run one copy of the model; start a "
+            "server for each copy"
+        )
     return "all" if leaders else devices
 
 
+def parse_slots(usual: int) -> int:
+    """Return what --slots says, by default so many of each replica."""
+    return usual * max(1, FLAGS.replicas) if FLAGS.slots is None else FLAGS.slots
+
+
 def load_model(slots: int = 1, max_queue: int | None = None) -> Llama:
-    """Load the checkpoint, in all processes; --slots takes precedence over `slots`."""
+    """Load the checkpoint, in all processes.
+
+    Args:
+        slots, max_queue: see `Llama.load`; the slots are of each replica, unless --slots is given.
+    """
     if warning := use_compile_cache():
         note(f"warning: {warning}")
     arguments = {
         "dtype": FLAGS.dtype,
         "context": FLAGS.context,
-        "slots": slots if FLAGS.slots is None else FLAGS.slots,
+        "slots": parse_slots(slots),
         "max_queue": max_queue,
         "determinism": FLAGS.determinism,
         "devices": parse_devices(),
+        "replicas": FLAGS.replicas,
         "eos_tokens": FLAGS.eos_tokens and parse_tokens("eos_tokens", FLAGS.eos_tokens),
         "verify": FLAGS.verify,
     }

@@ -3,7 +3,7 @@
 import dataclasses
 
 MODEL = (
-    *("checkpoint", "dtype", "context", "slots", "determinism", "devices"),
+    *("checkpoint", "dtype", "context", "slots", "determinism", "devices", "replicas"),
     *("eos_tokens", "verify", "convert"),
     *("distributed", "coordinator_address", "num_processes", "process_id"),
     *("initialization_timeout_s", "heartbeat_timeout_s"),
