@@ -118,7 +118,7 @@ def test_a_number_of_devices_that_does_not_divide_is_refused_with_those_that_do(
 def test_each_device_holds_its_part(tpu_outputs):
     """Two parts of the key/value heads, each on two devices; four parts of all else."""
     axes, devices = map(ast.literal_eval, tpu_outputs["mesh"].splitlines())
-    assert (axes, len(set(devices))) == ({"kv": 2, "group": 2}, 4)
+    assert (axes, len(set(devices))) == ({"data": 1, "kv": 2, "group": 2}, 4)
     rows = [
         re.fullmatch(r"(.*\S) +(\(.*\)) +(\(.*\)) +(\d)", line)
         for line in tpu_outputs["shards"].splitlines()[1:]

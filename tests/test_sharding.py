@@ -1,9 +1,6 @@
 """A model is split over several devices, simulated on the CPU, without a change of any token."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -11,7 +8,7 @@ import pytest
 from llama_jax.errors import InputError
 from llama_jax.nn.sharding import Shards, choose_shards, num_params
 from llama_jax.nn.transformer import param_shapes
-from tests.helpers import ROOT
+from tests.helpers.eight_devices import run_cases
 from tests.helpers.models import SMALL
 
 LLAMA_2 = {
@@ -53,26 +50,11 @@ def test_a_device_holds_its_share_of_the_parameters():
     assert num_params(SMALL) == sum(leaf.size for leaf in jax.tree.leaves(param_shapes(SMALL)))
 
 
-def run_cases(*arguments):
-    """Run the cases in a process of eight devices."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "-o", "addopts=", "tests/helpers/sharded_cases.py", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    return done.stdout
-
-
 def test_a_few_cases_on_eight_devices():
-    run_cases("-k", "gqa-float16 or holds_its_part")
+    run_cases("sharded_cases", "-k", "gqa-float16 or holds_its_part")
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_every_case_on_eight_devices(assets):
-    assert " passed" in run_cases("-k", "not gqa-float16")
+    assert " passed" in run_cases("sharded_cases", "-k", "not gqa-float16")

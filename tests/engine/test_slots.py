@@ -81,6 +81,28 @@ def test_a_busy_slot_is_a_source_but_never_the_choice():
     assert assign_slot(slots, [1, 2, 3, 4], 1, 4) == (slots[2], slots[0], 3)
 
 
+def of_two_replicas(**cached):
+    """Slots 0 and 1 of the first replica, 2 and 3 of the second."""
+    return [Slot(i, i // 2, cached=cached.get(f"slot_{i}", []), last_used=i) for i in range(4)]
+
+
+def test_a_prompt_goes_to_the_replica_that_spares_it_a_chunk():
+    slots = of_two_replicas(slot_2=[1, 2, 3, 4, 9, 9, 9, 9, 9], slot_0=[1, 2, 3])
+    slots[3].generation = BUSY
+    assert assign_slot(slots, [1, 2, 3, 4, 5], 2, 4) == (slots[2], slots[2], 4)
+    slots[2].generation = BUSY  # nothing is copied from one replica to another
+    assert assign_slot(slots, [1, 2, 3, 4, 5], 2, 4) == (slots[0], slots[0], 2)
+
+
+def test_less_than_a_chunk_draws_no_prompt_to_a_busier_replica():
+    slots = of_two_replicas(slot_1=[1, 2])
+    assert assign_slot(slots, [1, 2, 3], 2, 4) == (slots[1], slots[1], 2)
+    slots[0].generation = BUSY
+    assert assign_slot(slots, [1, 2, 3], 2, 4) == (slots[2], slots[2], 0)
+    slots[2].generation = BUSY
+    assert assign_slot(slots, [1, 2, 3], 2, 4) == (slots[1], slots[1], 2)
+
+
 def test_the_position_is_that_of_the_last_token_dispatched():
     """The first, which the prompt's last chunk draws, is fed behind the prompt."""
     slot = Slot(0, generation=BUSY)
