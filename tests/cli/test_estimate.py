@@ -48,6 +48,18 @@ def test_70b_on_four_h100(cli):
     assert "GB  fits; " in room
 
 
+def test_two_replicas_of_7b(cli):
+    """Each device has what one alone would have with half of the slots."""
+    arguments = ["serve", "--estimate", f"--config={CONFIGS['7b']}", "--chip=h100"]
+    _, one, _ = cli(*arguments)
+    status, two, err = cli(*arguments, "--replicas=2")
+    assert (status, err) == (0, "")
+    assert two == re.sub(r"(total.*)", r"\1  on each of 2 devices", one)
+    _, four, _ = cli(*arguments, "--replicas=2", "--devices=2", "--slots=8")
+    assert "4 slots of 4,096 tokens" in four
+    assert "on each of 4 devices" in four
+
+
 def test_a_checkpoint_on_this_machine(cli):
     _, out, err = cli("--estimate", "--dtype=bfloat16")
     assert "demo model" in err
@@ -72,6 +84,9 @@ def test_a_checkpoint_on_this_machine(cli):
         (["--estimate", "--chip=v5e", "--devices=all"], "--devices is 'all', expected a number"),
         (["--estimate", "--chip=v5e", "--devices=0"], "devices is 0, expected a whole number"),
         (["--estimate", "--chip=v5e", "--devices=3"], "split over 3 devices: it has 2 key/value"),
+        (["--estimate", "--replicas=0"], "replicas is 0, expected a whole number from 1"),
+        (["--estimate", "--replicas=2", "--slots=3"], "slots is 3, expected a multiple of 2"),
+        (["--estimate", "--replicas=99"], "devices is 1 with 99 replicas, expected fewer"),
         (["--estimate", "--devices=99"], "devices is 99, expected 'all' or 1 to "),
         (["--estimate", "--devices=two"], "devices is 'two', expected 'all' or 1 to "),
     ],
