@@ -76,7 +76,8 @@ def test_every_module_and_folder_has_its_place_in_the_order():
 def test_outside_dependencies_are_imported_in_their_modules_only():
     rooms = {
         "flax": {"transformer"},
-        "orbax": {"shards"},
+        "orbax": {"chunks", "shards"},
+        "tensorstore": {"chunks"},
         "sentencepiece": {"tokenizer"},
         "jsonschema": {"contract", "parameters"},
         "torch": set(),

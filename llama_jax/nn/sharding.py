@@ -166,6 +166,12 @@ def param_spec(path: str, config: ModelConfig, shards: Shards) -> P:
     return P()
 
 
+def split_axis(path: str, config: ModelConfig) -> int | None:
+    """Return the axis by which devices split a parameter; None: each has it whole."""
+    spec = param_spec(path, config, ONE_DEVICE)
+    return next((axis for axis, names in enumerate(spec) if names is not None), None)
+
+
 def param_sharding(path: str, config: ModelConfig, mesh: Mesh) -> Sharding:
     """Return where a parameter lies on a mesh."""
     if mesh.size == 1:

@@ -8,7 +8,6 @@ DST/manifest.json     what all this is, by digest; see manifest.py
 
 import dataclasses
 import itertools
-import math
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,12 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from tqdm import tqdm
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
 from llama_jax.jax_settings import pinned_settings
-from llama_jax.nn.sharding import find_mesh, param_sharding
+from llama_jax.nn.sharding import find_mesh, param_sharding, split_axis
 from llama_jax.nn.transformer import Params, param_shapes
 from llama_jax.weights.array_sizes import check_arrays
 from llama_jax.weights.atomic_directory import atomic_directory
@@ -34,7 +32,16 @@ from llama_jax.weights.manifest import (
     read_manifest,
     write_manifest,
 )
-from llama_jax.weights.shards import Tensor, by_path, group, nest, read_shard, write_shard
+from llama_jax.weights.shards import (
+    Tensor,
+    by_path,
+    group,
+    nest,
+    progress_bar,
+    read_shard,
+    shard_rows,
+    write_shard,
+)
 from llama_jax.weights.unconverted import checkpoint_folder, remedy
 
 SHARD_BYTES = 2**27
@@ -85,7 +92,8 @@ def save_checkpoint(
         names = (f"{i:05}" for i in itertools.count())  # enumerate would hold on to the shard
         for shard in group(tensors, SHARD_BYTES):
             name = next(names)
-            write_shard(folder / "params" / name, shard)
+            axes = {t.path: split_axis(t.path, config) for t in shard}
+            write_shard(folder / "params" / name, shard, axes)
             dtypes |= {str(t.array.dtype) for t in shard}
             rows |= {t.path: _row(t, name) for t in shard}
             del shard  # before the next is read
@@ -133,7 +141,7 @@ def load_checkpoint(
         verify_checkpoint(path, progress=progress)
 
     restored: dict[str, jax.Array] = {}
-    for shard, rows in _shard_rows(path, values, "loading", progress):
+    for shard, rows in shard_rows(path, values, "loading", progress):
         abstract = {
             name: jax.ShapeDtypeStruct(
                 row["shape"],
@@ -179,7 +187,7 @@ def verify_checkpoint(path: str | pathlib.Path, *, progress: bool = False) -> st
     path = checkpoint_folder(path)
     values, _ = open_checkpoint(path)
     total = sum(file["bytes"] for file in values["files"].values())
-    with _bar(total, "verifying files", progress) as bar:
+    with progress_bar(total, "verifying files", progress) as bar:
         check_files(path, values, update=bar.update)
     problems: list[str] = []
     for _ in _read_stored(path, values, "verifying tensors", progress, problems):
@@ -216,7 +224,7 @@ def _read_stored(
     path: pathlib.Path, values: dict[str, Any], label: str, progress: bool, problems: list[str]
 ) -> Iterator[Tensor]:
     """Yield the tensors that are what the manifest says; describe the others in `problems`."""
-    for shard, rows in _shard_rows(path, values, label, progress):
+    for shard, rows in shard_rows(path, values, label, progress):
         abstract = {
             name: jax.ShapeDtypeStruct(row["shape"], jnp.dtype(values["dtype"]))
             for name, row in rows.items()
@@ -256,26 +264,3 @@ def open_checkpoint(path: pathlib.Path) -> tuple[dict[str, Any], ModelConfig]:
     config = ModelConfig.load(path / "config.json")
     check_arrays(path, values, config)
     return values, config
-
-
-def _shard_rows(
-    path: pathlib.Path, values: dict[str, Any], label: str, progress: bool
-) -> Iterator[tuple[pathlib.Path, dict[str, Any]]]:
-    """Yield each shard's folder and its rows of the manifest, and show how far that is."""
-    shards: dict[str, dict[str, Any]] = {}
-    for name, row in values["tensors"].items():
-        shards.setdefault(row["shard"], {})[name] = row
-    width = jnp.dtype(values["dtype"]).itemsize
-    sizes = {
-        shard: sum(width * math.prod(row["shape"]) for row in rows.values())
-        for shard, rows in shards.items()
-    }
-    with _bar(sum(sizes.values()), label, progress) as bar:
-        for shard, rows in shards.items():
-            yield path / "params" / shard, rows
-            bar.update(sizes[shard])
-
-
-def _bar(total: int, label: str, progress: bool) -> tqdm:
-    """Return a progress bar of bytes, which shows after a second."""
-    return tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=1, disable=not progress)

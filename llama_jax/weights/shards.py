@@ -1,19 +1,28 @@
 """Shards: a few parameters together, in an Orbax checkpoint of their own."""
 
 import dataclasses
+import math
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from tqdm import tqdm
 
 from llama_jax.errors import InputError, innermost_package
+from llama_jax.weights.chunks import ChunkedHandler
 
 _ORBAX_ERRORS = (KeyError, MemoryError, OSError, RuntimeError, ValueError)
 """What Orbax and TensorStore raise for corrupted files, full disks and full memory: they have no
 types of their own."""
+
+_CHUNKED = ocp.type_handlers.create_type_handler_registry(
+    (np.ndarray, ChunkedHandler()),
+    (jax.Array, ocp.type_handlers.get_type_handler(jax.Array)),  # without one Orbax warns
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +55,23 @@ def group(tensors: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
         yield shard
 
 
-def write_shard(folder: pathlib.Path, shard: list[Tensor]) -> None:
+def write_shard(folder: pathlib.Path, shard: list[Tensor], axes: Mapping[str, int | None]) -> None:
     """Write a shard to a folder that does not exist yet.
+
+    Args:
+        folder: of the shard.
+        shard: its tensors.
+        axes: by path, the axis along which a tensor is cut into chunks; None: it is not.
 
     Raises:
         OSError: it cannot be written: a full disk, no permission.
     """
     tree = nest({t.path: t.array for t in shard})
-    with _checkpointer() as checkpointer:
+    chunked = {path: () if axis is None else (axis,) for path, axis in axes.items()}
+    save_args = nest({t.path: ocp.SaveArgs(shard_axes=chunked[t.path]) for t in shard})
+    with _checkpointer(type_handler_registry=_CHUNKED) as checkpointer:
         try:
-            checkpointer.save(folder, args=ocp.args.PyTreeSave(tree))
+            checkpointer.save(folder, args=ocp.args.PyTreeSave(tree, save_args))
         except _ORBAX_ERRORS as error:
             if innermost_package(error) == "llama_jax":
                 raise
@@ -108,7 +124,7 @@ def _unreadable(folder: pathlib.Path, names: Iterable[str], error: Exception) ->
     )
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer(**options: Any) -> ocp.Checkpointer:
     # Orbax would by default have up to 96 GB in flight beside the arrays themselves. Compression
     # would save a tenth of random weights, and take as long again to read.
     handler = ocp.PyTreeCheckpointHandler(
@@ -117,6 +133,7 @@ def _checkpointer() -> ocp.Checkpointer:
         use_compression=False,
         save_concurrent_gb=2,
         restore_concurrent_gb=2,
+        **options,
     )
     return ocp.Checkpointer(handler)
 
@@ -137,3 +154,26 @@ def nest(leaves: dict[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = leaf
     return tree
+
+
+def shard_rows(
+    path: pathlib.Path, values: dict[str, Any], label: str, progress: bool
+) -> Iterator[tuple[pathlib.Path, dict[str, Any]]]:
+    """Yield each shard's folder and its rows of the manifest, and show how far that is."""
+    shards: dict[str, dict[str, Any]] = {}
+    for name, row in values["tensors"].items():
+        shards.setdefault(row["shard"], {})[name] = row
+    width = jnp.dtype(values["dtype"]).itemsize
+    sizes = {
+        shard: sum(width * math.prod(row["shape"]) for row in rows.values())
+        for shard, rows in shards.items()
+    }
+    with progress_bar(sum(sizes.values()), label, progress) as bar:
+        for shard, rows in shards.items():
+            yield path / "params" / shard, rows
+            bar.update(sizes[shard])
+
+
+def progress_bar(total: int, label: str, progress: bool) -> tqdm:
+    """Return a progress bar of bytes, which shows after a second."""
+    return tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=1, disable=not progress)
