@@ -19,8 +19,8 @@ from jax.typing import DTypeLike
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
-from llama_jax.jax_settings import pinned_settings
-from llama_jax.nn.sharding import find_mesh, param_sharding, split_axis
+from llama_jax.jax_settings import find_devices, pinned_settings
+from llama_jax.nn.sharding import ONE_DEVICE, make_mesh, param_sharding, split_axis
 from llama_jax.nn.transformer import Params, param_shapes
 from llama_jax.weights.array_sizes import check_arrays
 from llama_jax.weights.atomic_directory import atomic_directory
@@ -32,6 +32,7 @@ from llama_jax.weights.manifest import (
     read_manifest,
     write_manifest,
 )
+from llama_jax.weights.processes import is_first, together
 from llama_jax.weights.shards import (
     Tensor,
     by_path,
@@ -122,40 +123,36 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Restore a checkpoint onto one or several devices, each of which reads its part.
 
+    Where the mesh has devices of several processes, each of these calls this, with the same
+    arguments, and reads the parts of its own devices; if one fails, all do.
+
     Args:
         path: the folder `save_checkpoint` or `python -m convert` wrote.
         dtype: of the weights in memory; see `choose_dtype`.
         mesh: the devices, as from `find_mesh`; None: the default one.
         verify: first read everything and compare its digests; else sizes and small files only.
-        progress: show bars on stderr if it takes over a second.
+            Of several processes the first does so, and the others wait.
+        progress: show bars on stderr if it takes over a second, in the first process.
 
     Raises:
         InputError: the folder is missing, a file, empty, half there, of another version, changed
-            after it was written, or its arrays are not those that its config asks for.
+            after it was written, or its arrays are not those that its config asks for; or another
+            process failed, or loads something else.
     """
-    path = checkpoint_folder(path)
-    values, config = open_checkpoint(path)
-    run_dtype = choose_dtype(dtype, values["dtype"])
-    mesh = find_mesh(config, 1) if mesh is None else mesh
-    if verify:
-        verify_checkpoint(path, progress=progress)
-
-    restored: dict[str, jax.Array] = {}
-    for shard, rows in shard_rows(path, values, "loading", progress):
-        abstract = {
-            name: jax.ShapeDtypeStruct(
-                row["shape"],
-                jnp.dtype(run_dtype),
-                sharding=param_sharding(name, config, mesh),
-            )
-            for name, row in rows.items()
-        }
-        restored |= read_shard(shard, abstract)
-        if run_dtype == "float16" != values["dtype"]:
-            _check_range({name: restored[name] for name in rows}, values["dtype"])
+    mesh = make_mesh(ONE_DEVICE, find_devices(1)) if mesh is None else mesh
+    progress = progress and is_first(mesh)
+    with together(mesh) as equal:
+        path = checkpoint_folder(path)
+        values, config = open_checkpoint(path)
+        run_dtype = choose_dtype(dtype, values["dtype"])
+        equal += [values["root"], run_dtype]
+        if verify and is_first(mesh):
+            verify_checkpoint(path, progress=progress)
+    with together(mesh):
+        params = _load_params(path, values, config, run_dtype, mesh, progress)
     return Checkpoint(
         config,
-        nest(restored),
+        params,
         run_dtype,
         tokenizer_path(path, values),
         values["root"],
@@ -164,13 +161,40 @@ def load_checkpoint(
     )
 
 
+def _load_params(
+    path: pathlib.Path,
+    values: dict[str, Any],
+    config: ModelConfig,
+    dtype: str,
+    mesh: Mesh,
+    progress: bool,
+) -> Params:
+    restored: dict[str, jax.Array] = {}
+    for shard, rows in shard_rows(path, values, "loading", progress):
+        abstract = {
+            name: jax.ShapeDtypeStruct(
+                row["shape"], jnp.dtype(dtype), sharding=param_sharding(name, config, mesh)
+            )
+            for name, row in rows.items()
+        }
+        restored |= read_shard(shard, abstract)
+        if dtype == "float16" != values["dtype"]:
+            _check_range({name: restored[name] for name in rows}, values["dtype"])
+    return nest(restored)
+
+
 def tokenizer_path(path: pathlib.Path, values: dict[str, Any]) -> pathlib.Path | None:
     """Return the tokenizer.model of a checkpoint with this manifest; None: it has none."""
     return path / "tokenizer.model" if "tokenizer.model" in values["files"] else None
 
 
 def _check_range(arrays: dict[str, jax.Array], stored: str) -> None:
-    beyond = [name for name, array in arrays.items() if not jnp.isfinite(array).all()]
+    """Refuse arrays that overflowed, by this process's parts: others may have failed before."""
+    beyond = [
+        name
+        for name, array in arrays.items()
+        if not all(jnp.isfinite(part.data).all() for part in array.addressable_shards)
+    ]
     if beyond:
         raise InputError(
             f"{one_line(beyond)}: the {stored} weights exceed float16's 65,504; run in {stored}, "

@@ -135,7 +135,12 @@ def _checkpointer(**options: Any) -> ocp.Checkpointer:
         restore_concurrent_gb=2,
         **options,
     )
-    return ocp.Checkpointer(handler)
+    # Each process reads what it needs by itself: with Orbax's barriers one that fails, or that
+    # reads more than the others, would leave these waiting.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def by_path(params: dict[str, Any]) -> dict[str, Any]:
