@@ -15,6 +15,7 @@ from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
 from llama_jax.source import default_checkpoint, find_checkpoint
+from llama_jax.weights.processes import OtherProcessError
 from llama_jax.weights.quiet import orbax_muted
 
 
@@ -74,7 +75,14 @@ def load_model(slots: int = 1, max_queue: int | None = None) -> Llama:
         )
         for leader in leaders:
             leader.load(path=path.absolute(), **arguments)
-        llm = Llama.load(path, **arguments, progress=progress, lockstep=next(iter(leaders), None))
+        lockstep = next(iter(leaders), None)
+        try:
+            llm = Llama.load(path, **arguments, progress=progress, lockstep=lockstep)
+        except Exception as error:
+            if isinstance(error, OtherProcessError) or not isinstance(error, InputError):
+                for leader in leaders:
+                    leader.fail(error)
+            raise
         for leader in leaders:
             leader.check(llm.engine.fingerprint)
         return llm

@@ -14,6 +14,10 @@ from llama_jax.errors import InputError
 _FAILED = -1
 
 
+class OtherProcessError(InputError):
+    """Another process failed, and knows why."""
+
+
 def is_first(mesh: Mesh) -> bool:
     """Return whether this is the first process of a mesh: it alone verifies and shows progress."""
     return jax.process_index() == min(_processes(mesh))
@@ -30,7 +34,8 @@ def together(mesh: Mesh) -> Iterator[list[str]]:
         a list, to which the block adds what must be equal in all processes.
 
     Raises:
-        InputError: another process failed, or added something else.
+        OtherProcessError: another process failed.
+        InputError: another process added something else.
         Exception: what the block raised in this process.
     """
     equal: list[str] = []
@@ -47,7 +52,9 @@ def together(mesh: Mesh) -> Iterator[list[str]]:
     if failure:
         raise failure
     if failed := sorted(process for process, value in found.items() if value == _FAILED):
-        raise InputError(f"process {failed[0]} could not load the checkpoint; its error says why")
+        raise OtherProcessError(
+            f"process {failed[0]} could not load the checkpoint; its error says why"
+        )
     if others := sorted(process for process, value in found.items() if value != ours):
         raise InputError(
             f"process {others[0]} loads other weights than process {jax.process_index()}, or in "

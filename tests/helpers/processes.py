@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -30,18 +31,28 @@ def launch(process: int, processes: int = 2, port: int | None = None) -> list[st
 
 @contextlib.contextmanager
 def started(
-    *arguments: str, environments: Sequence[Mapping[str, str]] = ({}, {}), by_flags: bool = True
+    *arguments: str,
+    environments: Sequence[Mapping[str, str]] = ({}, {}),
+    by_flags: bool = True,
+    folders: Sequence[pathlib.Path] = (ROOT, ROOT),
 ) -> Iterator[list[subprocess.Popen]]:
-    """Start one process for each environment, the first one last; none outlives the block."""
+    """Start one process for each environment, the first one last; none outlives the block.
+
+    Args:
+        *arguments: of all.
+        environments: added to this process's, for each.
+        by_flags: tell them of each other by flags; else the environments do.
+        folders: where each runs.
+    """
     port, count = free_port(), len(environments)
     running: list[subprocess.Popen] = [None] * count  # type: ignore[list-item]
     for index in reversed(range(count)):
-        command = [sys.executable, "run.py", *arguments]
+        command = [sys.executable, str(ROOT / "run.py"), *arguments]
         if by_flags:
             command += launch(index, count, port)
         running[index] = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=folders[index],
             env=os.environ | environments[index],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

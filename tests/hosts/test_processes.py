@@ -9,6 +9,7 @@ import socket
 
 import pytest
 
+from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.llama import Llama
 from tests.helpers import batches
 from tests.helpers.commands import PARIS, PARIS_ANSWER, run_py
@@ -164,6 +165,20 @@ def test_a_process_with_other_settings_is_named():
     [line] = [line for line in said.splitlines() if "error" in line]
     assert line.startswith("error: process 1 at 127.0.0.1: its model's fingerprint is fp_")
     assert line.endswith("versions, kernels, processors and XLA flags; so all end")
+
+
+@pytest.mark.slow
+def test_what_another_process_lacks_is_told_by_the_first(tmp_path):
+    """Each one's own folder stands for its host's disk."""
+    hosts = [tmp_path / "first", tmp_path / "second"]
+    for host in hosts:
+        host.mkdir()
+    (hosts[0] / "demo").symlink_to(DEMO_CHECKPOINT)
+    with started(PARIS, "--checkpoint=/proc/self/cwd/demo", folders=hosts) as running:
+        (first, _, said), (second, *others) = ends(running)
+    reason = "checkpoint /proc/self/cwd/demo does not exist; check the path"
+    assert (first, said) == (1, f"error: process 1 at 127.0.0.1: {reason}; so all end\n")
+    assert (second, others) == (2, ["", ""])
 
 
 def test_a_mistake_ends_all_by_one_line():
