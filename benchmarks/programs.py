@@ -39,10 +39,26 @@ def time_prefill(
     return state, time.perf_counter() - began
 
 
+def time_chunk(run: Executor, state: DecodeState | None, size: int) -> tuple[DecodeState, float]:
+    """Read one chunk of a prompt into slot 0; return the state and the seconds."""
+    state = run.init_state() if state is None else state
+    prompt = [3 + i for i in range(size)]
+    state = run.admit(state, 0, _greedy(run, prompt, 1))
+    jax.block_until_ready(state)
+    began = time.perf_counter()
+    state, chunk = run.prefill_chunk(state, 0, prompt, 0, size)
+    jax.block_until_ready(chunk)
+    return state, time.perf_counter() - began
+
+
 def time_decode(
-    run: Executor, state: DecodeState | None, context: int, new_tokens: int
+    run: Executor,
+    state: DecodeState | None,
+    context: int,
+    new_tokens: int,
+    slots: int | None = None,
 ) -> tuple[DecodeState, float]:
-    """Decode as the engine does; return the state and the seconds.
+    """Decode some slots, by default all, as the engine does; return the state and the seconds.
 
     Every slot holds `context` tokens before, without a prompt: speed does not depend on the
     cache's values. All tokens are read by the host, while the plan's dispatches are in flight.
@@ -50,13 +66,14 @@ def time_decode(
     state = run.init_state() if state is None else state
     for slot in range(run.batch):
         state = run.admit(state, slot, _greedy(run, [0], new_tokens))
+    slots = run.batch if slots is None else slots
     positions = jnp.full((run.batch,), context, jnp.int32)
-    state = state._replace(positions=positions, done=jnp.zeros((run.batch,), bool))
+    state = state._replace(positions=positions, done=jnp.arange(run.batch) >= slots)
     jax.block_until_ready(state)
     began = time.perf_counter()
     in_flight = []
     for position in range(context, context + new_tokens, run.plan.decode_steps):
-        state, outputs, _ = run.decode(state, range(run.batch), position, _GREEDY)
+        state, outputs, _ = run.decode(state, range(slots), position, _GREEDY)
         in_flight.append(outputs.tokens)
         if len(in_flight) == run.plan.max_in_flight:
             np.asarray(in_flight.pop(0))
@@ -67,19 +84,23 @@ def time_decode(
 
 def run_batch(llama: Llama, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:
     """Answer all prompts, as many at once as there are slots; return seconds and tokens."""
-    wanted = {"max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
     for _ in llama.engine.warm_up():
         pass
     # Untimed first, to touch the memory of every slot: prompts that begin otherwise.
-    backwards = [tokens[::-1] for tokens in prompts[: llama.executor.batch]]
-    for _ in llama.generate_all({"prompt_tokens": tokens, **wanted} for tokens in backwards):
-        pass
+    backwards = [(tokens[::-1], new_tokens) for tokens in prompts[: llama.executor.batch]]
+    answer_all(llama, backwards)
     llama.executor.compile_wanted()
     began = time.perf_counter()
-    requests = ({"prompt_tokens": tokens, **wanted} for tokens in prompts)
-    tokens = sum(len(result.tokens) for result in llama.generate_all(requests))
+    tokens = answer_all(llama, [(tokens, new_tokens) for tokens in prompts])
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "tokens": tokens, "tokens_per_s": tokens / seconds}
+
+
+def answer_all(llama: Llama, requests: list[tuple[list[int], int]]) -> int:
+    """Answer requests of a prompt and a number of tokens; return the tokens generated."""
+    wanted = {"temperature": 0, "ignore_eos": True}
+    calls = ({"prompt_tokens": ids, "max_tokens": number, **wanted} for ids, number in requests)
+    return sum(len(result.tokens) for result in llama.generate_all(calls))
 
 
 def compile_decode(
