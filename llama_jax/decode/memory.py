@@ -99,7 +99,9 @@ def available_memory(device: Device, count: int = 1) -> int | None:
 
 def memory_fraction(platform: str) -> float:
     """Return the share of a device's memory that JAX takes: of a GPU's, what its variable says."""
-    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if platform == "gpu" else 1
+    if platform != "gpu":
+        return 1.0
+    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
 
 
 def check_fits(config: ModelConfig, plan: Plan, slots: int, context: int, mesh: Mesh) -> None:
