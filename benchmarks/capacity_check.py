@@ -33,7 +33,7 @@ FLAGS = command.make_flags(
 )
 _RATIO = "predicted/measured"
 REPEATS = 5
-"""Times that each chunk and step is measured; their median counts."""
+"""Times that each chunk and turn of steps is measured; their mean counts: a run has their sum."""
 
 
 def measure(llama: Llama, context: int) -> Costs:
@@ -46,7 +46,7 @@ def measure(llama: Llama, context: int) -> Costs:
         for _ in range(REPEATS):
             state, seconds = programs.time_chunk(run, state, size)
             samples.append(seconds)
-        chunk_s[size] = statistics.median(samples)
+        chunk_s[size] = statistics.fmean(samples)
     smallest = run.plan.prefill_sizes[0]
     for _ in range(REPEATS):
         state, seconds = programs.time_prefill(run, state, [3 + i for i in range(smallest)])
@@ -55,7 +55,7 @@ def measure(llama: Llama, context: int) -> Costs:
     for slots in run.sizes.decode_counts:
         state, seconds = programs.time_decode(run, state, context, steps, slots)
         step_s[slots] = seconds / steps
-    besides = max(0.0, statistics.median(whole) - chunk_s[smallest])
+    besides = max(0.0, statistics.fmean(whole) - chunk_s[smallest])
     return Costs(chunk_s, step_s, besides, run.plan.decode_steps, run.plan.max_in_flight)
 
 

@@ -1,12 +1,14 @@
 """The capacity model: exact cases of its arithmetic, its limits and its command line."""
 
 import math
+import re
 
 import pytest
 from absl.testing import flagsaver
 
 from benchmarks import capacity, capacity_check, command
 from benchmarks.turns import Costs, Job, Kind, Turns, draw, formula, percentile
+from tests.helpers import ROOT
 
 STEP = {1: 0.01, 2: 0.015, 4: 0.02, 8: 0.03}
 COSTS = Costs({16: 0.1, 32: 0.15, 64: 0.2, 128: 0.4}, STEP)
@@ -93,6 +95,21 @@ def test_the_turns_stay_below_the_formula_and_near_it(mix, slots):
     """But for the ends of a run, where not all slots are used, the formula of means is a bound."""
     share = capacity.most(COSTS, slots, mix) / formula(COSTS, slots, mix).requests_per_s
     assert 0.8 < share < 1.02
+
+
+@pytest.mark.parametrize("chip", ["H100, float16", "TPU v6e, bfloat16"])
+def test_the_table_of_the_page_is_computed(chip):
+    page = (ROOT / "docs/scaling.md").read_text()
+    (row,) = re.findall(rf"^\| {chip} \| (.+) \|$", page, re.MULTILINE)
+    prefill, decode, requests, tokens, *waits = row.split(" | ")
+    rate = float(prefill.replace(",", ""))
+    costs = Costs({256: 256 / rate}, {8: 8 / float(decode)}, decode_steps=16, in_flight=2)
+    mix = [Kind(500, 250, 1)]
+    most = capacity.most(costs, 8, mix)
+    load = capacity.at_rate(costs, 8, mix, 0.8 * most)
+    assert (requests, tokens) == (f"{most:.2f}", f"{250 * most:.0f}")
+    expected = [f"{p50:.1f}, {p99:.1f} s" for p50, p99 in (load.first_s, load.answer_s)]
+    assert waits == expected
 
 
 def test_more_slots_answer_no_fewer_requests():
