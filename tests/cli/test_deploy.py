@@ -98,7 +98,7 @@ def test_a_manifest_says_that_it_was_not_run(path):
 
 
 def test_flags_are_listed_as_coming_only_while_they_are():
-    assert not all(name in FLAGS for name in COMING), "the program has them: empty COMING"
+    assert not [name for name in COMING if name in FLAGS], "the program has them: empty COMING"
 
 
 def test_the_jobset_has_a_process_a_host_and_all_chips(cli, jobset):
