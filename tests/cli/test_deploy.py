@@ -25,12 +25,6 @@ SLURM = DEPLOY / "slurm.sh"
 DIRECTIVES = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", SLURM.read_text(), re.MULTILINE))
 CONFIG = f"--config={ROOT / 'configs/llama-2-70b.json'}"
 
-COMING = (
-    *("distributed", "coordinator_address", "num_processes", "process_id"),
-    *("initialization_timeout_s", "heartbeat_timeout_s"),
-)
-"""Flags that may be used before the program has them; empty once it does."""
-
 
 def load(name, kind):
     """Return the documents of a manifest: the one of a kind, and its Service."""
@@ -69,8 +63,6 @@ def parsed(command, environment=()):
             argument = argument.replace(f"$({name})", value)
         name, _, value = argument.removeprefix("--").partition("=")
         values[name] = value
-        if name in COMING and name not in FLAGS:
-            continue
         assert name in VERBS[verb].takes, argument
         FLAGS[name].parser.parse(value or "true")
         assert "$" not in value
@@ -95,10 +87,6 @@ def test_a_manifest_says_that_it_was_not_run(path):
     assert first.startswith("# NOT RUN ON A CLUSTER. ")
     assert second.startswith("#")
     assert path.name in (ROOT / "docs/scaling.md").read_text()
-
-
-def test_flags_are_listed_as_coming_only_while_they_are():
-    assert not [name for name in COMING if name in FLAGS], "the program has them: empty COMING"
 
 
 def test_the_jobset_has_a_process_a_host_and_all_chips(cli, jobset):
