@@ -36,11 +36,6 @@ def parse_devices() -> int | str:
         raise InputError(
             f"--devices is {text}, expected all or {jax.device_count()}, those of all processes"
         )
-    if leaders and FLAGS.replicas != 1:
-        raise InputError(
-            "--replicas is given with several processes, which run one copy of the model; start a "
-            "server for each copy"
-        )
     return "all" if leaders else devices
 
 

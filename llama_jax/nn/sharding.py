@@ -113,9 +113,14 @@ def find_mesh(config: ModelConfig, devices: int | str, replicas: int = 1) -> Mes
 
 
 def check_replicas(replicas: int) -> None:
-    """Refuse a number of replicas that is none."""
+    """Refuse a number of replicas that is none, or that several processes would share."""
     if type(replicas) is not int or replicas < 1:
         raise InputError(f"replicas is {replicas!r}, expected a whole number from 1")
+    if replicas > 1 and jax.process_count() > 1:
+        raise InputError(
+            f"replicas is {replicas}, expected 1: the {jax.process_count()} processes run one copy "
+            "of the model together; start a server for each copy"
+        )
 
 
 def _find_shared(devices: int | str, replicas: int) -> list[Any]:
