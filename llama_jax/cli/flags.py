@@ -282,6 +282,12 @@ def _define_serve_flags() -> None:
         "Requests of one address that may wait for a slot; further ones get status 429. Default: "
         "--max_queue.",
     )
+    flags.DEFINE_integer(
+        "max_slots_per_client",
+        None,
+        "Slots that one address may have while others are active, 1 or more: its answers then slow "
+        "those of others less, and slots may be idle. Default: all but one.",
+    )
     flags.DEFINE_float(
         "timeout_s", 600, "Seconds for a request, time in the queue included; above 0."
     )

@@ -26,5 +26,6 @@ def serve() -> None:
         insecure=FLAGS.insecure,
         timeout_s=FLAGS.timeout_s,
         max_queue_per_client=FLAGS.max_queue_per_client,
+        max_slots_per_client=FLAGS.max_slots_per_client,
         **own_names,
     )

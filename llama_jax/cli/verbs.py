@@ -33,7 +33,13 @@ BATCH = ("input",)
 SCORE = ("continuation", "stride", "token_logprobs")
 SERVE = (
     *("host", "port", "api_token", "insecure", "allowed_origins"),
-    *("served_model_name", "max_queue", "max_queue_per_client", "timeout_s"),
+    *(
+        "served_model_name",
+        "max_queue",
+        "max_queue_per_client",
+        "max_slots_per_client",
+        "timeout_s",
+    ),
 )
 GENERAL = ("debug",)
 

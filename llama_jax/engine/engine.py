@@ -123,6 +123,7 @@ class Engine:
         *,
         client: str = "",
         share: int | None = None,
+        max_slots: int | None = None,
     ) -> Generation:
         """Queue a request.
 
@@ -131,6 +132,7 @@ class Engine:
             on_change: called in the engine's thread when there is something new; must not block.
             client: whose it is; clients take turns, see `Queue`.
             share: requests of one client that may wait beyond free slots; None: `max_queue`.
+            max_slots: slots that the client may have while others are active; None: all but one.
 
         Raises:
             InputError: text without a tokenizer, or ids outside the vocabulary.
@@ -153,6 +155,7 @@ class Engine:
             fingerprint=self.fingerprint,
             on_change=on_change,
             client=client,
+            max_slots=max_slots,
         )
         with self._submit_lock:
             if self._failed is not None:

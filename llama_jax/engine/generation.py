@@ -32,6 +32,7 @@ class Generation:
         fingerprint: the engine's; see `Result`.
         on_change: called, in the engine's thread, when there is something new.
         client: whose it is.
+        max_slots: slots that the client may have while others are active; None: see `Queue.next`.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Generation:
         fingerprint: str = "",
         on_change: Callable[[], None] | None = None,
         client: str = "",
+        max_slots: int | None = None,
     ):
         self.request, self.prompt, self.client = request, prompt, client
+        self.max_slots = max_slots
         ignored = request.parameters.ignore_eos
         self.stop_tokens = tuple(NO_TOKEN if ignored else token for token in eos_tokens)
         """The ids that end it; NO_TOKEN in place of each that does not."""

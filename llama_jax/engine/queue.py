@@ -68,22 +68,24 @@ class Queue:
 
         Each client's first comes in turn, then each one's second. The last free slot is kept for a
         client that has none, if another was active in the last ACTIVE_S: it need not wait for an
-        answer to end.
+        answer to end. Nor does a client then get more slots than its requests' `max_slots`.
 
         Args:
             free: how many slots are free.
-            holders: the clients that have slots.
+            holders: the client that has each of the other slots.
         """
         with self._lock:
             rounds = itertools.zip_longest(*self._by_client.values())
             waiting = (each for round_ in rounds for each in round_ if each is not None)
             if self._num_active(holders) <= 1:
                 return list(itertools.islice(waiting, free))
-            chosen, holders = [], set(holders)
+            chosen, held = [], collections.Counter(holders)
             for each in waiting:
-                if len(chosen) + (each.client in holders) < free:
+                own = held[each.client]
+                is_over = each.max_slots is not None and own >= each.max_slots
+                if len(chosen) + bool(own) < free and not is_over:
                     chosen.append(each)
-                    holders.add(each.client)
+                    held[each.client] += 1
             return chosen
 
     def take(self, generation: Generation) -> None:

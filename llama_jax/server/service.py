@@ -124,8 +124,12 @@ class Service:
             raise ApiError(UNAVAILABLE, f"it is {self.unready}")
         try:
             # In a thread: encoding a prompt of megabytes would block all other requests.
-            share = self.settings.max_queue_per_client
-            submit = functools.partial(self.llm.engine.submit, client=log.client, share=share)
+            submit = functools.partial(
+                self.llm.engine.submit,
+                client=log.client,
+                share=self.settings.max_queue_per_client,
+                max_slots=self.settings.max_slots_per_client,
+            )
             await in_thread(answers.submit, submit, requests, on_cancel=answers.cancel)
         except BaseException:  # a cancelled request too: nobody reads what was submitted
             answers.cancel()

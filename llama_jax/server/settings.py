@@ -27,6 +27,8 @@ class Settings:
     """Origins such as `https://example.com` whose pages may use this server; `*`: any origin."""
     max_queue_per_client: int | None = None
     """Requests of one address that may wait for a slot; None: as many as the queue holds."""
+    max_slots_per_client: int | None = None
+    """Slots that one address may have while others are active; None: all but one."""
     keep_alive_s: float = 15.0
     """Silence in a stream after which a comment is sent, so that no proxy takes it for dead."""
     warm_up: bool = True
@@ -50,5 +52,8 @@ class Settings:
         share = self.max_queue_per_client
         if share is not None and (type(share) is not int or share < 0):
             problems.append(f"max_queue_per_client is {share!r}, expected a whole number from 0")
+        slots = self.max_slots_per_client
+        if slots is not None and (type(slots) is not int or slots < 1):
+            problems.append(f"max_slots_per_client is {slots!r}, expected a whole number from 1")
         if problems:
             raise InputError(one_line(problems))

@@ -18,7 +18,7 @@ def test_flags_reach_the_server(cli, monkeypatch, environment, flags, token):
     if environment:
         monkeypatch.setenv("LLAMA_JAX_API_TOKEN", environment)
     flags = ["--host=::1", "--port=5", "--allowed_origins=https://a.b,*", "--timeout_s=9", *flags]
-    flags += ["--max_queue_per_client=3"]
+    flags += ["--max_queue_per_client=3", "--max_slots_per_client=2"]
     assert cli("serve", "--insecure", *flags) == (0, "", "")
     assert calls == [
         {
@@ -29,6 +29,7 @@ def test_flags_reach_the_server(cli, monkeypatch, environment, flags, token):
             "insecure": True,
             "timeout_s": 9.0,
             "max_queue_per_client": 3,
+            "max_slots_per_client": 2,
         }
     ]
 

@@ -16,8 +16,8 @@ from llama_jax.engine.request import make_request
 class Waiting:
     """A request that waits."""
 
-    def __init__(self, client, number):
-        self.client, self.number = client, number
+    def __init__(self, client, number, max_slots=None):
+        self.client, self.number, self.max_slots = client, number, max_slots
 
 
 def taken(queue):
@@ -111,6 +111,23 @@ def test_the_last_slot_is_kept_while_another_client_is_active(monkeypatch):
     assert queue.next(1, ["greedy", "polite"]) == []  # it still has a slot
     assert len(queue.next(1, ["greedy"])) == 1
     assert len(queue.next(9, ["greedy"])) == 5
+
+
+def test_a_client_has_its_slots_while_another_is_active(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    queue = Queue()
+    for number in range(5):
+        queue.append(Waiting("greedy", number, max_slots=2))
+    assert len(queue.next(8, [])) == 5  # alone
+    queue.append(Waiting("polite", 0, max_slots=2))
+    found = [(each.client, each.number) for each in queue.next(8, [])]
+    assert found == [("greedy", 0), ("polite", 0), ("greedy", 1)]
+    assert [each.client for each in queue.next(8, ["greedy", "greedy"])] == ["polite"]
+    queue.take(*queue.next(1, ["greedy", "greedy"]))
+    assert queue.next(6, ["greedy", "greedy"]) == []
+    now = ACTIVE_S + 1
+    assert len(queue.next(6, ["greedy", "greedy"])) == 5
 
 
 def test_an_eighth_of_the_queue_is_kept_for_clients_of_which_none_waits(monkeypatch):

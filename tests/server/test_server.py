@@ -265,6 +265,8 @@ def test_a_client_has_its_share_of_the_queue_by_its_address(llm):
         assert client.post(RUN, json={"prompt": "x", "max_tokens": 1}).status_code == 200
     with pytest.raises(InputError, match="max_queue_per_client is -1, expected a whole number"):
         Settings(max_queue_per_client=-1)
+    with pytest.raises(InputError, match="max_slots_per_client is 0, expected a whole number"):
+        Settings(max_slots_per_client=0)
 
 
 def test_a_request_that_takes_too_long_is_408(llm):

@@ -16,7 +16,7 @@ from absl import app
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 TOKEN = "soak"
 """What the server must want of its clients."""
-SLOTS, QUEUE, SHARE, DESCRIPTORS = 8, 64, 16, 256
+SLOTS, QUEUE, SHARE, OWN, DESCRIPTORS = 8, 64, 16, 2, 256
 """`run.py serve` has 8 slots; two clients that fill their share leave half of the queue."""
 END_S = 60
 """For what runs to end when there is no more traffic."""
@@ -32,6 +32,7 @@ class Server:
     def __init__(self, folder: pathlib.Path):
         command = [sys.executable, "run.py", "serve", "--port=0", f"--api_token={TOKEN}"]
         command += [f"--max_queue={QUEUE}", f"--max_queue_per_client={SHARE}"]
+        command += [f"--max_slots_per_client={OWN}"]
         limited = ["bash", "-c", f'ulimit -n {DESCRIPTORS}; exec "$@"', "bash", *command]
         self.log = folder / "server.log"
         with self.log.open("w") as log:
