@@ -23,6 +23,10 @@ _MIN_COLUMNS = 128
 """A chunk of fewer columns would be copied in pieces of less than 256 bytes."""
 
 
+class WriteError(OSError):
+    """TensorStore could not write an array."""
+
+
 def chunk_shape(shape: tuple[int, ...], itemsize: int, axis: int | None) -> tuple[int, ...]:
     """Return the shape of an array's chunks.
 
@@ -73,5 +77,8 @@ async def _write(value: np.ndarray, info: Any, args: ocp.SaveArgs) -> None:
         dtype=value.dtype,
         process_index=0,
     )
-    store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
-    await store.write(value, can_reference_source_data_indefinitely=True)
+    try:
+        store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+        await store.write(value, can_reference_source_data_indefinitely=True)
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:
+        raise WriteError(str(error)) from error

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 from llama_jax.errors import InputError, innermost_package
-from llama_jax.weights.chunks import ChunkedHandler
+from llama_jax.weights.chunks import ChunkedHandler, WriteError
 
 _ORBAX_ERRORS = (KeyError, MemoryError, OSError, RuntimeError, ValueError)
 """What Orbax and TensorStore raise for corrupted files, full disks and full memory: they have no
@@ -73,7 +73,7 @@ def write_shard(folder: pathlib.Path, shard: list[Tensor], axes: Mapping[str, in
         try:
             checkpointer.save(folder, args=ocp.args.PyTreeSave(tree, save_args))
         except _ORBAX_ERRORS as error:
-            if innermost_package(error) == "llama_jax":
+            if innermost_package(error) == "llama_jax" and not isinstance(error, WriteError):
                 raise
             said = str(error).strip().partition("\n")[0]
             raise OSError(f"{folder} cannot be written: is the disk full? Orbax: {said}") from error

@@ -314,7 +314,9 @@ def test_our_own_bug_is_not_called_corruption(saved, tmp_path, monkeypatch):
 
     for method, use in {
         "restore": lambda: shards_module.read_shard(folder, abstract),
-        "save": lambda: shards_module.write_shard(tmp_path / "new", [Tensor("a", array)]),
+        "save": lambda: shards_module.write_shard(
+            tmp_path / "new", [Tensor("a", array)], {"a": None}
+        ),
     }.items():
         with monkeypatch.context() as patch:
             patch.setattr(shards_module.ocp.Checkpointer, method, bug)
