@@ -16,10 +16,10 @@
 #SBATCH --requeue
 set -euo pipefail
 
-# A coordinator must be reached directly: a proxy in the environment can make JAX wait in vain.
+# A coordinator must be reached directly: a proxy in the environment can make JAX time out.
 unset http_proxy https_proxy HTTP_PROXY HTTPS_PROXY all_proxy ALL_PROXY
 
-# JAX gives a task of SLURM one GPU, that of its number on the node, unless it is told which.
+# JAX gives a task of SLURM one GPU, that of its number on the node, unless this names more.
 JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
 export JAX_LOCAL_DEVICE_IDS
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.95}

@@ -13,13 +13,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from llama_jax.config import ModelConfig, check_sizes
+from llama_jax.config import check_sizes
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.lockstep import Lockstep
 from llama_jax.decode.memory import check_fits
 from llama_jax.decode.plan import choose_plan
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.fingerprint import fingerprint
+from llama_jax.engine.queue import check_max_queue
 from llama_jax.engine.request import GenerationRequest, check_tokens, make_request
 from llama_jax.engine.result import Result
 from llama_jax.engine.score import Score, ScoreRequest, Text, make_score_request
@@ -60,7 +61,8 @@ class Llama:
     ):
         config = checkpoint.config
         replicas = 1 if checkpoint.mesh is None else replicas_of(checkpoint.mesh)
-        _check_sizes(config, context, slots, max_queue, replicas)
+        check_sizes(config, context, slots, replicas)
+        check_max_queue(max_queue)
         context = config.max_seq_len if context is None else context
         tokenizer = checkpoint.tokenizer and Tokenizer(checkpoint.tokenizer)
         if tokenizer:
@@ -145,7 +147,8 @@ class Llama:
         # Before the weights: a mistake should not take a minute to show.
         manifest, config = open_checkpoint(path)
         check_replicas(replicas)
-        _check_sizes(config, context, slots, max_queue, replicas)
+        check_sizes(config, context, slots, replicas)
+        check_max_queue(max_queue)
         dtype = choose_dtype(dtype, manifest["dtype"])
         plan = choose_plan(config, dtype, determinism)
         mesh = find_mesh(config, devices, replicas)
@@ -156,15 +159,9 @@ class Llama:
         checkpoint = dataclasses.replace(checkpoint, config=config)
         jax.block_until_ready(checkpoint.params)
         load_s = time.perf_counter() - began
-        return cls(
-            checkpoint,
-            context=context,
-            slots=slots,
-            max_queue=max_queue,
-            determinism=determinism,
-            load_s=load_s,
-            lockstep=lockstep,
-        )
+        sizes = {"context": context, "slots": slots, "max_queue": max_queue}
+        how = {"determinism": determinism, "lockstep": lockstep}
+        return cls(checkpoint, **sizes, **how, load_s=load_s)
 
     @property
     def context(self) -> int:
@@ -294,15 +291,6 @@ class Llama:
                 f"got {len(token_ids):,} tokens, but the context holds {self.context:,}; give fewer"
             )
         return self.engine.logits(token_ids)
-
-
-def _check_sizes(
-    config: ModelConfig, context: int | None, slots: int, max_queue: int | None, replicas: int
-) -> None:
-    """Refuse what `Llama` cannot be made with."""
-    check_sizes(config, context, slots, replicas)
-    if max_queue is not None and (type(max_queue) is not int or max_queue < 0):
-        raise InputError(f"max_queue is {max_queue!r}, expected a whole number from 0")
 
 
 def _read(stream: Stream) -> Result:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.eight_devices import run_cases
+from tests.helpers.simulated_devices import run_cases
 
 FEW = "read_at_the_same_time or mistake or holds_a_model"
 

@@ -8,8 +8,8 @@ import pytest
 from llama_jax.errors import InputError
 from llama_jax.nn.sharding import Shards, choose_shards, num_params
 from llama_jax.nn.transformer import param_shapes
-from tests.helpers.eight_devices import run_cases
 from tests.helpers.models import SMALL
+from tests.helpers.simulated_devices import run_cases
 
 LLAMA_2 = {
     "7b": dataclasses.replace(SMALL, dim=4096, ffn_dim=11008, num_heads=32, num_kv_heads=32),

@@ -2,8 +2,9 @@
 
 import pathlib
 
-from llama_jax.cli.flags import FLAGS, refuse_flags
+from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.model import checkpoint_path, parse_devices, parse_slots
+from llama_jax.cli.refusals import refuse_flags
 from llama_jax.cli.verbs import ESTIMATE, GENERAL, MODEL, Verb
 from llama_jax.config import MAX_SLOTS, ModelConfig, check_sizes
 from llama_jax.decode.chips import CHIPS

@@ -1,11 +1,9 @@
-"""The flags: definitions, and the refusal of those that a verb does not take."""
+"""The flags, and what each means."""
 
 from absl import flags
 
-from llama_jax.cli.verbs import VERBS, Verb
 from llama_jax.decode.chips import CHIPS
 from llama_jax.decode.plan import DETERMINISM
-from llama_jax.errors import InputError
 from llama_jax.weights.dtypes import DTYPES
 
 FLAGS = flags.FLAGS
@@ -291,21 +289,3 @@ def _define_serve_flags() -> None:
     flags.DEFINE_float(
         "timeout_s", 600, "Seconds for a request, time in the queue included; above 0."
     )
-
-
-def refuse_flags(given_with: str, reason: str, *names: str) -> None:
-    """Refuse flags that would have no effect."""
-    for name in names:
-        if FLAGS[name].present:
-            raise InputError(f"--{name} is given with {given_with}, {reason}; drop it")
-
-
-def refuse_flags_of_other_verbs(verb: Verb) -> None:
-    """Refuse flags that this verb does not take."""
-    for name in dict.fromkeys(name for other in VERBS.values() for name in other.takes):
-        flag = FLAGS[name]
-        at_default = name in verb.takes_at_default and flag.value == flag.default
-        if name not in verb.takes and not at_default:
-            takers = [other.name for other in VERBS.values() if name in other.takes]
-            others = "" if "" in takers else f"but belongs to {' and '.join(takers)}"
-            refuse_flags(verb.name or "a prompt", others or verb.refuses_others, name)

@@ -4,8 +4,9 @@ import dataclasses
 import json
 
 from llama_jax.cli.console import note, summary
-from llama_jax.cli.flags import FLAGS, refuse_flags
+from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.model import checkpoint_path, load_model
+from llama_jax.cli.refusals import refuse_flags
 from llama_jax.cli.requests import read_request
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.text.tokenizer import Tokenizer

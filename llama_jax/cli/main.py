@@ -16,6 +16,7 @@ from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.generate import generate
 from llama_jax.cli.help import help_text, version_text
 from llama_jax.cli.processes import run_on_all
+from llama_jax.cli.refusals import refuse_flags_of_other_verbs
 from llama_jax.cli.score import score
 from llama_jax.cli.serve import serve
 from llama_jax.cli.verbs import VERBS
@@ -78,7 +79,7 @@ def _run_verb(arguments: list[str]) -> None:
             "prompt goes to --prompt"
         )
     name = arguments[0] if arguments else ""
-    flags.refuse_flags_of_other_verbs(VERBS[name])
+    refuse_flags_of_other_verbs(VERBS[name])
     if FLAGS.estimate:
         return estimate(VERBS[name])
     for flag in ("config", "chip"):

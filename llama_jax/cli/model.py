@@ -3,16 +3,18 @@
 import contextlib
 import pathlib
 import sys
+from typing import Any
 
 import jax
 
 from llama_jax.cli.console import note
 from llama_jax.cli.flags import FLAGS
-from llama_jax.cli.processes import leaders
+from llama_jax.cli.processes import leader
 from llama_jax.cli.requests import parse_tokens
 from llama_jax.decode.compile_cache import use_compile_cache
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.errors import InputError
+from llama_jax.hosts.leader import Leader
 from llama_jax.llama import Llama
 from llama_jax.source import default_checkpoint, find_checkpoint
 from llama_jax.weights.processes import OtherProcessError
@@ -30,13 +32,14 @@ def checkpoint_path() -> pathlib.Path:
 
 def parse_devices() -> int | str:
     """Return what --devices says: a number, or "all"."""
-    text = FLAGS.devices or ("all" if leaders else "1")
+    is_one_of_several = leader() is not None
+    text = FLAGS.devices or ("all" if is_one_of_several else "1")
     devices = int(text) if text.isascii() and text.isdigit() else text
-    if leaders and devices not in ("all", jax.device_count()):
+    if is_one_of_several and devices not in ("all", jax.device_count()):
         raise InputError(
             f"--devices is {text}, expected all or {jax.device_count()}, those of all processes"
         )
-    return "all" if leaders else devices
+    return "all" if is_one_of_several else devices
 
 
 def parse_slots(usual: int) -> int:
@@ -52,7 +55,7 @@ def load_model(slots: int = 1, max_queue: int | None = None) -> Llama:
     """
     if warning := use_compile_cache():
         note(f"warning: {warning}")
-    arguments = {
+    arguments: dict[str, Any] = {
         "dtype": FLAGS.dtype,
         "context": FLAGS.context,
         "slots": parse_slots(slots),
@@ -68,16 +71,21 @@ def load_model(slots: int = 1, max_queue: int | None = None) -> Llama:
         path = find_checkpoint(
             checkpoint_path(), FLAGS.dtype, convert=FLAGS.convert, progress=progress
         )
-        for leader in leaders:
-            leader.load(path=path.absolute(), **arguments)
-        lockstep = next(iter(leaders), None)
-        try:
-            llm = Llama.load(path, **arguments, progress=progress, lockstep=lockstep)
-        except Exception as error:
-            if isinstance(error, OtherProcessError) or not isinstance(error, InputError):
-                for leader in leaders:
-                    leader.fail(error)
-            raise
-        for leader in leaders:
-            leader.check(llm.engine.fingerprint)
-        return llm
+        if (others := leader()) is None:
+            return Llama.load(path, **arguments, progress=progress)
+        return _load_in_all(others, path.absolute(), arguments, progress)
+
+
+def _load_in_all(
+    others: Leader, path: pathlib.Path, arguments: dict[str, Any], progress: bool
+) -> Llama:
+    """Load a checkpoint in this process and the others; the one that cannot says why."""
+    others.load(path=path, **arguments)
+    try:
+        llm = Llama.load(path, **arguments, progress=progress, lockstep=others)
+    except Exception as error:
+        if isinstance(error, OtherProcessError) or not isinstance(error, InputError):
+            others.fail(error)
+        raise
+    others.check(llm.engine.fingerprint)
+    return llm

@@ -14,8 +14,12 @@ from llama_jax.hosts.follower import follow
 from llama_jax.hosts.join import Launch, is_launched, join
 from llama_jax.hosts.leader import Leader
 
-leaders: list[Leader] = []
-"""What tells the other processes, if there are any."""
+_leaders: list[Leader] = []
+
+
+def leader() -> Leader | None:
+    """Return what leads the other processes of this run; None: there are none."""
+    return _leaders[0] if _leaders else None
 
 
 def run_on_all(run: Callable[[], None]) -> None:
@@ -31,17 +35,18 @@ def run_on_all(run: Callable[[], None]) -> None:
     links = join(Launch(**given))
     if jax.process_index() > 0:
         follow(links[0])
-    leaders.append(Leader(links))
+    _leaders.append(Leader(links))
     status = 1
     try:
         run()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # `>&-` closes it
+            sys.stdout.flush()
         status = 0
     except (InputError, OSError):
         status = 2
         raise
     finally:
-        leaders.pop().end(status)
+        _leaders.pop().end(status)
         # At the interpreter's own exit JAX would wait for the others, which have ended.
         atexit.register(end_process, status)
 

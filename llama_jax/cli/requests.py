@@ -6,7 +6,8 @@ from typing import Any
 from llama_jax.card import contract
 from llama_jax.cli.console import note
 from llama_jax.cli.files import read_bytes, read_prompt
-from llama_jax.cli.flags import FLAGS, refuse_flags
+from llama_jax.cli.flags import FLAGS
+from llama_jax.cli.refusals import refuse_flags
 from llama_jax.cli.verbs import PARAMETERS, PROMPT
 from llama_jax.engine.request import GenerationRequest, make_request
 from llama_jax.errors import InputError

@@ -12,8 +12,9 @@ from llama_jax.batch.score import figures, read_total, score_figures, score_form
 from llama_jax.cli.batch import warn_of_ignored
 from llama_jax.cli.console import note
 from llama_jax.cli.files import read_prompt
-from llama_jax.cli.flags import FLAGS, refuse_flags
+from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.model import load_model
+from llama_jax.cli.refusals import refuse_flags
 from llama_jax.cli.requests import parse_tokens
 from llama_jax.engine.score import Text
 from llama_jax.errors import InputError

@@ -7,12 +7,19 @@ import time
 from collections.abc import Collection, Iterator
 
 from llama_jax.engine.generation import Generation
+from llama_jax.errors import InputError
 
 ACTIVE_S = 60.0
 """How long a client counts as active after a request."""
 
 KEPT_SHARE = 8
 """One place of this many is kept for clients of which no request waits, see `Queue.kept`."""
+
+
+def check_max_queue(max_queue: int | None) -> None:
+    """Refuse a number of requests that may wait that is none; None: any may."""
+    if max_queue is not None and (type(max_queue) is not int or max_queue < 0):
+        raise InputError(f"max_queue is {max_queue!r}, expected a whole number from 0")
 
 
 class Queue:

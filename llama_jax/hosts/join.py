@@ -39,8 +39,8 @@ def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
     count = environment.get("OMPI_COMM_WORLD_SIZE", "1")
     if all(name in environment for name in _SLURM):
         count = environment.get("SLURM_NTASKS", "1")
-    hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return len(hosts) > 1 or (count.isdecimal() and int(count) > 1)
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
+    return "," in hosts or (count.isdecimal() and int(count) > 1)
 
 
 def join(launch: Launch) -> list[Link]:
@@ -80,7 +80,7 @@ def join(launch: Launch) -> list[Link]:
 
 
 def _check(launch: Launch) -> None:
-    """Refuse what JAX would refuse by a traceback, or wait for in vain."""
+    """Refuse what JAX would refuse by a traceback, or time out on."""
     address, count, index, *timeouts = launch
     given = {"coordinator_address": address, "num_processes": count, "process_id": index}
     missing = [name for name, value in given.items() if value is None]
@@ -118,6 +118,8 @@ def _keep_stdout() -> None:
 
     Gloo, the collectives of CPUs, prints there whenever devices connect.
     """
+    if sys.stdout is None:  # `>&-` closes it
+        return
     sys.stdout.flush()
     sys.stdout = io.TextIOWrapper(
         io.BufferedWriter(io.FileIO(os.dup(1), "w")),

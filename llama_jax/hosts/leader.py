@@ -15,13 +15,13 @@ from llama_jax.hosts.link import Link
 from llama_jax.hosts.messages import Call, Check, Compile, End, Failed, Held, Load
 
 _END_S = 10
-"""For another process to end that is told to."""
+"""For another process to end after process 0 says so."""
 _GRACE_S = 2
-"""For this process to find the mistake that another one has told of."""
+"""For this process to find the mistake that another one has reported."""
 
 
 class Leader(Lockstep):
-    """What the other processes of a run are told.
+    """Send the other processes of a run what they do.
 
     They must make the same calls in the same order, since each is one computation of all devices.
     If one of them is lost, nothing can be computed any more: this process says which, and ends.
@@ -42,21 +42,21 @@ class Leader(Lockstep):
 
     def load(self, **arguments: Any) -> None:
         """Let them load a model; see `Llama.load`."""
-        self._tell(Load(arguments))
+        self._send(Load(arguments))
 
     def check(self, fingerprint: str) -> None:
         """Let them compare their model's fingerprint with this process's."""
-        self._tell(Check(fingerprint))
+        self._send(Check(fingerprint))
 
     def compile(self, program: Program) -> None:
         """Let them compile a program, beside what they run."""
-        self._tell(Compile(program))
+        self._send(Compile(program))
 
     def call(self, program: Program, values: Sequence[Any]) -> None:
         """Let them run a program; see `Executor`."""
         kinds = map(kind_of, values)
-        told = (v if kind is None else Held(kind) for v, kind in zip(values, kinds, strict=True))
-        self._tell(Call(program, tuple(told)))
+        sent = (v if kind is None else Held(kind) for v, kind in zip(values, kinds, strict=True))
+        self._send(Call(program, tuple(sent)))
 
     def fail(self, error: Exception) -> None:
         """End, and so let them end: a call failed here that they may wait in."""
@@ -67,11 +67,11 @@ class Leader(Lockstep):
     def end(self, status: int) -> None:
         """Let them end, as this process then does; wait until they have."""
         self._over.set()
-        self._tell(End(status))
+        self._send(End(status))
         for thread in self._watching:
             thread.join(_END_S)
 
-    def _tell(self, message: Any) -> None:
+    def _send(self, message: Any) -> None:
         with self._lock:
             for link in self._links:
                 with contextlib.suppress(OSError):  # it is lost: its watcher ends this process

@@ -1,4 +1,4 @@
-"""Messages: what process 0 tells the others to do, in order, and what they say to it."""
+"""Messages: what process 0 has the others do, in order, and what they report to it."""
 
 import dataclasses
 from typing import Any

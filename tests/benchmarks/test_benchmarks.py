@@ -13,7 +13,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from absl.testing import flagsaver
 from jax.sharding import AbstractMesh, NamedSharding
 
 from benchmarks import __main__ as program
@@ -41,23 +40,6 @@ def run(module, *arguments):
         text=True,
         timeout=600,
     )
-
-
-@pytest.fixture
-def cli(capsys):
-    """Execute a command on flags; return (exit status, stdout, stderr)."""
-
-    def call(module, *arguments):
-        saved = flagsaver.save_flag_values(module.FLAGS)
-        try:
-            with pytest.raises(SystemExit) as exit_:
-                command.execute(module.run, module.FLAGS, ["benchmarks", *arguments])
-        finally:
-            flagsaver.restore_flag_values(saved, module.FLAGS)
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return call
 
 
 @pytest.mark.parametrize(

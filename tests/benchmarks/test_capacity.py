@@ -4,9 +4,8 @@ import math
 import re
 
 import pytest
-from absl.testing import flagsaver
 
-from benchmarks import capacity, capacity_check, command
+from benchmarks import capacity, capacity_check
 from benchmarks.turns import Costs, Job, Kind, Turns, draw, formula, percentile
 from tests.helpers import ROOT
 
@@ -140,23 +139,6 @@ def test_a_percentile_is_one_of_the_values():
     assert percentile([3, 1, 2], 50) == 2
     assert percentile(range(1, 101), 99) == 99
     assert percentile([7], 99) == 7
-
-
-@pytest.fixture
-def cli(capsys):
-    """Execute a command on flags; return (exit status, stdout, stderr)."""
-
-    def call(module, *arguments):
-        saved = flagsaver.save_flag_values(module.FLAGS)
-        try:
-            with pytest.raises(SystemExit) as exit_:
-                command.execute(module.run, module.FLAGS, ["capacity", *arguments])
-        finally:
-            flagsaver.restore_flag_values(saved, module.FLAGS)
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return call
 
 
 def test_the_report(cli):

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import subprocess
 
 import pytest
@@ -247,9 +246,3 @@ def run_script(environment, *arguments):
     return subprocess.run(
         ["bash", str(SLURM), *arguments], env=environment, capture_output=True, text=True
     )
-
-
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
-def test_the_slurm_script_has_no_faults_that_shellcheck_knows():
-    done = subprocess.run(["shellcheck", str(SLURM)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout

@@ -4,15 +4,12 @@ Of simulated devices: XLA cuts the CPU into four, in a process of its own.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers.simulated_devices import run_code
 
 LAYERS, SLOTS_EACH, CAPACITY, HEAD_DIM = 2, 3, 256, 16
 
@@ -26,7 +23,7 @@ from llama_jax.decode.plan import accelerator_plan, choose_plan
 from llama_jax.decode.state_programs import Admit, ClearSlot, CopySlot, Release
 from llama_jax.nn.sharding import choose_shards, make_mesh
 from tests.helpers.models import SMALL, random_params
-platform, layout = sys.argv[1], json.loads(sys.argv[2])
+platform, layout = map(json.loads, sys.argv[1:])
 config = dataclasses.replace(
     SMALL, vocab_size=512, dim=128, ffn_dim=192, num_heads=8, max_seq_len=256
 )
@@ -49,17 +46,7 @@ print(json.dumps({name: ex.programs[name].as_text() for name in ex.compiled.name
 
 def compile_programs(platform, replicas, devices):
     """Return the optimised HLO of every program by the plan of a platform."""
-    layout = json.dumps([replicas, devices, replicas * SLOTS_EACH])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, platform, layout],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_code(COMPILE, platform, [replicas, devices, replicas * SLOTS_EACH])
 
 
 def exchanges(text):

@@ -4,15 +4,11 @@ Of simulated devices: XLA cuts the CPU into four, in a process of its own.
 """
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.helpers import ROOT
 from tests.helpers.models import SMALL
+from tests.helpers.simulated_devices import run_code
 
 CONFIG = dataclasses.replace(
     SMALL, vocab_size=512, dim=128, ffn_dim=192, num_heads=8, max_seq_len=512
@@ -28,7 +24,7 @@ from llama_jax.decode.needs import ALL_NEEDS, Needs
 from llama_jax.decode.plan import accelerator_plan, choose_plan
 from llama_jax.decode.model_programs import Decode, Prefill
 from llama_jax.nn.sharding import choose_shards, make_mesh
-config, platform, batches = json.loads(sys.argv[1])
+config, platform, batches = map(json.loads, sys.argv[1:])
 config = ModelConfig(**config)
 dtype = "float32" if platform == "cpu" else "float16"
 plan = choose_plan(config, dtype) if platform == "cpu" else accelerator_plan(platform, dtype)
@@ -46,17 +42,7 @@ print(json.dumps(found))
 def compile_programs(config, platform, batches):
     """Compile both programs by the plan of a platform; return kind, slots and record of each."""
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k != "eos_tokens"}
-    argument = json.dumps([fields, platform, batches])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, argument],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_code(COMPILE, fields, platform, batches)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", pytest.param("tpu", marks=pytest.mark.slow)])

@@ -45,12 +45,12 @@ def started(
         folders: where each runs.
     """
     port, count = free_port(), len(environments)
-    running: list[subprocess.Popen] = [None] * count  # type: ignore[list-item]
+    running: list[subprocess.Popen] = []
     for index in reversed(range(count)):
         command = [sys.executable, str(ROOT / "run.py"), *arguments]
         if by_flags:
             command += launch(index, count, port)
-        running[index] = subprocess.Popen(
+        process = subprocess.Popen(
             command,
             cwd=folders[index],
             env=os.environ | environments[index],
@@ -59,6 +59,7 @@ def started(
             stderr=subprocess.PIPE,
             text=True,
         )
+        running.insert(0, process)
     try:
         yield running
     finally:

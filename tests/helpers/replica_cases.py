@@ -54,10 +54,10 @@ def load(**options):
 
 
 def answers(llm, requests):
-    return [told(result) for result in llm.generate_all(requests)]
+    return [record(result) for result in llm.generate_all(requests)]
 
 
-def told(result):
+def record(result):
     return (
         result.tokens,
         result.finish_reason,
@@ -80,7 +80,7 @@ def answers_of_a_mix(llm, requests):
     for stream in streams:
         while stream.next_piece() is not None:
             pass
-    return [told(stream.result) for stream in streams]
+    return [record(stream.result) for stream in streams]
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ SLURM = {
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_HOSTNAMES": "a"}, True),
     ],
 )
 def test_the_environment_says_whether_there_are_others(environment, expected):
@@ -62,12 +63,12 @@ def test_a_launch_that_is_wrong(launch, said):
 
 def test_a_stranger_is_turned_away(monkeypatch):
     """Who does not say the secret is not read: a message is a pickle."""
-    told = threading.Event()
+    published_once = threading.Event()
     published = []
 
     def spread(data):
         published.append(pickle.loads(data))
-        told.set()
+        published_once.set()
         return data
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -75,7 +76,7 @@ def test_a_stranger_is_turned_away(monkeypatch):
     links = []
     accepting = threading.Thread(target=lambda: links.extend(link.connect_all("127.0.0.1", 30)))
     accepting.start()
-    assert told.wait(30)
+    assert published_once.wait(30)
     [(port, secret, host)] = published
     for said in (b"", b"GET / HTTP/1.1\r\n\r\n" * 2, bytes(len(secret)) + (1).to_bytes(4)):
         with socket.create_connection((host, port)) as stranger:
