@@ -79,7 +79,7 @@ def test_a_stranger_is_turned_away(monkeypatch):
     assert published_once.wait(30)
     [(port, secret, host)] = published
     for said in (b"", b"GET / HTTP/1.1\r\n\r\n" * 2, bytes(len(secret)) + (1).to_bytes(4)):
-        with socket.create_connection((host, port)) as stranger:
+        with socket.create_connection((host, port), timeout=10) as stranger:
             stranger.sendall(said)
             stranger.shutdown(socket.SHUT_WR)
             assert stranger.recv(1) == b""
