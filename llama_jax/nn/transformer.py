@@ -4,6 +4,7 @@ The only module that imports flax. Weights are stored as published, [outputs, in
 dtype; the residual stream is float32. The layers are a Python loop over separate parameters.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -57,6 +58,12 @@ class _Layer(nn.Module):
         if rows is None or x.shape[1] > 1:
             return x
         return jnp.pad(x, ((0, -x.shape[0] % rows), (0, 0), (0, 0)))
+
+    def gathered(self, x: Float[Array, "padded T part"], batch: int) -> Float[Array, "padded T D"]:
+        """Return the whole of what devices have parts of; they exchange the `batch` rows alone."""
+        if self.shards.devices == 1:
+            return x
+        return self.padded(self.shards.gather(x[:batch]))
 
     def weight(
         self, name: str, outputs: int, inputs: int, *, parts: int | None = None
@@ -114,20 +121,20 @@ class Attention(_Layer):
         out = attend(q, cache.k, cache.v, positions, slots=slots, attend_len=attend_len)
         out = self.padded(self.shards.gather(out.reshape(batch, length, -1)))
         (out,) = self.linears(out, self.weight("o", c.dim, c.dim))
-        return self.shards.gather(out), cache
+        return self.gathered(out, batch), cache
 
 
 class FeedForward(_Layer):
     """SwiGLU feed-forward layer."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b T D"]) -> Float[Array, "b T D"]:
-        """Transform each position by itself."""
+    def __call__(self, x: Float[Array, "padded T D"], batch: int) -> Float[Array, "padded T D"]:
+        """Transform each position by itself; the first `batch` sequences are not padding."""
         c = self.config
         gate, up = self.weight("gate", c.ffn_dim, c.dim), self.weight("up", c.ffn_dim, c.dim)
         down = self.weight("down", c.dim, c.ffn_dim)
         to_float16 = projection.rounds_to_float16(self.kernels.projection, down)
-        gather = self.shards.gather
+        gather = functools.partial(self.gathered, batch=batch)
         out = ops.swiglu(x, gate, up, down, self.linears, gather, to_float16=to_float16)
         return gather(out)
 
@@ -152,7 +159,8 @@ class Block(_Layer):
         normed = self.normed(x, self.norm_weight("attention_norm"))
         attended, cache = attention(normed, starts, cache, slots=slots, attend_len=attend_len)
         x = x + attended
-        return x + feed_forward(self.normed(x, self.norm_weight("ffn_norm"))), cache
+        normed = self.normed(x, self.norm_weight("ffn_norm"))
+        return x + feed_forward(normed, starts.shape[0]), cache
 
 
 class Transformer(_Layer):
