@@ -19,7 +19,7 @@ from llama_jax.decode.lockstep import Lockstep
 from llama_jax.decode.memory import check_fits
 from llama_jax.decode.plan import choose_plan
 from llama_jax.engine.engine import Engine
-from llama_jax.engine.fingerprint import fingerprint
+from llama_jax.engine.environment import describe
 from llama_jax.engine.queue import check_max_queue
 from llama_jax.engine.request import GenerationRequest, check_tokens, make_request
 from llama_jax.engine.result import Result
@@ -85,7 +85,7 @@ class Llama:
         self.engine = Engine(
             self.executor,
             tokenizer,
-            fingerprint=fingerprint(checkpoint, self.executor),
+            environment=describe(checkpoint, self.executor),
             max_queue=max_queue,
             reuse=reuse,
         )
@@ -290,7 +290,7 @@ class Llama:
             raise InputError(
                 f"got {len(token_ids):,} tokens, but the context holds {self.context:,}; give fewer"
             )
-        return self.engine.logits(token_ids)
+        return self.engine.between_turns(lambda executor: executor.logits(token_ids))
 
 
 def _read(stream: Stream) -> Result:

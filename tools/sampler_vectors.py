@@ -62,7 +62,9 @@ def tokens(seed: int, parameters: dict) -> list[int]:
     )
     params = sampling.make_params(seed=seed, **others)
     steps = (jnp.asarray([step], jnp.int32) for step in range(16))
-    return [int(sampling.sample(logits, params, t, bias, in_prompt, counts)[0]) for t in steps]
+    return [
+        int(sampling.sample(logits, params, t, bias, in_prompt, counts).tokens[0]) for t in steps
+    ]
 
 
 def block(values: list) -> str:

@@ -1,6 +1,5 @@
 """Line: a request of a batch, in one of two formats, on its way to a line of output."""
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -48,7 +47,7 @@ class CardForm:
 
     def answer(self, results: list[Result]) -> dict[str, Any]:
         """Return the result as the command line's JSON has it."""
-        return {"result": dataclasses.asdict(results[0])}
+        return {"result": results[0].to_dict()}
 
 
 class Format(NamedTuple):

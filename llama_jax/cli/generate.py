@@ -1,6 +1,5 @@
 """No verb: answer one request."""
 
-import dataclasses
 import json
 
 from llama_jax.cli.console import note, summary
@@ -31,7 +30,7 @@ def generate() -> None:
             print(piece, end="", flush=True)
     result = stream.result
     if FLAGS.output == "json":
-        print(json.dumps(dataclasses.asdict(result), ensure_ascii=False, indent=2))
+        print(json.dumps(result.to_dict(), ensure_ascii=False, indent=2))
     elif FLAGS.stream:
         print()
     else:

@@ -12,7 +12,14 @@ from jax.sharding import Mesh
 from llama_jax.config import ModelConfig
 from llama_jax.decode.compiled import CompiledPrograms, CompileLog
 from llama_jax.decode.lockstep import Lockstep
-from llama_jax.decode.model_programs import Decode, FirstToken, Logits, Prefill, Score
+from llama_jax.decode.model_programs import (
+    CheckDraws,
+    Decode,
+    FirstToken,
+    Logits,
+    Prefill,
+    Score,
+)
 from llama_jax.decode.needs import ALL_NEEDS, Needs, covering
 from llama_jax.decode.plan import Plan, choose_plan
 from llama_jax.decode.program import Program, Target
@@ -29,6 +36,7 @@ from llama_jax.decode.state_programs import (
     empty_admission,
 )
 from llama_jax.decode.steps import Logprobs, ReadChunk, StepOutputs
+from llama_jax.decode.texts import CheckedDraws, Law
 from llama_jax.jax_settings import pinned_settings, to_host
 from llama_jax.nn.sharding import ONE_DEVICE, make_mesh, place, replicas_of, shards_of
 from llama_jax.nn.transformer import Params, Transformer
@@ -183,6 +191,24 @@ class Executor:
             cache, logits = self.call(program, self.params, cache, tokens, start)
             parts.append(to_host(logits)[: len(tokens) - start])
         return np.concatenate(parts)
+
+    def check_draws(
+        self, tokens: Sequence[int], num_prompt: int, law: Law, needs: Needs
+    ) -> CheckedDraws:
+        """Draw again each token of a text after its prompt; see `texts.check_draws`.
+
+        Returns:
+            NumPy arrays, a row for each token after the prompt.
+        """
+        cache = self.call(InitCache())
+        parts: list[CheckedDraws] = []
+        for start, size in self.sizes.chunks(len(tokens) - 1):
+            program = CheckDraws(size, self.sizes.bucket(start + size), needs)
+            values = (cache, tokens, start, num_prompt, law)
+            cache, checked = self.call(program, self.params, *values)
+            parts.append(jax.tree.map(to_host, checked))
+        drawn = slice(num_prompt - 1, len(tokens) - 1)
+        return jax.tree.map(lambda *rows: np.concatenate(rows)[drawn], *parts)
 
     def warm_up(self) -> Iterator[tuple[int, int]]:
         """Compile programs that serve every request; yield (done, total) after each.

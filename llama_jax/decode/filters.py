@@ -17,14 +17,33 @@ The first holds every top-k that the card allows, and most cuts by top-p.
 """
 
 
+class CutMargins(NamedTuple):
+    """How far each filter is from another cut; infinity where it is off."""
+
+    top_k: Float[Array, "B"]
+    """The last logit that stays, less the next one."""
+    top_p: Float[Array, "B"]
+    """The least distance of a probability that is summed up from `top_p`."""
+    min_p: Float[Array, "B"]
+    """The least distance of a quotient of probabilities from `min_p`."""
+
+
+class Filtered(NamedTuple):
+    """Logits after the filters."""
+
+    logits: Float[Array, "B V"]
+    """-inf where a filter cuts."""
+    margins: CutMargins
+
+
 def apply_filters(
     logits: Float[Array, "B V"],
     *,
     top_k: Int[Array, "B"],
     top_p: Float[Array, "B"],
     min_p: Float[Array, "B"],
-) -> Float[Array, "B V"]:
-    """Set to -inf what top-k, then top-p, then min-p cut; the best token always stays.
+) -> Filtered:
+    """Cut by top-k, then top-p, then min-p; the best token always stays.
 
     The order of tokens is by falling logit, then by rising id. top-p cuts a token when the tokens
     before it already hold more than `top_p`: the one that crosses stays.
@@ -35,15 +54,13 @@ def apply_filters(
         top_p: probability kept; 1 and above is off.
         min_p: least probability kept, relative to the likeliest token's; 0 is off.
     """
-    return _apply_min_p(_apply_cut(logits, top_k, top_p), logits, min_p)
-
-
-def _apply_min_p(
-    kept: Float[Array, "B V"], logits: Float[Array, "B V"], min_p: Float[Array, "B"]
-) -> Float[Array, "B V"]:
-    """Cut tokens by the quotient of two probabilities, which needs no sum."""
-    likeliest = jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.where(jnp.exp(logits - likeliest) >= min_p[:, None], kept, -jnp.inf)
+    kept, cut = _apply_cut(logits, top_k, top_p)
+    # By the quotient of two probabilities, which needs no sum.
+    quotients = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    kept = jnp.where(quotients >= min_p[:, None], kept, -jnp.inf)
+    nearest = jnp.min(jnp.abs(quotients - min_p[:, None]), axis=-1)
+    min_p_margin = jnp.where(min_p > 0, nearest, jnp.inf)
+    return Filtered(kept, CutMargins(cut.top_k_margin[:, 0], cut.top_p_margin[:, 0], min_p_margin))
 
 
 class _Cut(NamedTuple):
@@ -53,11 +70,14 @@ class _Cut(NamedTuple):
     id: Int[Array, "B 1"]
     settled: Bool[Array, "B 1"]
     """The part of the order that was looked at holds the cut."""
+    top_k_margin: Float[Array, "B 1"]
+    top_p_margin: Float[Array, "B 1"]
+    """See `CutMargins`."""
 
 
 def _apply_cut(
     logits: Float[Array, "B V"], top_k: Int[Array, "B"], top_p: Float[Array, "B"]
-) -> Float[Array, "B V"]:
+) -> tuple[Float[Array, "B V"], _Cut]:
     """Cut by top-k and top-p: both keep a first part of the order."""
     vocab_size = logits.shape[-1]
     ids = jnp.broadcast_to(jnp.arange(vocab_size, dtype=jnp.int32)[None, :], logits.shape)
@@ -75,7 +95,7 @@ def _apply_cut(
     cut = cut_within([size for size in HEADS if size < vocab_size])
     inside = _is_until(logits, cut.logit, cut.id)
     off = ((top_k == 0) | (top_k >= vocab_size)) & (top_p >= 1)
-    return jnp.where(inside | off[:, None], logits, -jnp.inf)
+    return jnp.where(inside | off[:, None], logits, -jnp.inf), cut
 
 
 def _cut(
@@ -96,17 +116,29 @@ def _cut(
             jnp.take_along_axis(ids, place, axis=-1),
         )
 
-    in_top_k = _is_until(logits, *token_at(jnp.minimum(top_k, size) - 1)) | (top_k >= vocab_size)
+    last = token_at(jnp.minimum(top_k, size) - 1)
+    in_top_k = _is_until(logits, *last) | (top_k >= vocab_size)
     # Not ordered[:, :1]: of a slice of its top-k XLA would make a sort.
     highest = jnp.max(logits, axis=-1, keepdims=True)
     total = sum_by_halves(jnp.where(in_top_k, jnp.exp(logits - highest), 0.0))
     probabilities = jnp.where(places < top_k, quotient(jnp.exp(ordered - highest), total), 0.0)
-    beyond = (sums_before(probabilities) > top_p) & (top_p < 1)
+    sums = sums_before(probabilities)
+    beyond = (sums > top_p) & (top_p < 1)
     first_beyond = jnp.min(jnp.where(beyond, places, size), axis=-1, keepdims=True)
     logit, token = token_at(jnp.minimum(first_beyond, top_k) - 1)
     # With top-k off the cut is here if what crosses top_p is; with both off there is none.
     crossed = (top_k >= vocab_size) & ((first_beyond < size) | (top_p >= 1))
-    return _Cut(logit, token, settled=(top_k <= size) | crossed)
+    best_cut = jnp.max(jnp.where(in_top_k, -jnp.inf, logits), axis=-1, keepdims=True)
+    # Sums rise: the nearest one is beside the cut. That of no token is 0 whatever the logits are.
+    distances = jnp.where(places > 0, jnp.abs(sums - top_p), jnp.inf)
+    nearest = jnp.min(distances, axis=-1, keepdims=True)
+    return _Cut(
+        logit,
+        token,
+        settled=(top_k <= size) | crossed,
+        top_k_margin=jnp.where(best_cut > -jnp.inf, last[0] - best_cut, jnp.inf),
+        top_p_margin=jnp.where(top_p < 1, nearest, jnp.inf),
+    )
 
 
 def _is_until(

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from llama_jax.decode import steps
+from llama_jax.decode import steps, texts
 from llama_jax.decode.needs import ALL_NEEDS, Needs
 from llama_jax.decode.program import Program, Target
 from llama_jax.decode.state import DecodeState
@@ -147,8 +147,8 @@ class Logits(ModelProgram):
     donated: ClassVar[tuple[int, ...]] = (1,)
 
     def function(self, target: Target) -> Callable[..., Any]:
-        """Return `steps.logits_of_text` at these sizes."""
-        return functools.partial(steps.logits_of_text, target.model, attend_len=self.attend_len)
+        """Return `texts.logits_of_text` at these sizes."""
+        return functools.partial(texts.logits_of_text, target.model, attend_len=self.attend_len)
 
     def arguments(
         self, params: Params, cache: kv.KVCache, tokens: Sequence[int], start: int
@@ -158,6 +158,44 @@ class Logits(ModelProgram):
 
     def __str__(self) -> str:
         return f"logits({self.size}, {self.attend_len})"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckDraws(ModelProgram):
+    """Draw again after every token of a chunk."""
+
+    size: int
+    attend_len: int
+    needs: Needs
+    donated: ClassVar[tuple[int, ...]] = (1,)
+
+    def function(self, target: Target) -> Callable[..., Any]:
+        """Return `texts.check_draws` at these sizes."""
+        return functools.partial(
+            texts.check_draws,
+            target.model,
+            needs=self.needs,
+            attend_len=self.attend_len,
+            drawable=target.drawable,
+        )
+
+    def arguments(
+        self,
+        params: Params,
+        cache: kv.KVCache,
+        tokens: Sequence[int],
+        start: int,
+        num_prompt: int,
+        law: texts.Law,
+    ) -> tuple[Any, ...]:
+        """Return the arguments of a call for the chunk of a text that begins at `start`."""
+        drawn = np.asarray(tokens[num_prompt:start], np.int32)
+        counts = np.bincount(drawn, minlength=len(law.bias)).astype(np.int32)
+        chunk = (padded_chunk(tokens, begin, self.size) for begin in (start, start + 1))
+        return params, cache, counts, np.int32(start), *chunk, np.int32(num_prompt), law
+
+    def __str__(self) -> str:
+        return f"check_draws({self.size}, {self.attend_len}{self.needs})"
 
 
 def padded_chunk(tokens: Sequence[int], start: int, size: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from llama_jax.decode.filters import apply_filters
+from llama_jax.decode.filters import CutMargins, apply_filters
 from llama_jax.decode.rounding import quotient, rounded
 
 SAMPLER_VERSION = 2
@@ -110,6 +110,18 @@ def make_bias(
     return bias
 
 
+class Sampled(NamedTuple):
+    """What the law draws, and how near it was to something else."""
+
+    tokens: Int[Array, "B"]
+    """Token ids; ties go to the lower id. NOT_FINITE where there is nothing to draw."""
+    scores: Float[Array, "B V"]
+    """What the token is the maximum of: filtered logits plus noise; of a greedy row its logits."""
+    margin: Float[Array, "B"]
+    """The best score less the second best; infinity where there is no second."""
+    cuts: CutMargins
+
+
 def sample(
     logits: Float[Array, "B V"],
     params: SamplingParams,
@@ -120,7 +132,7 @@ def sample(
     *,
     noise: bool = True,
     filters: bool = True,
-) -> Int[Array, "B"]:
+) -> Sampled:
     """Draw the next token of each row by the law.
 
     Args:
@@ -132,9 +144,6 @@ def sample(
         output_counts: how often each token occurs in the row's output so far.
         noise: static; False: all rows are greedy.
         filters: static; False: no row that is drawn has top-k, top-p or min-p.
-
-    Returns:
-        Token ids; ties go to the lower id. NOT_FINITE where there is nothing to draw.
     """
     logits = apply_penalties(logits + bias, params, in_prompt, output_counts)
     greedy = params.temperature < GREEDY_BELOW
@@ -143,9 +152,10 @@ def sample(
     # Not by the maximum, in which XLA may lose a NaN.
     is_finite = jnp.all(logits < jnp.inf, axis=-1) & jnp.any(logits > -jnp.inf, axis=-1)
     scores = logits
+    cuts = CutMargins(*[jnp.full(logits.shape[:1], jnp.inf, jnp.float32)] * 3)
     if filters:
         # Off where the row is greedy: one row that needs the whole order costs all of them.
-        scores = apply_filters(
+        scores, cuts = apply_filters(
             logits,
             top_k=jnp.where(greedy, 0, params.top_k),
             top_p=jnp.where(greedy, 1.0, params.top_p),
@@ -154,14 +164,13 @@ def sample(
     if noise:
         scores += jax.vmap(gumbel, in_axes=(0, 0, None))(params.seeds, steps, logits.shape[-1])
         scores = jnp.where(greedy[:, None], logits, scores)
-    return jnp.where(is_finite, _first_argmax(scores), NOT_FINITE)
-
-
-def _first_argmax(scores: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """Return the least index of each row's maximum: 6 times as fast as XLA's argmax on a CPU."""
+    # The least index of the maximum: 6 times as fast as XLA's argmax on a CPU.
     ids = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, :]
     best = jnp.max(scores, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(scores == best, ids, scores.shape[-1]), axis=-1)
+    tokens = jnp.min(jnp.where(scores == best, ids, scores.shape[-1]), axis=-1)
+    second = jnp.max(jnp.where(ids == tokens[:, None], -jnp.inf, scores), axis=-1)
+    margin = best[:, 0] - second
+    return Sampled(jnp.where(is_finite, tokens, NOT_FINITE), scores, margin, cuts)
 
 
 def gumbel(seed: UInt32[AnyArray, "2"], step: Int[Array, ""], vocab_size: int) -> Float[Array, "V"]:

@@ -15,10 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.decode import sampling
 from llama_jax.decode.needs import Needs
-from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE, TOP_LOGPROBS
+from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE, TOP_LOGPROBS, Sampled
 from llama_jax.decode.state import DecodeState, gather_rows, scatter_rows
 from llama_jax.decode.sums import log_softmax
-from llama_jax.nn import cache as kv
 from llama_jax.nn.transformer import Params, Transformer, forward
 
 
@@ -32,12 +31,18 @@ class Logprobs(NamedTuple):
     top_ids: Int[Array, "*T n top"]
 
 
+MEASURES = ("logprob", "margin", "top_k_margin", "top_p_margin", "min_p_margin")
+"""What is recorded of each draw: `Logprobs.chosen`, `Sampled.margin` and `CutMargins`."""
+
+
 class StepOutputs(NamedTuple):
     """What some steps generated, one column for each slot computed."""
 
     tokens: Int[Array, "*T n"]
     """Including the stop token; NO_TOKEN where a slot was done, NOT_FINITE where its request must
     end by an error."""
+    measures: Float[Array, "*T n 5"]
+    """MEASURES of the tokens: one array, which is copied to the host at once."""
     logprobs: Logprobs | None
     """None where they are not needed."""
 
@@ -201,22 +206,6 @@ def decode(
     return scatter_rows(state, part, slots), outputs
 
 
-def logits_of_text(
-    model: Transformer,
-    params: Params,
-    cache: kv.KVCache,
-    start: Int[Array, ""],
-    tokens: Int[Array, "T"],
-    *,
-    attend_len: int,
-) -> tuple[kv.KVCache, Float[Array, "T V"]]:
-    """Return the logits at every position of one chunk of a single text; the cache is donated."""
-    logits, cache = forward(
-        model, params, tokens[None, :], start[None], cache, attend_len=attend_len
-    )
-    return cache, logits[0]
-
-
 def _emit(
     state: DecodeState,
     logits: Float[Array, "B V"],
@@ -232,7 +221,7 @@ def _emit(
     # A slot that is done needs no noise and no filters.
     temperature = jnp.where(active, state.sampling.temperature, 0.0)
     params = state.sampling._replace(temperature=temperature)
-    sampled = sampling.sample(
+    drawn = sampling.sample(
         candidates,
         params,
         state.steps,
@@ -242,8 +231,8 @@ def _emit(
         noise=needs.noise,
         filters=needs.filters,
     )
-    is_finite = sampled != NOT_FINITE
-    tokens = jnp.where(active & is_finite, sampled, state.tokens)
+    is_finite = drawn.tokens != NOT_FINITE
+    tokens = jnp.where(active & is_finite, drawn.tokens, state.tokens)
     steps = state.steps + active.astype(jnp.int32)
     stopped = jnp.any(tokens[:, None] == state.stop_tokens, axis=-1)
     ended = stopped | (steps >= state.limits) | jnp.logical_not(is_finite)
@@ -254,12 +243,24 @@ def _emit(
         done=state.done | (active & ended),
         output_counts=state.output_counts.at[rows, tokens].add(active.astype(jnp.int32)),
     )
+    measures = measures_of(logits, tokens, drawn)
     logprobs = _logprobs(logits, tokens) if needs.logprobs else None
-    return state, StepOutputs(jnp.where(active, sampled, NO_TOKEN), logprobs)
+    return state, StepOutputs(jnp.where(active, drawn.tokens, NO_TOKEN), measures, logprobs)
+
+
+def measures_of(
+    logits: Float[Array, "B V"], tokens: Int[Array, "B"], drawn: Sampled
+) -> Float[Array, "B 5"]:
+    """Return MEASURES of a token in each row."""
+    return jnp.stack([_of(tokens, log_softmax(logits)), drawn.margin, *drawn.cuts], axis=-1)
+
+
+def _of(tokens: Int[Array, "B"], values: Float[Array, "B V"]) -> Float[Array, "B"]:
+    """Return each row's value of a token."""
+    return jnp.take_along_axis(values, tokens[:, None], axis=-1)[:, 0]
 
 
 def _logprobs(logits: Float[Array, "B V"], tokens: Int[Array, "B"]) -> Logprobs:
     logprobs = log_softmax(logits)
-    top, top_ids = lax.top_k(logprobs, min(TOP_LOGPROBS, logits.shape[-1]))
-    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
-    return Logprobs(chosen, top, top_ids)
+    top, top_ids = lax.top_k(logprobs, min(TOP_LOGPROBS, logprobs.shape[-1]))
+    return Logprobs(_of(tokens, logprobs), top, top_ids)

@@ -8,14 +8,13 @@ import dataclasses
 import logging
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
-
-import numpy as np
+from collections.abc import Callable, Iterator
+from typing import NoReturn, TypeVar
 
 from llama_jax.decode.executor import Executor
 from llama_jax.engine.clock import Clock
 from llama_jax.engine.counts import Counts
+from llama_jax.engine.environment import UNKNOWN, Environment
 from llama_jax.engine.fair_lock import FairLock
 from llama_jax.engine.generation import Generation
 from llama_jax.engine.parameters import DEFAULT_MAX_TOKENS
@@ -24,6 +23,8 @@ from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 _LOGGER = logging.getLogger("llama_jax.engine")
 
@@ -71,7 +72,7 @@ class Engine:
     Args:
         executor: its batch is the number of slots.
         tokenizer: None if the model has none.
-        fingerprint: what results are to carry.
+        environment: what results are to carry.
         max_queue: requests that may wait beyond those in slots; None: any number.
         reuse: let a prompt reuse what slots hold.
     """
@@ -81,18 +82,23 @@ class Engine:
         executor: Executor,
         tokenizer: Tokenizer | None,
         *,
-        fingerprint: str = "",
+        environment: Environment = UNKNOWN,
         max_queue: int | None = None,
         reuse: bool = True,
     ):
         self.executor, self.tokenizer = executor, tokenizer
-        self.fingerprint, self.max_queue = fingerprint, max_queue
+        self.environment, self.max_queue = environment, max_queue
         self._clock = Clock(executor.compiled)
         self._queue = Queue()
         self._scheduler = Scheduler(executor, self._queue, self._clock, reuse=reuse)
         self._turn_lock, self._submit_lock = FairLock(), threading.Lock()
         self._work = threading.Event()
         self._failed: EngineFailedError | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The environment's."""
+        return self.environment.fingerprint
 
     @property
     def counts(self) -> Counts:
@@ -124,6 +130,7 @@ class Engine:
         client: str = "",
         share: int | None = None,
         max_slots: int | None = None,
+        invocation: str = "",
     ) -> Generation:
         """Queue a request.
 
@@ -133,6 +140,7 @@ class Engine:
             client: whose it is; clients take turns, see `Queue`.
             share: requests of one client that may wait beyond free slots; None: `max_queue`.
             max_slots: slots that the client may have while others are active; None: all but one.
+            invocation: what its record is to name it; "": one is made up.
 
         Raises:
             InputError: text without a tokenizer, or ids outside the vocabulary.
@@ -152,10 +160,11 @@ class Engine:
             self.tokenizer,
             eos_tokens=self.executor.config.eos_tokens,
             clock=self._clock,
-            fingerprint=self.fingerprint,
+            environment=self.environment,
             on_change=on_change,
             client=client,
             max_slots=max_slots,
+            invocation=invocation,
         )
         with self._submit_lock:
             if self._failed is not None:
@@ -228,13 +237,13 @@ class Engine:
             finally:
                 self._clock.update()
 
-    def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """Return the float32 logits [T, V] after each token of a text, between two turns.
+    def between_turns(self, work: Callable[[Executor], T]) -> T:
+        """Return what a function does with the executor, between two turns.
 
         So the time it takes, compiling included, belongs to no generation.
         """
         with self._turn_lock:
-            return self.executor.logits(tokens)
+            return work(self.executor)
 
     def warm_up(self) -> Iterator[tuple[int, int]]:
         """Allocate the caches and compile programs that serve every request.

@@ -5,12 +5,16 @@ import contextlib
 import copy
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from llama_jax.decode.sampling import NO_TOKEN
 from llama_jax.decode.steps import Logprobs
 from llama_jax.engine.clock import Clock
+from llama_jax.engine.draw import Draw
+from llama_jax.engine.environment import UNKNOWN, Environment
+from llama_jax.engine.record import Record
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.result import FinishReason, Piece, Result, Timings, TokenLogprob, Usage
 from llama_jax.jax_settings import to_host
@@ -29,10 +33,11 @@ class Generation:
         tokenizer: None: the text is the ids, with commas.
         eos_tokens: the ids that end it, unless the request ignores them.
         clock: the engine's.
-        fingerprint: the engine's; see `Result`.
+        environment: the engine's.
         on_change: called, in the engine's thread, when there is something new.
         client: whose it is.
         max_slots: slots that the client may have while others are active; None: see `Queue.next`.
+        invocation: its name in its record; "": one is made up.
     """
 
     def __init__(
@@ -43,10 +48,11 @@ class Generation:
         *,
         eos_tokens: Sequence[int] = (EOS_ID,),
         clock: Clock,
-        fingerprint: str = "",
+        environment: Environment = UNKNOWN,
         on_change: Callable[[], None] | None = None,
         client: str = "",
         max_slots: int | None = None,
+        invocation: str = "",
     ):
         self.request, self.prompt, self.client = request, prompt, client
         self.max_slots = max_slots
@@ -54,6 +60,8 @@ class Generation:
         self.stop_tokens = tuple(NO_TOKEN if ignored else token for token in eos_tokens)
         """The ids that end it; NO_TOKEN in place of each that does not."""
         self.tokens: list[int] = []
+        self.draws: list[Draw] = []
+        """Of `tokens`, and of the stop token that ended it."""
         self.result: Result | None = None
         self.error: BaseException | None = None
         self.cancelled = False
@@ -67,7 +75,8 @@ class Generation:
         self._waiting = Piece("", [], [])  # tokens whose text has not come yet
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: list[TokenLogprob | None] = [None]
-        self._fingerprint, self._on_change = fingerprint, on_change
+        self._environment, self._on_change = environment, on_change
+        self._invocation, self._started = invocation or str(uuid.uuid4()), time.time()
         self._times = _Times(clock)
         self._ended = threading.Event()
 
@@ -122,9 +131,11 @@ class Generation:
         self.reused = reused
         self._times.begin()
 
-    def push(self, token: int, logprob: TokenLogprob | None = None) -> None:
-        """Add the next token, up to the one that ends it; turn it into text."""
+    def push(self, draw: Draw, logprob: TokenLogprob | None = None) -> None:
+        """Add the next draw, up to the one that ends it; turn it into text."""
         self._times.token()
+        token = draw.token
+        self.draws.append(draw)
         if token in self.stop_tokens:
             return self.finish("stop")
         self.tokens.append(token)
@@ -169,14 +180,25 @@ class Generation:
             finish_reason=reason,
             usage=usage,
             seed=parameters.seed,
-            fingerprint=self._fingerprint,
+            fingerprint=self._environment.fingerprint,
             parameters=parameters,
             timings=self._times.summary(len(self.prompt), self.reused),
             warnings=self.request.warnings(self._tokenizer),
             logprobs=None if parameters.logprobs is None else self._logprobs,
             prompt_logprobs=self._prompt_logprobs if parameters.prompt_logprobs else None,
+            record=self._record(),
         )
         self._end()
+
+    def _record(self) -> Record:
+        return Record(
+            request=self.request,
+            environment=self._environment,
+            draws=self.draws,
+            invocation=self._invocation,
+            started=self._started,
+            finished=time.time(),
+        )
 
     def fail(self, error: BaseException) -> None:
         """End it by an error, which its readers raise."""

@@ -10,7 +10,7 @@ from llama_jax.decode.executor import Executor
 from llama_jax.decode.needs import together
 from llama_jax.decode.sampling import AnyArray
 from llama_jax.decode.state import Admission, DecodeState
-from llama_jax.decode.steps import Logprobs, StepOutputs
+from llama_jax.decode.steps import MEASURES, Logprobs, StepOutputs
 from llama_jax.engine.generation import Generation
 from llama_jax.engine.slots import Slot
 from llama_jax.jax_settings import copy_to_host_async, to_host
@@ -41,6 +41,8 @@ class InFlight:
 
     tokens: AnyArray
     """[steps, columns]; no step where a prompt is scored and goes on."""
+    measures: AnyArray
+    """[steps, columns, 5]; see `steps.MEASURES`."""
     logprobs: Logprobs | None
     """Of the tokens; None: no column's are wanted."""
     columns: list[Column]
@@ -131,10 +133,11 @@ class Pipeline:
         ]
         self._send(outputs, columns, {slot.replica for slot in slots})
 
-    def receive(self) -> tuple[InFlight, np.ndarray]:
-        """Wait for the oldest results in flight; return them with their tokens [steps, columns]."""
+    def receive(self) -> InFlight:
+        """Wait for the oldest results in flight; return them with what was drawn on the host."""
         oldest = self._in_flight.popleft()
-        return oldest, to_host(oldest.tokens)
+        oldest.tokens, oldest.measures = to_host(oldest.tokens), to_host(oldest.measures)
+        return oldest
 
     def _send(
         self,
@@ -145,13 +148,14 @@ class Pipeline:
     ) -> None:
         """Put results in flight, and begin to copy what will be read of them."""
         tokens: AnyArray = np.empty((0, 0), np.int32)
+        measures: AnyArray = np.empty((0, 0, len(MEASURES)), np.float32)
         logprobs = None
         if outputs is not None:
-            tokens = outputs.tokens
+            tokens, measures = outputs.tokens, outputs.measures
             if any(column.slot.needs.logprobs for column in columns):
                 logprobs = outputs.logprobs
-        copy_to_host_async((tokens, logprobs, scores and scores.logprobs))
-        self._in_flight.append(InFlight(tokens, logprobs, columns, replicas, scores))
+        copy_to_host_async((tokens, measures, logprobs, scores and scores.logprobs))
+        self._in_flight.append(InFlight(tokens, measures, logprobs, columns, replicas, scores))
 
     def _take_state(self) -> DecodeState:
         """Return the state for a call that consumes it."""

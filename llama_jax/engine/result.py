@@ -1,9 +1,10 @@
 """What a generation returns: pieces of text as they come, then a Result."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from llama_jax.engine.parameters import Parameters
+from llama_jax.engine.record import Record
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -91,3 +92,24 @@ class Result:
     """One for each of `tokens`, if requested."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """One for each of `prompt_tokens`, if requested; the first is None."""
+    record: Record | None = dataclasses.field(default=None, repr=False, compare=False)
+    """What a receipt is made of beside this; see `receipt`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields of the command line's JSON: all but `record`."""
+        values = dataclasses.asdict(dataclasses.replace(self, record=None))
+        del values["record"]
+        return values
+
+    def receipt(self, *, private: bool = False) -> dict[str, Any]:
+        """Return a receipt, by which another can repeat the run; see docs/receipts.md.
+
+        Args:
+            private: leave out prompt and text, and have their digests alone.
+
+        Raises:
+            InputError: the weights were not read from a checkpoint, so they have no digest.
+        """
+        from llama_jax.receipt.statement import make_statement  # it knows results
+
+        return make_statement(self, private=private)

@@ -13,19 +13,17 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from llama_jax.decode import sampling
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.needs import needs_of
 from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE
 from llama_jax.decode.state import make_admission
-from llama_jax.decode.steps import Logprobs
 from llama_jax.engine.clock import Clock
 from llama_jax.engine.counts import Counts
+from llama_jax.engine.draw import Draw
 from llama_jax.engine.generation import Generation, token_logprobs
 from llama_jax.engine.parameters import sampling_params
-from llama_jax.engine.pipeline import Column, Pipeline
+from llama_jax.engine.pipeline import Column, InFlight, Pipeline
 from llama_jax.engine.prefills import Prefills
 from llama_jax.engine.queue import Queue
 from llama_jax.engine.result import FinishReason
@@ -220,7 +218,7 @@ class Scheduler:
 
     def _receive(self) -> None:
         """Wait for the oldest results, and hand them to their requests."""
-        results, tokens = self.pipeline.receive()
+        results = self.pipeline.receive()
         self._clock.update()
         if (scores := results.prompt_scores) is not None and not scores.generation.done:
             count = scores.generation.request.parameters.logprobs or 0
@@ -232,7 +230,7 @@ class Scheduler:
             if generation.done:
                 continue
             try:
-                self._hand_over(column, tokens, results.logprobs)
+                self._hand_over(column, results)
                 if not generation.done:
                     generation.changed()
             except Exception as error:  # whatever it is, the others go on
@@ -240,17 +238,19 @@ class Scheduler:
             if generation.done:
                 self._free(column.slot)
 
-    def _hand_over(self, column: Column, tokens: np.ndarray, logprobs: Logprobs | None) -> None:
+    def _hand_over(self, column: Column, results: InFlight) -> None:
         """Give a generation its next tokens, up to the one that ends it."""
         generation, parameters = column.generation, column.generation.request.parameters
-        own = [token for token in tokens[:, column.index].tolist() if token != NO_TOKEN]
+        tokens, measures = results.tokens[:, column.index], results.measures[:, column.index]
+        own = [token for token in tokens.tolist() if token != NO_TOKEN]
         if generation.max_tokens == 0 and NOT_FINITE not in own:
             return self._end(generation, "length")  # its prompt was scored, which draws a token
         scores: Sequence[Any] = [None] * len(own)
         if parameters.logprobs is not None:
-            assert logprobs is not None
-            scores = token_logprobs(logprobs, column.index, own, parameters.logprobs)
-        for token, logprob in zip(own, scores, strict=True):
+            assert results.logprobs is not None
+            scores = token_logprobs(results.logprobs, column.index, own, parameters.logprobs)
+        # Once a slot is done it stays so: the first entries are its own.
+        for token, logprob, measured in zip(own, scores, measures.tolist(), strict=False):
             if token == NOT_FINITE:
                 raise NotFiniteError(
                     f"the logits of output token {len(generation.tokens)} have a NaN or an "
@@ -258,7 +258,7 @@ class Scheduler:
                     "near 0, or a value exceeds the dtype; use bfloat16 or float32"
                 )
             self.counts.tokens += 1
-            generation.push(token, logprob)
+            generation.push(Draw(token, *measured), logprob)
             if generation.result is not None:
                 self.failures = 0
                 self.counts.count_end(generation.result.finish_reason)

@@ -6,9 +6,11 @@ says whether this process can use them.
 
 import ctypes
 import functools
+import hashlib
 import importlib.util
 import logging
 import math
+import pathlib
 import platform
 from typing import Any
 
@@ -99,6 +101,17 @@ def has_kernels() -> bool:
 def instruction_set() -> str | None:
     """Return which of INSTRUCTION_SETS the kernels in use are for; None: there are none."""
     return _register() if has_kernels() else None
+
+
+@functools.cache
+def library_digest() -> str | None:
+    """Return the SHA-256 of the library in use; None: there is none."""
+    if (name := instruction_set()) is None:
+        return None
+    spec = importlib.util.find_spec(f"llama_jax.nn._cpu_kernels_{name}")
+    assert spec is not None
+    assert spec.origin is not None
+    return hashlib.sha256(pathlib.Path(spec.origin).read_bytes()).hexdigest()
 
 
 @functools.cache

@@ -64,6 +64,8 @@ class Checkpoint:
     """The SHA-256 of the tokenizer's file, by the manifest."""
     mesh: Mesh | None = None
     """The devices that hold `params`; None: one does."""
+    verified: bool = False
+    """All of it was compared with its digests when it was loaded."""
 
 
 def save_checkpoint(
@@ -158,6 +160,7 @@ def load_checkpoint(
         values["root"],
         values["files"].get("tokenizer.model", {}).get("sha256"),
         mesh,
+        verify,
     )
 
 

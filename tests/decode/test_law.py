@@ -69,7 +69,7 @@ sample = jax.jit(sampling.sample)
 
 
 def draw(rows):
-    return np.asarray(sample(*arrays(rows))).tolist()
+    return np.asarray(sample(*arrays(rows)).tokens).tolist()
 
 
 # Random requests.
@@ -287,7 +287,7 @@ CUTS = [
     "vocab_size", [13, 2000, *(pytest.param(n, marks=pytest.mark.slow) for n in (5000, 32_000))]
 )
 def test_neighbours_change_no_bit_of_a_row(vocab_size):
-    """Alone, and in batches of 2, 3 and 8: tokens, filtered logits and log-probabilities."""
+    """Alone, and in batches of 2, 3 and 8: tokens, scores, margins and log-probabilities."""
     rng = np.random.default_rng(vocab_size)
     texts = rng.integers(0, vocab_size, (ROWS, 2, 30))
     rows = [
@@ -300,9 +300,11 @@ def test_neighbours_change_no_bit_of_a_row(vocab_size):
     def computed(logits, params, steps, bias, in_prompt, output_counts):
         cuts = {name: getattr(params, name) for name in ("top_k", "top_p", "min_p")}
         return (
-            sampling.sample(logits, params, steps, bias, in_prompt, output_counts),
+            *jax.tree.leaves(
+                sampling.sample(logits, params, steps, bias, in_prompt, output_counts)
+            ),
             sampling.apply_penalties(logits, params, in_prompt, output_counts),
-            apply_filters(logits, **cuts),
+            *jax.tree.leaves(apply_filters(logits, **cuts)),
             log_softmax(logits),
         )
 
@@ -419,10 +421,12 @@ def test_min_p_1_keeps_the_tokens_that_equal_the_best(size):
     logits = np.full((1, size), 1.0, np.float32)
     logits[0, [2, 5, 11]] = 1.25
     one = jnp.ones(1)
-    kept = apply_filters(jnp.asarray(logits), top_k=jnp.zeros(1, int), top_p=one, min_p=one)
+    kept = apply_filters(jnp.asarray(logits), top_k=jnp.zeros(1, int), top_p=one, min_p=one).logits
     assert np.flatnonzero(np.isfinite(kept[0])).tolist() == [2, 5, 11]
     # Of those that top-p left, and relative to the best.
-    kept = apply_filters(jnp.asarray(logits), top_k=jnp.zeros(1, int), top_p=0 * one, min_p=one)
+    kept = apply_filters(
+        jnp.asarray(logits), top_k=jnp.zeros(1, int), top_p=0 * one, min_p=one
+    ).logits
     assert np.flatnonzero(np.isfinite(kept[0])).tolist() == [2]
 
 

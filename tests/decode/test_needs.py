@@ -63,7 +63,7 @@ def test_a_program_for_more_needs_gives_the_same_tokens(vocab_size):
         for step in range(5):
             args = logits, rows, jnp.full(8, step, jnp.int32), *state
             exact, *more = (
-                sample(*args, noise=other.noise, filters=other.filters).tolist()
+                sample(*args, noise=other.noise, filters=other.filters).tokens.tolist()
                 for other in covering(needs)
                 if not other.logprobs
             )

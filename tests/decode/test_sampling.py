@@ -79,7 +79,7 @@ def exact_gumbel(seed, step, token):
 def filtered_by(logits, params):
     """The logits that these rows' filters leave."""
     top_k, top_p, min_p = map(jnp.asarray, (params.top_k, params.top_p, params.min_p))
-    return apply_filters(logits, top_k=top_k, top_p=top_p, min_p=min_p)
+    return apply_filters(logits, top_k=top_k, top_p=top_p, min_p=min_p).logits
 
 
 def draw(n, first_step=0, seed=1, logit_bias=None, allowed_tokens=None, **params):
@@ -188,7 +188,7 @@ def test_greedy_is_exact_and_ties_go_to_the_lower_id(temperature):
     none = jnp.zeros((3, V)), jnp.zeros((3, V), bool), jnp.zeros((3, V), jnp.int32)
     for seed in range(20):
         params = rows(3, seed=seed, temperature=temperature, top_p=0.5, top_k=40)
-        drawn = sampling.sample(jnp.asarray(logits), params, jnp.zeros(3, jnp.int32), *none)
+        drawn = sampling.sample(jnp.asarray(logits), params, jnp.zeros(3, jnp.int32), *none).tokens
         assert drawn.tolist() == [5, 11, 0]
 
 
@@ -235,7 +235,7 @@ def test_a_draw_depends_on_seed_and_step_alone():
     tile = lambda a: jnp.broadcast_to(jnp.asarray(a)[None], (40, V))  # noqa: E731
     others = rows(40, seed=9, temperature=2.0)
     state = tile(np.zeros(V, np.float32)), tile(IN_PROMPT), tile(COUNTS)
-    drawn = sampling.sample(tile(LOGITS), others, steps, *state)
+    drawn = sampling.sample(tile(LOGITS), others, steps, *state).tokens
     np.testing.assert_array_equal(drawn, alone[shuffled])
 
 

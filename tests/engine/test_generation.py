@@ -1,6 +1,7 @@
 """One request from token ids to text: its pieces are its result, whatever ends it."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from llama_jax.decode.steps import Logprobs
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.clock import Clock
+from llama_jax.engine.draw import Draw
 from llama_jax.engine.generation import Generation, token_logprobs
 from llama_jax.engine.request import make_request
 from llama_jax.engine.result import TokenLogprob, Usage
@@ -24,16 +26,18 @@ def make(tokenizer=TOKENIZER, *, clock=None, on_change=None, **request):
     """A generation of a prompt of ten tokens."""
     prompt = list(range(3, 13))
     request = make_request(**{"prompt_tokens": prompt, "seed": 7, "max_tokens": 99} | request)
-    return Generation(
-        request, prompt, tokenizer, clock=clock or Clock(), fingerprint="fp", on_change=on_change
-    )
+    return Generation(request, prompt, tokenizer, clock=clock or Clock(), on_change=on_change)
+
+
+def drawn(token):
+    return Draw(token, -0.5, 1.0, math.inf, math.inf, math.inf)
 
 
 def push(generation, tokens):
     """Push tokens until one of them ends it."""
     for token in tokens:
         if not generation.done:
-            generation.push(token, TokenLogprob(token, -0.5, []))
+            generation.push(drawn(token), TokenLogprob(token, -0.5, []))
     return generation
 
 
@@ -90,7 +94,7 @@ def test_what_was_held_back_is_let_out_at_the_end(ended_by):
     assert "her" not in "".join(text for text, _ in held)
     push(generation, tokens[-1:])
     if ended_by == "eos":
-        generation.push(EOS_ID)
+        generation.push(drawn(EOS_ID))
     if ended_by == "cancel":
         generation.finish("cancelled")
     assert generation.result.response == "I am here"
@@ -176,7 +180,7 @@ def test_its_reader_is_told_of_the_end_when_all_is_there():
 def test_an_error_ends_it_without_a_result():
     seen = []
     generation = make(on_change=lambda: seen.append(generation.error))
-    generation.push(PARIS[0])
+    generation.push(drawn(PARIS[0]))
     error = ValueError("broken")
     generation.fail(error)
     assert (generation.done, generation.result, generation.error) == (True, None, error)
@@ -201,7 +205,7 @@ def test_the_result_says_what_was_asked_for():
     result = generation.result
     assert result.parameters == generation.request.parameters
     assert dict(result.parameters).items() >= request.items()
-    assert (result.seed, result.fingerprint) == (7, "fp")
+    assert result.seed == 7
     assert result.prompt_tokens == list(range(3, 13))
 
 
@@ -212,7 +216,7 @@ def test_times_are_the_engines_own():
     clock.worked_s, clock.compiled_s = 2.0, 1.0
     generation.begin(reused=4)
     clock.worked_s = 2.5
-    generation.push(PARIS[0])
+    generation.push(drawn(PARIS[0]))
     for worked, tokens in ((3.5, PARIS[1:3]), (4.5, PARIS[3:5])):
         clock.worked_s = worked
         push(generation, tokens)

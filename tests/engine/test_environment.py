@@ -10,8 +10,8 @@ import pytest
 
 from llama_jax import Llama
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.engine import fingerprint as module
-from llama_jax.engine.fingerprint import code_digest, compiler_flags, fingerprint
+from llama_jax.engine import environment as module
+from llama_jax.engine.environment import code_digest, compiler_flags, describe
 from llama_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 from llama_jax.weights.shards import tensors
 
@@ -40,7 +40,7 @@ def llm(demo):
 @pytest.fixture
 def now(demo, llm):
     """Return the fingerprint of the demo model under what is set by now."""
-    return lambda: fingerprint(demo, llm.executor)
+    return lambda: describe(demo, llm.executor).fingerprint
 
 
 def test_equal_for_an_equal_configuration(demo, llm, now, tmp_path):
@@ -73,10 +73,10 @@ def test_another_for_each_part(demo, llm, now, tmp_path, tokenizer, monkeypatch)
         dataclasses.replace(demo, config=dataclasses.replace(demo.config, rope_theta=5e5)),
         *(dataclasses.replace(demo, dtype=dtype) for dtype in ("float16", "bfloat16")),
     ]
-    others = [fingerprint(checkpoint, llm.executor) for checkpoint in checkpoints]
+    others = [describe(checkpoint, llm.executor).fingerprint for checkpoint in checkpoints]
     changed = copy.copy(llm.executor)
     changed.plan = llm.executor.plan._replace(decode_steps=4)
-    others.append(fingerprint(demo, changed))
+    others.append(describe(demo, changed).fingerprint)
     for name, value in {
         "SAMPLER_VERSION": 3,
         "__version__": "0",

@@ -1,4 +1,4 @@
-"""Fingerprint: a short name for everything, except the request, that decides the tokens."""
+"""Environment: everything, except the request, that decides the tokens. Its name: fingerprint."""
 
 import dataclasses
 import functools
@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -26,14 +28,39 @@ _HARMLESS = ("--xla_dump_", "--xla_force_host_platform_device_count", "--xla_hlo
 """Beginnings of XLA's flags that change no bit."""
 
 
-def fingerprint(checkpoint: Checkpoint, executor: Executor) -> str:
-    """Return `fp_` and 16 hexadecimal digits: of weights, program, versions and kind of device.
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What a run depends on beside its request; see `describe`."""
+
+    parts: Mapping[str, Any]
+    """By name, as JSON has it: each can decide a token."""
+    verified: bool = False
+    """The weights were compared with their digests when they were loaded."""
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Slots, context, devices and replicas: they decide a token only where `parts` has them."""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """`fp_` and 16 hexadecimal digits, of all parts.
+
+        It begins with `fp_fast_` where strict determinism would compute otherwise.
+        """
+        text = json.dumps(self.parts, sort_keys=True)
+        prefix = "fp_fast_" if self.parts.get("invariance") == "none" else "fp_"
+        return prefix + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+UNKNOWN = Environment({})
+"""Of an engine that was not told its own."""
+
+
+def describe(checkpoint: Checkpoint, executor: Executor) -> Environment:
+    """Return the environment: weights, program, versions and kind of device.
 
     The sizes of batch and cache, and the numbers of devices and replicas, are part of it where the
-    bits of a logit can depend on them. It begins with `fp_fast_` where strict determinism would
-    compute otherwise.
+    bits of a logit can depend on them.
     """
-    plan = executor.plan
+    plan, mesh = executor.plan, dict(executor.mesh.shape)
     # Of a GPU or TPU it is promised, and not measured yet.
     is_known = plan.slots_invariant and executor.device.platform == "cpu"
     parts = {
@@ -41,9 +68,10 @@ def fingerprint(checkpoint: Checkpoint, executor: Executor) -> str:
         "tokenizer": checkpoint.tokenizer_digest,
         "config": dataclasses.asdict(checkpoint.config),
         "dtype": checkpoint.dtype,
-        "plan": plan._asdict(),
+        "plan": plan._asdict() | {"kernels": plan.kernels._asdict()},
+        "invariance": _invariance(executor),
         "sizes": None if is_known else (executor.sizes.slots_each, executor.sizes.capacity),
-        "mesh": None if plan.batch_invariant else dict(executor.mesh.shape),
+        "mesh": None if plan.batch_invariant else mesh,
         "instructions": instruction_set() if plan.batch_invariant else None,
         "device": executor.device.device_kind,
         "sampler": SAMPLER_VERSION,
@@ -55,9 +83,16 @@ def fingerprint(checkpoint: Checkpoint, executor: Executor) -> str:
             **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
         },
     }
-    text = json.dumps(parts, sort_keys=True)
-    prefix = "fp_" if plan.slots_invariant else "fp_fast_"
-    return prefix + hashlib.sha256(text.encode()).hexdigest()[:16]
+    sizes = {"slots": executor.batch, "context": executor.context, "devices": executor.mesh.size}
+    sizes["replicas"] = executor.sizes.replicas
+    return Environment(json.loads(json.dumps(parts)), checkpoint.verified, sizes)
+
+
+def _invariance(executor: Executor) -> str:
+    """Return what a logit's bits do not depend on; see `Plan`."""
+    if executor.plan.batch_invariant:
+        return "batch"
+    return "slots" if executor.plan.slots_invariant else "none"
 
 
 @functools.cache

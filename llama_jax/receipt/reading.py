@@ -1,0 +1,242 @@
+"""Reading: from the JSON of a receipt to its fields, and to what in it does not fit together."""
+
+import base64
+import binascii
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+from jsonschema.exceptions import best_match
+
+from llama_jax.engine.draw import Draw
+from llama_jax.engine.environment import Environment
+from llama_jax.engine.parameters import SCHEMAS, Parameters, make_parameters, parameter_problems
+from llama_jax.engine.request import GenerationRequest
+from llama_jax.errors import InputError
+from llama_jax.receipt.canonical import digest, from_hex, text_digest
+from llama_jax.receipt.chain import last_link
+from llama_jax.receipt.form import STATEMENT
+from llama_jax.receipt.statement import MARGINS, chain_start
+from llama_jax.regular_file import open_regular
+from llama_jax.strict_json import parse_json
+
+_MAX_BYTES = 2**26
+
+
+@dataclasses.dataclass(frozen=True)
+class Receipt:
+    """A receipt's fields; `problems` says whether they fit together."""
+
+    statement: dict[str, Any]
+    is_private: bool
+    """It has digests in place of prompt, ids and text; the fields for these are then empty."""
+    prompt: dict[str, Any]
+    """The fields of a `GenerationRequest` but the parameters."""
+    prompt_tokens: list[int]
+    parameters: Parameters
+    environment: Environment
+    draws: list[Draw]
+    finish_reason: str
+    text: str | None
+    """None: private, or there was no tokenizer."""
+
+    @property
+    def internal(self) -> dict[str, Any]:
+        """What was made of the request."""
+        return self.statement["predicate"]["buildDefinition"]["internalParameters"]
+
+    @property
+    def invocation(self) -> str:
+        """The name of the run."""
+        return self.statement["predicate"]["runDetails"]["metadata"]["invocationId"]
+
+    @property
+    def num_draws(self) -> int:
+        """How many there are, that of the stop token included."""
+        return len(self.internal["draws"]["logprob"])
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids of the answer: those drawn, without the stop token."""
+        ids = [draw.token for draw in self.draws]
+        stops = () if self.parameters.ignore_eos else self.environment.parts["config"]["eos_tokens"]
+        return ids[:-1] if ids and ids[-1] in stops else ids
+
+    def request(self) -> GenerationRequest:
+        """Return the request that it answers."""
+        fields: dict[str, Any] = {"messages": None, "raw_prompt": None, "prompt_tokens": None}
+        fields |= self.prompt
+        for name in ("messages", "prompt_tokens"):
+            fields[name] = None if fields[name] is None else tuple(fields[name])
+        return GenerationRequest(**fields, parameters=self.parameters)
+
+    @functools.cached_property
+    def problems(self) -> list[str]:
+        """Return which of its own digests and counts fail: it was edited, or cut off."""
+        definition = self.statement["predicate"]["buildDefinition"]
+        internal, found = self.internal, []
+        if self.environment.fingerprint != internal["fingerprint"]:
+            found.append("the fingerprint is not that of the environment")
+        if chain_start(definition["externalParameters"], internal) != internal["chain"]["start"]:
+            found.append("the chain does not begin with this request and environment")
+        found += _dependency_problems(definition, self.environment)
+        if not self.is_private:
+            if len(self.prompt_tokens) != internal["numPromptTokens"]:
+                found.append("numPromptTokens is not the number of promptTokens")
+            found += self._draw_problems()
+        return found
+
+    def _draw_problems(self) -> list[str]:
+        found = []
+        chain = self.internal["chain"]
+        if last_link(chain["start"], self.draws) != chain["end"]:
+            found.append("the chain over the draws does not end as recorded: a draw was changed")
+        contents = {"tokens": json.dumps(self.tokens, separators=(",", ":"))}
+        if self.text is not None:
+            contents["text"] = self.text
+        digests = {each["name"]: each["digest"]["sha256"] for each in self.statement["subject"]}
+        for name, content in contents.items():
+            if digests.get(name) != text_digest(content):
+                found.append(f"the digest of the {name} is not that of what it holds")
+        return found
+
+
+def read_receipts(path: str | pathlib.Path) -> Iterator[Receipt]:
+    """Yield the receipts of a file: one, or one a line; an envelope is opened, not verified.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    try:
+        with open_regular(pathlib.Path(path)) as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; name another file") from None
+    if len(content) > _MAX_BYTES:
+        raise InputError(f"{path} has more than {_MAX_BYTES:,} bytes, expected receipts; split it")
+    lines = content.splitlines()
+    if not content.strip():
+        raise InputError(f"{path} is empty, expected receipts; name another file")
+    is_one = len([line for line in lines if line.strip()]) == 1 or lines[0].strip() == b"{"
+    if is_one:
+        yield from _receipts_of(parse_json(content, str(path)), str(path))
+        return
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            source = f"{path}, line {number}"
+            yield from _receipts_of(parse_json(line, source), source)
+
+
+def _receipts_of(value: Any, source: str) -> Iterator[Receipt]:
+    """Yield the receipt in a JSON value: itself, in its envelope, or in a line of a batch."""
+    if isinstance(value, dict) and "receipt" in value:
+        value = value["receipt"]
+    yield read_statement(open_envelope(value, source), source)
+
+
+def open_envelope(value: Any, source: str) -> Any:
+    """Return the statement in a DSSE envelope, or the value itself if it is none."""
+    if not isinstance(value, dict) or not {"payload", "signatures"} <= value.keys():
+        return value
+    try:
+        payload = base64.b64decode(value["payload"], validate=True)
+    except (TypeError, binascii.Error):
+        raise InputError(f"{source}: the envelope's payload is not base64") from None
+    return parse_json(payload, f"{source}: the payload")
+
+
+def read_statement(value: Any, source: str) -> Receipt:
+    """Check the form of a receipt and return its fields.
+
+    Raises:
+        InputError: a field is missing, of another type, or out of range.
+    """
+    error = best_match(jsonschema.Draft202012Validator(STATEMENT).iter_errors(value))
+    if error is not None:
+        place = "".join(f"[{p!r}]" for p in error.absolute_path)
+        raise InputError(f"{source} is no receipt: {place} {error.message[:200]}")
+    definition = value["predicate"]["buildDefinition"]
+    external, internal = definition["externalParameters"], definition["internalParameters"]
+    is_private = external["prompt"].keys() == {"sha256"}
+    tokens = internal["promptTokens"]
+    if isinstance(tokens, dict) != is_private:
+        raise InputError(f"{source} is no receipt: one of prompt and promptTokens is private")
+    try:
+        parameters = _parameters(external["parameters"])
+        prompt = {} if is_private else _prompt(external["prompt"])
+        draws = _draws(internal["draws"], is_private=is_private)
+        text = _text(value["subject"])
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{source} is no receipt: {error}") from None
+    environment = Environment(internal["environment"], sizes=internal["sizes"])
+    return Receipt(
+        statement=value,
+        is_private=is_private,
+        prompt=prompt,
+        prompt_tokens=[] if is_private else tokens,
+        parameters=parameters,
+        environment=environment,
+        draws=draws,
+        finish_reason=internal["finishReason"],
+        text=text,
+    )
+
+
+def _parameters(values: dict[str, Any]) -> Parameters:
+    values = {name: value for name, value in values.items() if name in SCHEMAS}
+    values["seed"] = int(values["seed"])
+    given = {name: value for name, value in values.items() if value is not None}
+    if problems := parameter_problems(given, ()):
+        raise ValueError("; ".join(problems))
+    return make_parameters(given)
+
+
+def _prompt(fields: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(GenerationRequest)} - {"parameters"}
+    kinds = names & {"messages", "raw_prompt", "prompt_tokens"} & fields.keys()
+    if fields.keys() - names or len(kinds) != 1:
+        raise ValueError(f"the prompt has {', '.join(fields)}, expected one kind of prompt")
+    return fields
+
+
+def _draws(columns: dict[str, list], *, is_private: bool) -> list[Draw]:
+    """Return the draws; of a private receipt none, but their numbers are checked."""
+    count = len(columns["logprob"])
+    off = ["inf"] * count
+    texts = [columns["logprob"], *(columns.get(name, off) for name in MARGINS)]
+    floats = [[from_hex(text) for text in column] for column in texts]
+    if is_private:
+        return []
+    return [Draw(*row) for row in zip(columns["token"], *floats, strict=True)]
+
+
+def _text(subjects: list[dict[str, Any]]) -> str | None:
+    for each in subjects:
+        if each["name"] == "text" and "content" in each:
+            return base64.b64decode(each["content"], validate=True).decode()
+    return None
+
+
+def _dependency_problems(definition: dict[str, Any], environment: Environment) -> list[str]:
+    """Return which dependencies are not those of the environment."""
+    parts = environment.parts
+    expected = {
+        "weights": parts["weights"],
+        "tokenizer.model": parts["tokenizer"],
+        "config": digest(parts["config"]),
+        "llama_jax": parts.get("code"),
+    }
+    found = {
+        each.get("name"): each.get("digest", {}).get("sha256")
+        for each in definition["resolvedDependencies"]
+        if isinstance(each.get("digest", {}), dict)
+    }
+    return [
+        f"the dependency {name} is not that of the environment"
+        for name, sha256 in expected.items()
+        if sha256 != found.get(name)
+    ]
