@@ -16,6 +16,7 @@ from llama_jax.batch.requests import Requests
 from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
+from llama_jax.receipt.file import ReceiptFile
 from llama_jax.regular_file import check_regular, open_regular
 from llama_jax.strict_json import parse_json
 
@@ -35,6 +36,8 @@ class Batch:
         source: JSON lines; empty ones are skipped. A pipe is read to its end first.
         output: a file; created, or, if it exists, continued.
         format_of: returns the format of a line's fields; the default tells the two above apart.
+        receipts: where a line's receipts go, before its result; continued with the output, and
+            closed with it.
 
     Raises:
         InputError: a file cannot be read or written, another `Batch` has the output, or it
@@ -46,8 +49,10 @@ class Batch:
         source: str | pathlib.Path,
         output: str | pathlib.Path,
         format_of: Callable[[Any], Format] = request_format,
+        *,
+        receipts: ReceiptFile | None = None,
     ):
-        self._format_of = format_of
+        self._format_of, self._receipts = format_of, receipts
         self._file: FileIO | None = None
         self.source, self.output = pathlib.Path(source), pathlib.Path(output)
         self.failed = 0
@@ -81,6 +86,8 @@ class Batch:
     def close(self) -> None:
         """Release both files."""
         self._requests.close()
+        if self._receipts is not None:
+            self._receipts.close()
         if self._file is not None:
             self._file.close()
 
@@ -98,6 +105,8 @@ class Batch:
                 line.results.append(stream.result)
             line.waiting -= 1
             if not line.waiting:
+                if self._receipts is not None:
+                    self._receipts.append_row(line.head, line.results)
                 self._write(line.output())
                 yield
 
@@ -152,6 +161,8 @@ class Batch:
         if self._requests.is_file(os.fstat(self._file.fileno())):
             raise InputError(f"{self.output} is both input and output; name a new file")
         self.done = self._resume()
+        if self._receipts is not None:
+            self._receipts.resume(self.done)
 
     def _lock(self) -> None:
         """Lock the output until it is closed, or the process ends."""

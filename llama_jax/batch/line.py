@@ -80,7 +80,7 @@ class Line:
         llm: Llama,
         format_of: Callable[[Any], Format],
     ):
-        self._head = head(number, text)
+        self.head = head(number, text)
         self._format = Format(CardForm)
         self._form: Form | None = None
         self._error: InputError | None = None
@@ -110,7 +110,7 @@ class Line:
 
     def output(self) -> dict[str, Any]:
         """Return the line of output."""
-        head = self._head
+        head = self.head
         if self._form is not None:
             head = head | {"ignored": list(self._form.ignored)}
         if self._error is not None or self._form is None:
@@ -121,7 +121,7 @@ class Line:
     def _read(self, fields: Any, number: int, ids: dict[str | int, int], llm: Llama) -> None:
         if isinstance(fields, dict):
             given = {n: fields[n] for n in ("custom_id", "metadata") if fields.get(n) is not None}
-            self._head |= given
+            self.head |= given
             fields.pop("metadata", None)
         if take_id(fields, ids, number) is None and self._format.needs_id:
             raise InputError("custom_id is missing, expected a string that names this request")

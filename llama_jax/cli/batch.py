@@ -8,6 +8,7 @@ from llama_jax.batch import Batch
 from llama_jax.cli.console import note
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.model import load_model
+from llama_jax.cli.receipts import open_receipts
 from llama_jax.errors import InputError
 
 
@@ -15,7 +16,8 @@ def batch() -> None:
     """Answer the requests of --input that --output has no results for."""
     if FLAGS.input is None or FLAGS.output in ("text", "json"):
         raise InputError("batch needs --input and --output, two files of JSON lines; name both")
-    with Batch(FLAGS.input, FLAGS.output) as work:
+    receipts = open_receipts()
+    with Batch(FLAGS.input, FLAGS.output, receipts=receipts) as work:
         if work.done:
             note(f"{work.output} has {work.done:,} of {work.total:,} results already; resuming")
         llm = load_model(slots=8)

@@ -5,6 +5,7 @@ import json
 from llama_jax.cli.console import note, summary
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.model import checkpoint_path, load_model
+from llama_jax.cli.receipts import open_receipts
 from llama_jax.cli.refusals import refuse_flags
 from llama_jax.cli.requests import read_request
 from llama_jax.engine.request import GenerationRequest
@@ -15,13 +16,14 @@ from llama_jax.weights.stored_tokenizer import load_tokenizer
 def generate() -> None:
     """Print the answer to the request that the flags describe."""
     if FLAGS.print_prompt_tokens:
-        others = ("verify", "convert", "context", "dtype", "slots", "output", "stream")
+        others = ("verify", "convert", "context", "dtype", "slots", "output", "stream", "receipt")
         refuse_flags("--print_prompt_tokens", "which runs no model", *others)
     # Before the weights: a mistake should not take a minute to show.
     request, repeat = read_request()
     if FLAGS.print_prompt_tokens:
         _print_prompt_tokens(request)
         return
+    receipts = open_receipts()
     llm = load_model()
     _note_warnings(request, llm.tokenizer)
     stream = llm.start(request)
@@ -36,6 +38,8 @@ def generate() -> None:
     else:
         ids = ",".join(map(str, result.tokens))
         print(ids if result.response is None else result.response)
+    if receipts is not None:
+        receipts.append(result)
     note(summary(llm, result, repeat))
 
 

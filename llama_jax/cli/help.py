@@ -12,9 +12,13 @@ from llama_jax.cli.verbs import (
     MODEL,
     OUTPUT,
     PROMPT,
+    RECEIPT,
+    REPLAY,
+    RESUME,
     SAMPLING,
     SCORE,
     SERVE,
+    SWEEP,
     VERBS,
 )
 from llama_jax.version import __version__
@@ -28,6 +32,8 @@ _GROUPS = {
     "Prompt": PROMPT,
     "Sampling": SAMPLING,
     "Output": OUTPUT,
+    "Receipt": (*RECEIPT, *REPLAY, *RESUME),
+    "Sweep": SWEEP,
     "Files of lines": BATCH,
     "Score": SCORE,
     "Serve": SERVE,
@@ -46,6 +52,10 @@ _VALUES = {
     "logit_bias": "ID:X,...",
     "allowed_tokens": "ID,...",
     "request": "FILE",
+    "receipt": "FILE",
+    "sign_key": "FILE",
+    "resume": "FILE",
+    "seeds": "A:B",
     "input": "FILE",
     "output": "FORMAT",
     "host": "ADDRESS",
@@ -63,6 +73,8 @@ _EXAMPLES = {
         '--prompt="Tell me a story." --system="Be brief." --seed=7',
         "--messages=dialog.json --output=json --logprobs=5",
         "--request=request.json",
+        '--prompt="Tell me a story." --receipt=receipt.json',
+        "--resume=receipt.json --at=10 --seed=8",
         "--estimate --config=configs/llama-2-7b.json --chip=h100",
     ),
     "chat": ('chat --system="You are a pirate."',),
@@ -72,12 +84,15 @@ _EXAMPLES = {
         'score --prompt="The capital is" --continuation=" Paris."',
         "score --input=texts.jsonl --output=scores.jsonl",
     ),
+    "sweep": ('sweep --seeds=0:64 --prompt="Tell me a story." > stories.jsonl',),
+    "replay": ("replay receipt.json --checkpoint=DIR", "replay receipts.jsonl --prefill"),
     "serve": ("serve --port=8787 --slots=16", "serve --estimate --slots=64"),
 }
 
 _END = """\
 Generated text goes to stdout, everything else to stderr.
-Exit status: 0 done, 2 a mistake in the input or a full disk, 130 interrupted."""
+Exit status: 0 done, 1 a replay diverged, 2 a mistake in the input or a full disk, 130
+interrupted."""
 
 
 def version_text() -> str:

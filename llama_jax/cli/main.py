@@ -1,8 +1,10 @@
 """Dispatch: from a command line to its verb, and from a mistake to one line and exit 2."""
 
+import functools
 import io
 import os
 import sys
+from collections.abc import Callable
 
 from absl import app, logging
 from absl import flags as absl_flags
@@ -17,12 +19,22 @@ from llama_jax.cli.generate import generate
 from llama_jax.cli.help import help_text, version_text
 from llama_jax.cli.processes import run_on_all
 from llama_jax.cli.refusals import refuse_flags_of_other_verbs
+from llama_jax.cli.replay import replay
 from llama_jax.cli.score import score
 from llama_jax.cli.serve import serve
+from llama_jax.cli.sweep import sweep
 from llama_jax.cli.verbs import VERBS
 from llama_jax.errors import InputError, printable
 
-_RUN = {"": generate, "chat": chat, "batch": batch, "score": score, "serve": serve}
+_RUN: dict[str, Callable[..., None]] = {
+    "": generate,
+    "chat": chat,
+    "batch": batch,
+    "score": score,
+    "sweep": sweep,
+    "replay": replay,
+    "serve": serve,
+}
 
 
 def entry() -> None:
@@ -72,17 +84,18 @@ def main(argv: list[str]) -> None:
 
 
 def _run_verb(arguments: list[str]) -> None:
-    verbs = [name for name in VERBS if name]
-    if arguments and arguments not in [[name] for name in verbs]:
+    name, *operands = arguments or [""]
+    verb = VERBS.get(name)
+    if verb is None or len(operands) != len(verb.operands):
+        expected = ", ".join(" ".join([v.name, *v.operands]) for v in VERBS.values() if v.name)
         raise InputError(
-            f"got the argument {' '.join(arguments)!r}, expected {', '.join(verbs)} or none; a "
-            "prompt goes to --prompt"
+            f"got the argument {' '.join(arguments)!r:.80}, expected {expected} or none; a prompt "
+            "goes to --prompt"
         )
-    name = arguments[0] if arguments else ""
-    refuse_flags_of_other_verbs(VERBS[name])
+    refuse_flags_of_other_verbs(verb)
     if FLAGS.estimate:
-        return estimate(VERBS[name])
+        return estimate(verb)
     for flag in ("config", "chip"):
         if FLAGS[flag].present:
             raise InputError(f"--{flag} is given without --estimate; add it")
-    return run_on_all(_RUN[name])
+    return run_on_all(functools.partial(_RUN[name], *operands))

@@ -47,11 +47,12 @@ def parse_slots(usual: int) -> int:
     return usual * max(1, FLAGS.replicas) if FLAGS.slots is None else FLAGS.slots
 
 
-def load_model(slots: int = 1, max_queue: int | None = None) -> Llama:
+def load_model(slots: int = 1, **instead: Any) -> Llama:
     """Load the checkpoint, in all processes.
 
     Args:
-        slots, max_queue: see `Llama.load`; the slots are of each replica, unless --slots is given.
+        slots: of each replica, unless --slots is given.
+        **instead: arguments of `Llama.load`, in place of those that the flags give.
     """
     if warning := use_compile_cache():
         note(f"warning: {warning}")
@@ -59,17 +60,16 @@ def load_model(slots: int = 1, max_queue: int | None = None) -> Llama:
         "dtype": FLAGS.dtype,
         "context": FLAGS.context,
         "slots": parse_slots(slots),
-        "max_queue": max_queue,
         "determinism": FLAGS.determinism,
         "devices": parse_devices(),
         "replicas": FLAGS.replicas,
         "eos_tokens": FLAGS.eos_tokens and parse_tokens("eos_tokens", FLAGS.eos_tokens),
         "verify": FLAGS.verify,
-    }
+    } | instead
     progress = sys.stderr.isatty()
     with contextlib.nullcontext() if FLAGS.debug else orbax_muted():
         path = find_checkpoint(
-            checkpoint_path(), FLAGS.dtype, convert=FLAGS.convert, progress=progress
+            checkpoint_path(), arguments["dtype"], convert=FLAGS.convert, progress=progress
         )
         if (others := leader()) is None:
             return Llama.load(path, **arguments, progress=progress)

@@ -9,8 +9,10 @@ from llama_jax.cli.files import read_bytes, read_prompt
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.refusals import refuse_flags
 from llama_jax.cli.verbs import PARAMETERS, PROMPT
+from llama_jax.engine.parameters import parameter_problems
 from llama_jax.engine.request import GenerationRequest, make_request
-from llama_jax.errors import InputError
+from llama_jax.errors import InputError, one_line
+from llama_jax.receipt.reading import read_receipts
 from llama_jax.strict_json import parse_json
 
 
@@ -33,6 +35,10 @@ def read_request() -> tuple[GenerationRequest, str]:
         raise InputError(f"--output is {FLAGS.output!r:.40}, expected text or json")
     if FLAGS.logprobs is not None and FLAGS.output != "json":
         raise InputError("--logprobs is given without --output=json, which has them; add it")
+    if FLAGS.at is not None and FLAGS.resume is None:
+        raise InputError("--at is given without --resume; add it")
+    if FLAGS.resume is not None:
+        return _continuation(FLAGS.resume), ""
     if FLAGS.request is not None:
         return _read_card_request(FLAGS.request)
     request = parameters_from_flags()
@@ -57,6 +63,24 @@ def _read_card_request(source: str) -> tuple[GenerationRequest, str]:
     if card.stream and not (FLAGS.stream and FLAGS.output == "text"):
         note("warning: stream is true in the request, but the answer is printed whole")
     return card.request(), "" if "seed" in card.fields else '"seed": {}'
+
+
+def _continuation(path: str) -> GenerationRequest:
+    """Return the request that continues a receipt's run; the seed and the length may be others."""
+    changeable = ("seed", "max_tokens")
+    others = [name for name in (*PROMPT, *PARAMETERS) if name not in changeable]
+    refuse_flags("--resume", "whose run has prompt and parameters", *others)
+    receipts = list(read_receipts(path))
+    if len(receipts) != 1:
+        raise InputError(f"--resume={path} has {len(receipts):,} receipts, expected one")
+    (receipt,) = receipts
+    if problems := receipt.problems:
+        raise InputError(f"--resume={path} was edited: {one_line(problems)}")
+    at = len(receipt.tokens) if FLAGS.at is None else FLAGS.at
+    given = {name: FLAGS[name].value for name in changeable if FLAGS[name].value is not None}
+    if problems := parameter_problems(given, ()):
+        raise InputError(one_line(problems))
+    return receipt.continuation(at, **given)
 
 
 def _read_messages(source: str) -> list:

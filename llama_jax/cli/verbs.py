@@ -41,6 +41,10 @@ SERVE = (
         "timeout_s",
     ),
 )
+RECEIPT = ("receipt", "private", "sign_key")
+REPLAY = ("prefill",)
+RESUME = ("resume", "at")
+SWEEP = ("seeds",)
 GENERAL = ("debug",)
 
 PARAMETERS = (*SAMPLING, "logprobs")
@@ -54,13 +58,18 @@ class Verb:
     name: str
     """As typed; empty for the answer to one prompt."""
     arguments: str
-    """What follows in the line of usage."""
+    """What follows in the line of usage; what is in capitals is given without a flag."""
     summary: str
     takes: tuple[str, ...]
     refuses_others: str = ""
     """The reason, in the error; flags that one other verb alone takes need none."""
     takes_at_default: tuple[str, ...] = ()
     """Flags with one value that works here, their default."""
+
+    @property
+    def operands(self) -> list[str]:
+        """What is given without a flag, in order."""
+        return [word for word in self.arguments.split() if word.isupper()]
 
 
 VERBS = {
@@ -70,7 +79,7 @@ VERBS = {
             name="",
             arguments="--prompt=TEXT [flags]",
             summary="Answer one prompt.",
-            takes=(*MODEL, *ESTIMATE, *PROMPT, *SAMPLING, *OUTPUT, *GENERAL),
+            takes=(*MODEL, *ESTIMATE, *PROMPT, *SAMPLING, *OUTPUT, *RECEIPT, *RESUME, *GENERAL),
         ),
         Verb(
             name="chat",
@@ -84,7 +93,7 @@ VERBS = {
             name="batch",
             arguments="--input=FILE --output=FILE",
             summary="Answer a file of requests.",
-            takes=(*MODEL, *ESTIMATE, *BATCH, "output", *GENERAL),
+            takes=(*MODEL, *ESTIMATE, *BATCH, "output", *RECEIPT, *GENERAL),
             refuses_others="whose requests are in --input",
         ),
         Verb(
@@ -97,6 +106,23 @@ VERBS = {
                 *(*BATCH, *SCORE, "output", *GENERAL),
             ),
             refuses_others="which generates nothing",
+        ),
+        Verb(
+            name="sweep",
+            arguments="--seeds=0:64 --prompt=TEXT [flags]",
+            summary="Answer one prompt by many seeds.",
+            takes=(
+                *(*MODEL, *PROMPT, *SWEEP, *RECEIPT, *GENERAL),
+                *(name for name in SAMPLING if name != "seed"),
+            ),
+            refuses_others="which prints a line of JSON for each of --seeds",
+        ),
+        Verb(
+            name="replay",
+            arguments="FILE [flags]",
+            summary="Run again what receipts say, and compare.",
+            takes=(*(name for name in MODEL if name != "eos_tokens"), *REPLAY, "output", *GENERAL),
+            refuses_others="which repeats what a receipt says",
         ),
         Verb(
             name="serve",

@@ -57,8 +57,10 @@ class Admission(NamedTuple):
     """As from `sampling.make_bias`."""
     in_prompt: Bool[AnyArray, "V"]
     """Whether each token occurs in the prompt."""
+    output_counts: Int[AnyArray, "V"]
+    """How often each token occurs in the output so far, which is read with the prompt."""
     start: Int[AnyArray, ""]
-    """Tokens of the prompt that the slot's cache holds already."""
+    """Tokens of prompt and output so far that the slot's cache holds already."""
 
 
 def make_admission(
@@ -69,17 +71,20 @@ def make_admission(
     limit: int,
     stop_tokens: Sequence[int] = (NO_TOKEN,),
     bias: np.ndarray | None = None,
+    output: Sequence[int] = (),
     start: int = 0,
 ) -> Admission:
     """Return an Admission of NumPy arrays."""
     in_prompt = np.zeros(vocab_size, bool)
     in_prompt[np.asarray(prompt, np.int32)] = True
+    output_counts = np.bincount(np.asarray(output, np.int32), minlength=vocab_size)
     return Admission(
         sampling=params,
         limit=np.array(limit, np.int32),
         stop_tokens=np.array(stop_tokens, np.int32),
         bias=sampling.make_bias(vocab_size) if bias is None else bias,
         in_prompt=in_prompt,
+        output_counts=output_counts.astype(np.int32),
         start=np.array(start, np.int32),
     )
 
@@ -109,14 +114,14 @@ def admit(state: DecodeState, slot: Int[Array, ""], new: Admission) -> DecodeSta
     """
     return state._replace(
         positions=state.positions.at[slot].set(new.start),
-        steps=state.steps.at[slot].set(0),
+        steps=state.steps.at[slot].set(jnp.sum(new.output_counts)),
         limits=state.limits.at[slot].set(new.limit),
         stop_tokens=state.stop_tokens.at[slot].set(new.stop_tokens),
         done=state.done.at[slot].set(True),
         sampling=jax.tree.map(lambda a, b: a.at[slot].set(b[0]), state.sampling, new.sampling),
         bias=state.bias.at[slot].set(new.bias),
         in_prompt=state.in_prompt.at[slot].set(new.in_prompt),
-        output_counts=state.output_counts.at[slot].set(0),
+        output_counts=state.output_counts.at[slot].set(new.output_counts),
     )
 
 

@@ -166,6 +166,8 @@ class Engine:
             max_slots=max_slots,
             invocation=invocation,
         )
+        if generation.done:  # what it continues had ended
+            return generation
         with self._submit_lock:
             if self._failed is not None:
                 raise EngineFailedError(*self._failed.args)

@@ -55,6 +55,8 @@ class Generation:
         invocation: str = "",
     ):
         self.request, self.prompt, self.client = request, prompt, client
+        self.text = [*prompt, *(draw.token for draw in request.resumed)]
+        """Ids to read before the first draw: the prompt, and what it continues."""
         self.max_slots = max_slots
         ignored = request.parameters.ignore_eos
         self.stop_tokens = tuple(NO_TOKEN if ignored else token for token in eos_tokens)
@@ -79,6 +81,8 @@ class Generation:
         self._invocation, self._started = invocation or str(uuid.uuid4()), time.time()
         self._times = _Times(clock)
         self._ended = threading.Event()
+        for draw in request.resumed:
+            self._take(draw, TokenLogprob(draw.token, draw.logprob, []))
 
     @property
     def done(self) -> bool:
@@ -134,6 +138,9 @@ class Generation:
     def push(self, draw: Draw, logprob: TokenLogprob | None = None) -> None:
         """Add the next draw, up to the one that ends it; turn it into text."""
         self._times.token()
+        self._take(draw, logprob)
+
+    def _take(self, draw: Draw, logprob: TokenLogprob | None) -> None:
         token = draw.token
         self.draws.append(draw)
         if token in self.stop_tokens:
@@ -141,7 +148,7 @@ class Generation:
         self.tokens.append(token)
         text = self._cutter.push(self._text(token))
         self._waiting.tokens.append(token)
-        if logprob is not None:
+        if logprob is not None and self.request.parameters.logprobs is not None:
             self._logprobs.append(logprob)
             self._waiting.logprobs.append(logprob)
         if text:
@@ -182,7 +189,7 @@ class Generation:
             seed=parameters.seed,
             fingerprint=self._environment.fingerprint,
             parameters=parameters,
-            timings=self._times.summary(len(self.prompt), self.reused),
+            timings=self._times.summary(len(self.text), self.reused),
             warnings=self.request.warnings(self._tokenizer),
             logprobs=None if parameters.logprobs is None else self._logprobs,
             prompt_logprobs=self._prompt_logprobs if parameters.prompt_logprobs else None,

@@ -102,7 +102,7 @@ class Pipeline:
 
     def prefill_chunk(self, slot: Slot, generation: Generation, start: int, size: int) -> None:
         """Read one chunk of a prompt, and draw a token after the last; put what comes in flight."""
-        prompt = generation.prompt
+        prompt = generation.text
         self._state, chunk = self._executor.prefill_chunk(
             self._take_state(), slot.index, prompt, start, size
         )

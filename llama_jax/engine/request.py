@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llama_jax.engine.draw import Draw
 from llama_jax.engine.parameters import Parameters, make_parameters, parameter_problems
 from llama_jax.errors import InputError, one_line
 from llama_jax.text.chat import Message, check_dialog, encode_dialog
@@ -28,6 +29,8 @@ class GenerationRequest:
     """Put BOS before a raw prompt, or before ids, that do not begin with it."""
     continues_prompt: bool = False
     """The text continues the prompt's, so its first word keeps its space."""
+    resumed: tuple[Draw, ...] = ()
+    """The first draws of another run, which this one continues."""
 
     def warnings(self, tokenizer: Tokenizer | None) -> list[str]:
         """Return what the user may not expect of this request."""

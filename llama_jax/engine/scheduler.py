@@ -155,11 +155,11 @@ class Scheduler:
         # To be scored, every token of a prompt must be read.
         reuse = self._reuse and not generation.request.parameters.prompt_logprobs
         multiple = plan.reuse_multiple if reuse else None
-        return assign_slot(self.slots, generation.prompt, multiple, plan.prefill_sizes[-1])
+        return assign_slot(self.slots, generation.text, multiple, plan.prefill_sizes[-1])
 
     def _admit(self, generation: Generation, placement: Placement) -> None:
         """Take a request out of the queue and give it a free slot."""
-        parameters, prompt = generation.request.parameters, generation.prompt
+        parameters, text = generation.request.parameters, generation.text
         slot, source, start = placement
         # From here on it is the slot's: whatever fails below ends it, and does not lose it.
         slot.generation, slot.num_dispatched = generation, 0
@@ -173,18 +173,19 @@ class Scheduler:
         slot.needs = needs_of(params, logprobs=parameters.logprobs is not None)
         new = make_admission(
             params,
-            prompt,
+            generation.prompt,
             vocab_size,
             limit=max(1, generation.max_tokens),
             stop_tokens=generation.stop_tokens,
             bias=sampling.make_bias(vocab_size, parameters.logit_bias, parameters.allowed_tokens),
+            output=generation.tokens,
             start=start,
         )
         self.pipeline.admit(slot, new)
         generation.begin(start)
-        self.counts.prompt_tokens += len(prompt)
+        self.counts.prompt_tokens += len(text)
         self.counts.cached_tokens += start
-        chunks = self._executor.sizes.chunks(len(prompt), start)
+        chunks = self._executor.sizes.chunks(len(text), start)
         self._prefills[slot.replica].add(slot, generation, chunks)
 
     def _read_chunk(self, slot: Slot, generation: Generation, start: int, size: int) -> None:
@@ -193,9 +194,9 @@ class Scheduler:
         # Read with scores, tokens may have other bits than those of a prompt that is only read.
         scored = generation.request.parameters.prompt_logprobs
         reusable = self._executor.plan.batch_invariant or not scored
-        slot.cached = generation.prompt[: start + size] if reusable else []
+        slot.cached = generation.text[: start + size] if reusable else []
         if self._prefills[slot.replica].take(generation):
-            slot.num_dispatched = 1
+            slot.num_dispatched = len(generation.tokens) + 1
 
     # Tokens.
 

@@ -22,7 +22,8 @@ class Slot:
     needs: Needs = ALL_NEEDS
     """What its generation needs of a sampling step."""
     num_dispatched: int = 0
-    """Tokens of its generation that were dispatched; 0 while the prompt is being read."""
+    """Tokens of its generation that were dispatched, those it continues included; 0 while the
+    prompt is being read."""
     last_used: int = 0
     """When it was last assigned, counted in generations."""
 

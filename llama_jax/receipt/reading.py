@@ -66,13 +66,42 @@ class Receipt:
         stops = () if self.parameters.ignore_eos else self.environment.parts["config"]["eos_tokens"]
         return ids[:-1] if ids and ids[-1] in stops else ids
 
+    @property
+    def resumed(self) -> int:
+        """How many of its first draws it took over from another run."""
+        return self.internal.get("resumed", {}).get("at", 0)
+
     def request(self) -> GenerationRequest:
         """Return the request that it answers."""
         fields: dict[str, Any] = {"messages": None, "raw_prompt": None, "prompt_tokens": None}
         fields |= self.prompt
         for name in ("messages", "prompt_tokens"):
             fields[name] = None if fields[name] is None else tuple(fields[name])
-        return GenerationRequest(**fields, parameters=self.parameters)
+        resumed = tuple(self.draws[: self.resumed])
+        return GenerationRequest(**fields, parameters=self.parameters, resumed=resumed)
+
+    def continuation(self, at: int, **parameters: Any) -> GenerationRequest:
+        """Return a request that continues its run.
+
+        Args:
+            at: the draw to begin with, from 0; those before are taken over.
+            **parameters: fields of `Parameters` that are to be others; with none of them the rest
+                of the run is repeated.
+
+        Raises:
+            InputError: it is private, or has no such draw.
+        """
+        if self.is_private:
+            raise InputError(f"receipt {self.invocation} is private: it has no draws to continue")
+        if not 0 <= at <= len(self.tokens):
+            raise InputError(
+                f"the run of receipt {self.invocation} has {len(self.tokens):,} tokens, and is to "
+                f"be continued at {at:,}; expected 0 to {len(self.tokens):,}"
+            )
+        changed = dataclasses.replace(self.parameters, **parameters)
+        return dataclasses.replace(
+            self.request(), parameters=changed, resumed=tuple(self.draws[:at])
+        )
 
     @functools.cached_property
     def problems(self) -> list[str]:
@@ -87,6 +116,8 @@ class Receipt:
         if not self.is_private:
             if len(self.prompt_tokens) != internal["numPromptTokens"]:
                 found.append("numPromptTokens is not the number of promptTokens")
+            if self.resumed > len(self.draws):
+                found.append(f"it continues {self.resumed} draws, and has {len(self.draws)}")
             found += self._draw_problems()
         return found
 
@@ -132,10 +163,12 @@ def read_receipts(path: str | pathlib.Path) -> Iterator[Receipt]:
 
 
 def _receipts_of(value: Any, source: str) -> Iterator[Receipt]:
-    """Yield the receipt in a JSON value: itself, in its envelope, or in a line of a batch."""
-    if isinstance(value, dict) and "receipt" in value:
-        value = value["receipt"]
-    yield read_statement(open_envelope(value, source), source)
+    """Yield the receipts in a JSON value: itself, in its envelope, or those of a batch's line."""
+    rows = value["receipts"] if isinstance(value, dict) and "receipts" in value else [value]
+    if not isinstance(rows, list):
+        raise InputError(f"{source}: receipts is {rows!r:.40}, expected a list")
+    for row in rows:
+        yield read_statement(open_envelope(row, source), source)
 
 
 def open_envelope(value: Any, source: str) -> Any:
@@ -196,7 +229,10 @@ def _parameters(values: dict[str, Any]) -> Parameters:
 
 
 def _prompt(fields: dict[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(GenerationRequest)} - {"parameters"}
+    names = {field.name for field in dataclasses.fields(GenerationRequest)} - {
+        "parameters",
+        "resumed",
+    }
     kinds = names & {"messages", "raw_prompt", "prompt_tokens"} & fields.keys()
     if fields.keys() - names or len(kinds) != 1:
         raise ValueError(f"the prompt has {', '.join(fields)}, expected one kind of prompt")

@@ -82,14 +82,19 @@ def make_statement(result: Result, *, private: bool = False) -> dict[str, Any]:
 
 def external_parameters(request: GenerationRequest) -> dict[str, Any]:
     """Return what was asked: the prompt, and the parameters with every default."""
-    fields = dataclasses.asdict(dataclasses.replace(request, parameters=None))  # type: ignore[arg-type]
-    prompt = {name: value for name, value in fields.items() if value not in (None, False, ())}
+    fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    prompt = {
+        name: value
+        for name, value in fields.items()
+        if name not in ("parameters", "resumed") and value not in (None, False)
+    }
     return {"prompt": _plain(prompt), "parameters": parameters_to_json(request.parameters)}
 
 
 def internal_parameters(result: Result, record: Record) -> dict[str, Any]:
     """Return what was made of it, but for the draws."""
-    return {
+    resumed = len(record.request.resumed)
+    return ({"resumed": {"at": resumed}} if resumed else {}) | {
         "promptTokens": result.prompt_tokens,
         "numPromptTokens": len(result.prompt_tokens),
         "template": text_digest(CHAT_TEMPLATE),
@@ -110,13 +115,13 @@ def chain_start(external: dict[str, Any], internal: dict[str, Any]) -> str:
         is_digest = isinstance(value, dict) and value.keys() == {"sha256"}
         return value if is_digest else {"sha256": digest(value)}
 
-    names = ("template", "environment", "fingerprint", "sizes")
+    names = ("template", "environment", "fingerprint", "sizes", "resumed")
     return digest(
         {
             "prompt": public(external["prompt"]),
             "parameters": external["parameters"],
             "promptTokens": public(internal["promptTokens"]),
-            **{name: internal[name] for name in names},
+            **{name: internal.get(name) for name in names},
         }
     )
 

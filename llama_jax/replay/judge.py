@@ -64,10 +64,15 @@ def mean_deficit(checked: Sequence[Checked]) -> float:
 
 
 def first_divergence(
-    draws: Sequence[Draw], checked: Sequence[Checked], allowed: Tolerance
+    draws: Sequence[Draw], checked: Sequence[Checked], allowed: Tolerance, *, index: int = 0
 ) -> Divergence | None:
-    """Return the first draw whose token is not the one that the law draws here."""
-    for i, (recorded, here) in enumerate(zip(draws, checked, strict=True)):
+    """Return the first draw whose token is not the one that the law draws here.
+
+    Args:
+        draws, checked, allowed: see `judge`.
+        index: in the output, of the first of these draws.
+    """
+    for i, (recorded, here) in enumerate(zip(draws, checked, strict=True), start=index):
         if recorded.token != here.draw.token:
             tokens = recorded.token, here.draw.token
             return Divergence(i, *tokens, here.deficit, allowed.score)

@@ -115,7 +115,7 @@ def _content_problems(llm: Llama, receipt: Receipt) -> list[str]:
 def _answer(llm: Llama, receipt: Receipt) -> Result | None:
     """Return the answer that the recorded draws make; None: they do not end as recorded."""
     generation = Generation(
-        receipt.request(),
+        dataclasses.replace(receipt.request(), resumed=()),
         receipt.prompt_tokens,
         llm.tokenizer,
         eos_tokens=llm.config.eos_tokens,
@@ -147,12 +147,13 @@ def _compared(llm: Llama, receipt: Receipt, again: list[Draw]) -> Verdict:
 
 def _judged(llm: Llama, receipt: Receipt) -> Verdict:
     """Check each draw after the recorded ones before it, and judge what is not the same."""
-    draws = receipt.draws
-    checked = check_draws(llm, receipt.prompt_tokens, draws, receipt.parameters)
+    checked = check_draws(llm, receipt.prompt_tokens, receipt.draws, receipt.parameters)
+    # Those that it took over were drawn by another law.
+    draws, checked = receipt.draws[receipt.resumed :], checked[receipt.resumed :]
     if draws == [each.draw for each in checked]:
         return Verdict(receipt, Outcome.EXACT)
     allowed = judging.tolerance(receipt.environment, llm.engine.environment, receipt.parameters)
-    divergence = judging.first_divergence(draws, checked, allowed)
+    divergence = judging.first_divergence(draws, checked, allowed, index=receipt.resumed)
     judgement = judging.judge(draws, checked, allowed)
     outcome = Outcome.TOKENS if judgement is None else Outcome.DIVERGED
     return Verdict(

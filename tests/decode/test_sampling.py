@@ -86,16 +86,15 @@ def draw(n, first_step=0, seed=1, logit_bias=None, allowed_tokens=None, **params
     """n draws of one request: steps first_step to first_step + n - 1."""
     tile = lambda a: jnp.broadcast_to(jnp.asarray(a)[None], (n, V))  # noqa: E731
     by_id = {int(token): value for token, value in (logit_bias or {}).items()}
-    return np.asarray(
-        jax.jit(sampling.sample)(
-            tile(LOGITS),
-            rows(n, seed=seed, **params),
-            jnp.arange(first_step, first_step + n, dtype=jnp.int32),
-            tile(sampling.make_bias(V, by_id, allowed_tokens)),
-            tile(IN_PROMPT),
-            tile(COUNTS),
-        )
+    drawn = jax.jit(sampling.sample)(
+        tile(LOGITS),
+        rows(n, seed=seed, **params),
+        jnp.arange(first_step, first_step + n, dtype=jnp.int32),
+        tile(sampling.make_bias(V, by_id, allowed_tokens)),
+        tile(IN_PROMPT),
+        tile(COUNTS),
     )
+    return np.asarray(drawn.tokens)
 
 
 PENALTIES = ["repetition_penalty", "frequency_penalty", "presence_penalty"]

@@ -1,0 +1,65 @@
+"""The verb replay: run again what receipts say, and compare."""
+
+import collections
+import itertools
+import json
+import sys
+
+from tqdm import tqdm
+
+from llama_jax.cli.console import note
+from llama_jax.cli.flags import FLAGS
+from llama_jax.cli.model import load_model
+from llama_jax.errors import InputError, printable
+from llama_jax.receipt.reading import Receipt, read_receipts
+from llama_jax.replay import Verdict
+from llama_jax.replay import replay as run_again
+from llama_jax.replay.verdict import Outcome
+
+Settings = tuple[str, str]
+
+
+def replay(path: str) -> None:
+    """Print a verdict for each receipt of a file; the exit status is 1 if one
+    diverged, else 2 if one cannot be run here.
+
+    Args:
+        path: as `read_receipts` takes it.
+    """
+    if FLAGS.output not in ("text", "json"):
+        raise InputError(f"--output is {FLAGS.output!r:.40}, expected text or json")
+    receipts = list(read_receipts(path))
+    verdicts: list[Verdict] = []
+    with tqdm(total=len(receipts), unit="receipt", delay=1, file=sys.stderr) as bar:
+        # A model is loaded once for each dtype; receipts of one are replayed together.
+        for (dtype, determinism), group in itertools.groupby(receipts, key=_settings):
+            llm = load_model(
+                slots=8,
+                dtype=FLAGS.dtype or dtype,
+                determinism=determinism,
+                verify=FLAGS.verify or not FLAGS["verify"].present,
+            )
+            for verdict in run_again(llm, group, prefill=FLAGS.prefill):
+                verdicts.append(verdict)
+                _print(verdict)
+                bar.update()
+    counts = collections.Counter(each.outcome for each in verdicts)
+    note(", ".join(f"{count:,} {outcome.name}" for outcome, count in counts.most_common()))
+    if Outcome.DIVERGED in counts:
+        sys.exit(Outcome.DIVERGED.status)
+    if Outcome.NOT_REPLAYABLE in counts:
+        sys.exit(Outcome.NOT_REPLAYABLE.status)
+
+
+def _settings(receipt: Receipt) -> Settings:
+    """Return the dtype of a run, and its determinism."""
+    parts = receipt.environment.parts
+    return parts["dtype"], "fast" if parts["invariance"] == "none" else "strict"
+
+
+def _print(verdict: Verdict) -> None:
+    """Print a verdict: one line."""
+    if FLAGS.output == "json":
+        print(json.dumps(verdict.to_statement()), flush=True)
+    else:
+        print(printable(verdict), flush=True)

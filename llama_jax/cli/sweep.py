@@ -1,0 +1,62 @@
+"""The verb sweep: one prompt, many seeds."""
+
+import collections
+import dataclasses
+import functools
+import json
+import re
+import sys
+
+from tqdm import tqdm
+
+from llama_jax.cli.flags import FLAGS
+from llama_jax.cli.model import load_model
+from llama_jax.cli.receipts import open_receipts
+from llama_jax.cli.requests import read_request
+from llama_jax.engine.request import GenerationRequest
+from llama_jax.engine.stream import Stream, finish_in_order
+from llama_jax.errors import InputError
+from llama_jax.llama import Llama
+
+_MOST = 2**64
+
+
+def sweep() -> None:
+    """Print a result for each seed, a line of JSON each, in the order of the seeds."""
+    seeds = parse_seeds(FLAGS.seeds)
+    request, _ = read_request()
+    receipts = open_receipts()
+    llm = load_model(slots=8)
+    submissions = (functools.partial(_submit, llm, request, seed) for seed in seeds)
+    with tqdm(total=len(seeds), unit="seed", file=sys.stderr) as bar:
+        for _, stream in finish_in_order(llm.engine, submissions):
+            assert stream is not None
+            collections.deque(stream, maxlen=0)
+            result = stream.result
+            print(json.dumps(result.to_dict(), ensure_ascii=False), flush=True)
+            if receipts is not None:
+                receipts.append(result)
+            bar.update()
+
+
+def parse_seeds(text: str | None) -> range | list[int]:
+    """Return the seeds that --seeds names: 0:64 is 0 to 63, 0:64:2 every second, 1,5,9 these.
+
+    Raises:
+        InputError: it is of another form, names none, or one out of range.
+    """
+    seeds: range | list[int] = []
+    if text is not None and re.fullmatch(r"\d{1,20}:\d{1,20}(:[1-9]\d{0,18})?", text):
+        seeds = range(*map(int, text.split(":")))
+    elif text is not None and re.fullmatch(r"\d{1,20}(,\d{1,20})*", text):
+        seeds = [int(part) for part in text.split(",")]
+    if not seeds or (max(seeds) if isinstance(seeds, list) else seeds[-1]) >= _MOST:
+        raise InputError(
+            f"--seeds is {text!r:.40}, expected seeds from 0 to 2^64 - 1, such as 0:64 or 1,5,9"
+        )
+    return seeds
+
+
+def _submit(llm: Llama, request: GenerationRequest, seed: int) -> tuple[int, Stream | None]:
+    parameters = dataclasses.replace(request.parameters, seed=seed)
+    return seed, llm.start(dataclasses.replace(request, parameters=parameters))
