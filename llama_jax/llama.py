@@ -202,14 +202,16 @@ class Llama:
         """Generate from a request that is checked already: what `generate` and `stream` run."""
         return Stream(self.engine, self.engine.submit(request), self.load_s)
 
-    def generate_all(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[Result]:
+    def generate_all(
+        self, requests: Iterable[Mapping[str, Any] | GenerationRequest]
+    ) -> Iterator[Result]:
         """Generate for many requests, as many at once as there are slots; yield in their order.
 
         The tokens are those of each request alone (on a GPU or TPU as far as docs/design.md says,
         Exactness). Requests are taken one by one as slots get free.
 
         Args:
-            requests: the arguments of `generate` for each.
+            requests: each the arguments of `generate`, or as from `make_request`.
 
         Raises:
             InputError: see `generate`; in the place of the result.
@@ -221,8 +223,12 @@ class Llama:
                 raise error
             yield _read(stream)
 
-    def _submit(self, request: Mapping[str, Any]) -> tuple[InputError | None, Stream | None]:
+    def _submit(
+        self, request: Mapping[str, Any] | GenerationRequest
+    ) -> tuple[InputError | None, Stream | None]:
         try:
+            if isinstance(request, GenerationRequest):
+                return None, self.start(request)
             return None, self.stream(**request)
         except InputError as error:
             return error, None

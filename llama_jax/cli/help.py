@@ -8,6 +8,7 @@ import textwrap
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.verbs import (
     BATCH,
+    COMPARE,
     ESTIMATE,
     MODEL,
     OUTPUT,
@@ -34,6 +35,7 @@ _GROUPS = {
     "Output": OUTPUT,
     "Receipt": (*RECEIPT, *REPLAY, *RESUME),
     "Sweep": SWEEP,
+    "Compare": COMPARE,
     "Files of lines": BATCH,
     "Score": SCORE,
     "Serve": SERVE,
@@ -56,6 +58,7 @@ _VALUES = {
     "sign_key": "FILE",
     "resume": "FILE",
     "seeds": "A:B",
+    "plot": "FILE",
     "input": "FILE",
     "output": "FORMAT",
     "host": "ADDRESS",
@@ -86,12 +89,17 @@ _EXAMPLES = {
     ),
     "sweep": ('sweep --seeds=0:64 --prompt="Tell me a story." > stories.jsonl',),
     "replay": ("replay receipt.json --checkpoint=DIR", "replay receipts.jsonl --prefill"),
+    "compare": (
+        "compare first.jsonl second.jsonl",
+        "compare DIR DIR,dtype=bfloat16 --input=requests.jsonl --plot=agreement.png",
+    ),
+    "selftest": ("selftest", "selftest --devices=all"),
     "serve": ("serve --port=8787 --slots=16", "serve --estimate --slots=64"),
 }
 
 _END = """\
 Generated text goes to stdout, everything else to stderr.
-Exit status: 0 done, 1 a replay diverged, 2 a mistake in the input or a full disk, 130
+Exit status: 0 done, 1 a replay or selftest diverged, 2 a mistake in the input or a full disk, 130
 interrupted."""
 
 

@@ -12,6 +12,7 @@ from absl import flags as absl_flags
 from llama_jax.cli import flags
 from llama_jax.cli.batch import batch
 from llama_jax.cli.chat import chat
+from llama_jax.cli.compare import compare
 from llama_jax.cli.console import lose_what_stderr_refuses, note, writing_stdout
 from llama_jax.cli.estimate import estimate
 from llama_jax.cli.flags import FLAGS
@@ -21,6 +22,7 @@ from llama_jax.cli.processes import run_on_all
 from llama_jax.cli.refusals import refuse_flags_of_other_verbs
 from llama_jax.cli.replay import replay
 from llama_jax.cli.score import score
+from llama_jax.cli.selftest import selftest
 from llama_jax.cli.serve import serve
 from llama_jax.cli.sweep import sweep
 from llama_jax.cli.verbs import VERBS
@@ -33,6 +35,8 @@ _RUN: dict[str, Callable[..., None]] = {
     "score": score,
     "sweep": sweep,
     "replay": replay,
+    "compare": compare,
+    "selftest": selftest,
     "serve": serve,
 }
 

@@ -47,11 +47,12 @@ def parse_slots(usual: int) -> int:
     return usual * max(1, FLAGS.replicas) if FLAGS.slots is None else FLAGS.slots
 
 
-def load_model(slots: int = 1, **instead: Any) -> Llama:
+def load_model(slots: int = 1, *, checkpoint: pathlib.Path | None = None, **instead: Any) -> Llama:
     """Load the checkpoint, in all processes.
 
     Args:
         slots: of each replica, unless --slots is given.
+        checkpoint: None: what the flags or the environment name.
         **instead: arguments of `Llama.load`, in place of those that the flags give.
     """
     if warning := use_compile_cache():
@@ -69,7 +70,10 @@ def load_model(slots: int = 1, **instead: Any) -> Llama:
     progress = sys.stderr.isatty()
     with contextlib.nullcontext() if FLAGS.debug else orbax_muted():
         path = find_checkpoint(
-            checkpoint_path(), arguments["dtype"], convert=FLAGS.convert, progress=progress
+            checkpoint or checkpoint_path(),
+            arguments["dtype"],
+            convert=FLAGS.convert,
+            progress=progress,
         )
         if (others := leader()) is None:
             return Llama.load(path, **arguments, progress=progress)

@@ -36,3 +36,6 @@ def define() -> None:
     flags.DEFINE_integer(
         "at", None, "With --resume: the draw to begin with, from 0. Default: after the last."
     )
+    flags.DEFINE_string(
+        "plot", None, "Write a plot of the comparison to this file; needs matplotlib."
+    )

@@ -1,8 +1,6 @@
 """The verb sweep: one prompt, many seeds."""
 
-import collections
 import dataclasses
-import functools
 import json
 import re
 import sys
@@ -14,9 +12,7 @@ from llama_jax.cli.model import load_model
 from llama_jax.cli.receipts import open_receipts
 from llama_jax.cli.requests import read_request
 from llama_jax.engine.request import GenerationRequest
-from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
-from llama_jax.llama import Llama
 
 _MOST = 2**64
 
@@ -27,16 +23,12 @@ def sweep() -> None:
     request, _ = read_request()
     receipts = open_receipts()
     llm = load_model(slots=8)
-    submissions = (functools.partial(_submit, llm, request, seed) for seed in seeds)
-    with tqdm(total=len(seeds), unit="seed", file=sys.stderr) as bar:
-        for _, stream in finish_in_order(llm.engine, submissions):
-            assert stream is not None
-            collections.deque(stream, maxlen=0)
-            result = stream.result
-            print(json.dumps(result.to_dict(), ensure_ascii=False), flush=True)
-            if receipts is not None:
-                receipts.append(result)
-            bar.update()
+    requests = (_with_seed(request, seed) for seed in seeds)
+    results = tqdm(llm.generate_all(requests), total=len(seeds), unit="seed", file=sys.stderr)
+    for result in results:
+        print(json.dumps(result.to_dict(), ensure_ascii=False), flush=True)
+        if receipts is not None:
+            receipts.append(result)
 
 
 def parse_seeds(text: str | None) -> range | list[int]:
@@ -57,6 +49,6 @@ def parse_seeds(text: str | None) -> range | list[int]:
     return seeds
 
 
-def _submit(llm: Llama, request: GenerationRequest, seed: int) -> tuple[int, Stream | None]:
+def _with_seed(request: GenerationRequest, seed: int) -> GenerationRequest:
     parameters = dataclasses.replace(request.parameters, seed=seed)
-    return seed, llm.start(dataclasses.replace(request, parameters=parameters))
+    return dataclasses.replace(request, parameters=parameters)

@@ -45,6 +45,7 @@ RECEIPT = ("receipt", "private", "sign_key")
 REPLAY = ("prefill",)
 RESUME = ("resume", "at")
 SWEEP = ("seeds",)
+COMPARE = ("plot",)
 GENERAL = ("debug",)
 
 PARAMETERS = (*SAMPLING, "logprobs")
@@ -123,6 +124,20 @@ VERBS = {
             summary="Run again what receipts say, and compare.",
             takes=(*(name for name in MODEL if name != "eos_tokens"), *REPLAY, "output", *GENERAL),
             refuses_others="which repeats what a receipt says",
+        ),
+        Verb(
+            name="compare",
+            arguments="A B [flags]",
+            summary="Compare receipts or models, draw by draw.",
+            takes=("context", "slots", "verify", "input", "output", *COMPARE, *GENERAL),
+            refuses_others="whose sides have settings after commas",
+        ),
+        Verb(
+            name="selftest",
+            arguments="[flags]",
+            summary="Repeat recorded runs of the demo model here.",
+            takes=("devices", "replicas", "determinism", *GENERAL),
+            refuses_others="which runs the demo model",
         ),
         Verb(
             name="serve",

@@ -58,7 +58,9 @@ def apply_filters(
     # By the quotient of two probabilities, which needs no sum.
     quotients = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     kept = jnp.where(quotients >= min_p[:, None], kept, -jnp.inf)
-    nearest = jnp.min(jnp.abs(quotients - min_p[:, None]), axis=-1)
+    # The likeliest stays whatever the logits are.
+    distances = jnp.where(quotients < 1, jnp.abs(quotients - min_p[:, None]), jnp.inf)
+    nearest = jnp.min(distances, axis=-1)
     min_p_margin = jnp.where(min_p > 0, nearest, jnp.inf)
     return Filtered(kept, CutMargins(cut.top_k_margin[:, 0], cut.top_p_margin[:, 0], min_p_margin))
 

@@ -3,3 +3,6 @@
 import pathlib
 
 DEMO_CHECKPOINT = pathlib.Path(__file__).parent / "checkpoint"
+
+SELFTEST = pathlib.Path(__file__).parent / "selftest.jsonl"
+"""Receipts of runs of this model; tools/record_selftest.py writes them."""
