@@ -64,12 +64,12 @@ def main(_: list[str]) -> None:
     """Record all of them."""
     llm = Llama.load(DEMO_CHECKPOINT, slots=8, verify=True)
     SELFTEST.unlink(missing_ok=True)
-    file = ReceiptFile(SELFTEST)
-    for result in llm.generate_all(requests()):
-        assert result.record is not None
-        nearest = min(draw.margin for draw in result.record.draws)
-        assert nearest > MARGIN, f"{result.parameters} has a margin of {nearest}; change its seed"
-        file.append(result)
+    with ReceiptFile(SELFTEST) as file:
+        for result in llm.generate_all(requests()):
+            assert result.record is not None
+            nearest = min(draw.margin for draw in result.record.draws)
+            assert nearest > MARGIN, f"{result.parameters}: margin {nearest}; change its seed"
+            file.append(result)
     print(f"{SELFTEST}: {SELFTEST.stat().st_size:,} bytes")
 
 

@@ -36,8 +36,7 @@ class Batch:
         source: JSON lines; empty ones are skipped. A pipe is read to its end first.
         output: a file; created, or, if it exists, continued.
         format_of: returns the format of a line's fields; the default tells the two above apart.
-        receipts: where a line's receipts go, before its result; continued with the output, and
-            closed with it.
+        receipts: where a line's receipts go, before its result; continued with the output.
 
     Raises:
         InputError: a file cannot be read or written, another `Batch` has the output, or it
@@ -86,8 +85,6 @@ class Batch:
     def close(self) -> None:
         """Release both files."""
         self._requests.close()
-        if self._receipts is not None:
-            self._receipts.close()
         if self._file is not None:
             self._file.close()
 

@@ -16,8 +16,10 @@ def batch() -> None:
     """Answer the requests of --input that --output has no results for."""
     if FLAGS.input is None or FLAGS.output in ("text", "json"):
         raise InputError("batch needs --input and --output, two files of JSON lines; name both")
-    receipts = open_receipts()
-    with Batch(FLAGS.input, FLAGS.output, receipts=receipts) as work:
+    with (
+        open_receipts() as receipts,
+        Batch(FLAGS.input, FLAGS.output, receipts=receipts) as work,
+    ):
         if work.done:
             note(f"{work.output} has {work.done:,} of {work.total:,} results already; resuming")
         llm = load_model(slots=8)

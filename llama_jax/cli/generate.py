@@ -9,6 +9,8 @@ from llama_jax.cli.receipts import open_receipts
 from llama_jax.cli.refusals import refuse_flags
 from llama_jax.cli.requests import read_request
 from llama_jax.engine.request import GenerationRequest
+from llama_jax.engine.result import Result
+from llama_jax.llama import Llama
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.stored_tokenizer import load_tokenizer
 
@@ -23,8 +25,16 @@ def generate() -> None:
     if FLAGS.print_prompt_tokens:
         _print_prompt_tokens(request)
         return
-    receipts = open_receipts()
-    llm = load_model()
+    with open_receipts() as receipts:
+        llm = load_model()
+        result = _answer(llm, request)
+        if receipts is not None:
+            receipts.append(result)
+    note(summary(llm, result, repeat))
+
+
+def _answer(llm: Llama, request: GenerationRequest) -> Result:
+    """Print the answer; return its result."""
     _note_warnings(request, llm.tokenizer)
     stream = llm.start(request)
     for piece in stream:
@@ -38,9 +48,7 @@ def generate() -> None:
     else:
         ids = ",".join(map(str, result.tokens))
         print(ids if result.response is None else result.response)
-    if receipts is not None:
-        receipts.append(result)
-    note(summary(llm, result, repeat))
+    return result
 
 
 def _note_warnings(request: GenerationRequest, tokenizer: Tokenizer | None) -> None:

@@ -21,14 +21,14 @@ def sweep() -> None:
     """Print a result for each seed, a line of JSON each, in the order of the seeds."""
     seeds = parse_seeds(FLAGS.seeds)
     request, _ = read_request()
-    receipts = open_receipts()
-    llm = load_model(slots=8)
-    requests = (_with_seed(request, seed) for seed in seeds)
-    results = tqdm(llm.generate_all(requests), total=len(seeds), unit="seed", file=sys.stderr)
-    for result in results:
-        print(json.dumps(result.to_dict(), ensure_ascii=False), flush=True)
-        if receipts is not None:
-            receipts.append(result)
+    with open_receipts() as receipts:
+        llm = load_model(slots=8)
+        requests = (_with_seed(request, seed) for seed in seeds)
+        results = tqdm(llm.generate_all(requests), total=len(seeds), unit="seed", file=sys.stderr)
+        for result in results:
+            print(json.dumps(result.to_dict(), ensure_ascii=False), flush=True)
+            if receipts is not None:
+                receipts.append(result)
 
 
 def parse_seeds(text: str | None) -> range | list[int]:

@@ -91,8 +91,8 @@ def check_draws(
     logits = lax.optimization_barrier(logits)
     size, vocab_size = logits.shape
     positions = start + jnp.arange(size, dtype=jnp.int32)
-    is_new = (tokens[:, None] == jnp.arange(vocab_size)) & (positions >= num_prompt)[:, None]
-    so_far = counts + jnp.cumsum(is_new.astype(jnp.int32), axis=0)
+    is_new = (tokens[:, None] == jnp.arange(vocab_size)[None]) & (positions >= num_prompt)[:, None]
+    so_far = counts[None] + jnp.cumsum(is_new.astype(jnp.int32), axis=0)
     rows = [jnp.broadcast_to(a[None], (size, vocab_size)) for a in (law.bias, law.in_prompt)]
     drawn = sampling.sample(
         logits[:, :drawable],

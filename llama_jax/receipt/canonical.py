@@ -1,7 +1,6 @@
 """Canonical forms: the digest of JSON by RFC 8785, and floats written exactly."""
 
 import hashlib
-import math
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ def from_hex(text: str) -> float:
         ValueError: it is not that of a float32 value, or NaN.
     """
     value = float.fromhex(text)
-    if math.isnan(value) or float(np.float32(value)) != value:
-        raise ValueError(f"{text!r} is no float32 value")
+    with np.errstate(over="ignore"):
+        if float(np.float32(value)) != value:  # or NaN
+            raise ValueError(f"{text!r:.40} is no float32 value")
     return value

@@ -19,7 +19,7 @@ def unsigned(statement: dict[str, Any]) -> dict[str, Any]:
 
 
 class ReceiptFile:
-    """A file of receipts; what it holds stays.
+    """A file of receipts; what it holds stays. A context manager that closes it.
 
     Args:
         path: created, or appended to.
@@ -44,6 +44,12 @@ class ReceiptFile:
             self._file = self.path.open("a+b", buffering=0)
         except OSError as error:
             raise InputError(f"{path}: {error.strerror or error}; name another file") from None
+
+    def __enter__(self) -> "ReceiptFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Release the file."""

@@ -3,9 +3,9 @@
 The recorded tokens are given, so each draw is a test of its own, and each cause has its own trace:
 
 another model     log-probabilities part at nearly every token
-another sampler   log-probabilities are the same, and margins or tokens are not
-edited            all is the same but for few draws, or before one: a token that the recorded
-                  margin itself contradicts
+another sampler   log-probabilities are the same, and margins are not, at more than one draw
+edited            one draw does not fit, or a token contradicts its own margin, and what comes
+                  before it is the same
 tie               log-probabilities part by rounding only, and a margin is smaller than that
 """
 
@@ -104,8 +104,14 @@ def judge(
         return Judgement.TIE
     if others and _is_changed(*others[0], allowed):
         return Judgement.EDITED
-    unlike = [pair for pair in pairs if not _margins_agree(pair[0], pair[1].draw, allowed)]
-    if len(unlike) >= _NEARLY_EVERY * len(pairs) or len(others) > 1:
+    # A draw whose logits are the same, and not what was made of them.
+    unlike = [
+        pair
+        for pair in pairs
+        if _parts_by(pair[0].logprob, pair[1].draw.logprob) <= allowed.logit
+        and not _margins_agree(pair[0], pair[1].draw, allowed)
+    ]
+    if len(unlike) > 1:
         return Judgement.ANOTHER_SAMPLER
     is_other = allowed == EXACT and any(a != b.draw for a, b in pairs)
     return Judgement.EDITED if others or unlike or is_other else None
