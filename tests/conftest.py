@@ -76,7 +76,10 @@ def _skip_or_fail(reason: str) -> None:
 
 
 _PACKAGES = {
-    "clients": ("cloudflare", "langchain_openai", "litellm", "lm_eval", "openai", "schemathesis"),
+    "clients": (
+        *("cloudflare", "langchain_openai", "litellm", "lm_eval", "openai", "schemathesis"),
+        *("model_signing", "sigstore", "OpenSSL"),
+    ),
     "parity": ("peft", "torch", "transformers"),
 }
 """What the tests of each marker need: the extra of that name."""
@@ -124,6 +127,15 @@ def node_clients() -> pathlib.Path:
     if shutil.which("node") is None or not (folder / "node_modules").is_dir():
         _skip_or_fail("needs node, and npm install --prefix tests/node")
     return folder / "clients.mjs"
+
+
+@pytest.fixture(scope="session")
+def openssl() -> str:
+    """The command line of OpenSSL 3."""
+    path = shutil.which("openssl")
+    if path is None:
+        _skip_or_fail("needs openssl on the path")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -4,18 +4,16 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llama_jax.engine.result import Result
 from llama_jax.errors import InputError
+from llama_jax.receipt.envelope import parse_envelope
+from llama_jax.receipt.keys import Signer
 from llama_jax.receipt.statement import make_statement
 from llama_jax.regular_file import check_regular
-
-
-def unsigned(statement: dict[str, Any]) -> dict[str, Any]:
-    """Return a statement as it is."""
-    return statement
+from llama_jax.strict_json import parse_json
 
 
 class ReceiptFile:
@@ -24,7 +22,7 @@ class ReceiptFile:
     Args:
         path: created, or appended to.
         private: see `Result.receipt`.
-        seal: makes of a statement what is written; see `envelope.Signer`.
+        signer: puts each receipt into an envelope; None: they are not signed.
 
     Raises:
         InputError: it cannot be written.
@@ -35,9 +33,9 @@ class ReceiptFile:
         path: str | pathlib.Path,
         *,
         private: bool = False,
-        seal: Callable[[dict[str, Any]], dict[str, Any]] = unsigned,
+        signer: Signer | None = None,
     ):
-        self.path, self._private, self._seal = pathlib.Path(path), private, seal
+        self.path, self._private, self._signer = pathlib.Path(path), private, signer
         try:
             with contextlib.suppress(FileNotFoundError):
                 check_regular(self.path)
@@ -75,7 +73,7 @@ class ReceiptFile:
         """Keep the first lines, which a batch has results for.
 
         Raises:
-            InputError: there are fewer.
+            InputError: there are fewer, or a receipt there is signed otherwise than those to come.
         """
         self._file.seek(0)
         size = 0
@@ -85,11 +83,30 @@ class ReceiptFile:
                     f"{self.path} has {number:,} receipts, but the output has {count:,} results; "
                     "name the file of these results, or a new output and a new file of receipts"
                 )
+            self._check_signer(line, f"{self.path}, line {number + 1}")
             size += len(line)
         self._file.truncate(size)
 
+    def _check_signer(self, line: bytes, source: str) -> None:
+        """Refuse a line whose receipts another key signed, or none: one key verifies a file."""
+        row = parse_json(line, source)
+        receipts = row.get("receipts") if isinstance(row, dict) else None
+        if not isinstance(receipts, list):
+            raise InputError(f"{source} is no line of a batch's receipts; name another file")
+        ours = [] if self._signer is None else [self._signer.key_id]
+        for receipt in receipts:
+            envelope = parse_envelope(receipt, source)
+            theirs = [] if envelope is None else envelope.key_ids
+            if theirs != ours:
+                raise InputError(
+                    f"{source}, is {_signed_by(theirs)}, but this run's receipts would be "
+                    f"{_signed_by(ours)}; give the --sign_key of the run that is continued, or "
+                    "name a new output and a new file of receipts"
+                )
+
     def _receipt(self, result: Result) -> dict[str, Any]:
-        return self._seal(make_statement(result, private=self._private))
+        statement = make_statement(result, private=self._private)
+        return statement if self._signer is None else self._signer(statement)
 
     def _write(self, row: dict[str, Any]) -> None:
         text = json.dumps(row, ensure_ascii=False).encode() + b"\n"
@@ -103,3 +120,7 @@ class ReceiptFile:
             raise InputError(
                 f"{self.path} cannot be written ({error.strerror}); make room for it"
             ) from None
+
+
+def _signed_by(key_ids: Sequence[str]) -> str:
+    return f"signed by key {' and '.join(key_ids):.160}" if key_ids else "not signed"

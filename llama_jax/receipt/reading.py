@@ -1,7 +1,6 @@
 """Reading: from the JSON of a receipt to its fields, and to what in it does not fit together."""
 
 import base64
-import binascii
 import dataclasses
 import functools
 import json
@@ -19,7 +18,9 @@ from llama_jax.engine.request import GenerationRequest
 from llama_jax.errors import InputError
 from llama_jax.receipt.canonical import digest, from_hex, text_digest
 from llama_jax.receipt.chain import last_link
+from llama_jax.receipt.envelope import open_envelope, parse_envelope
 from llama_jax.receipt.form import STATEMENT
+from llama_jax.receipt.keys import PublicKey
 from llama_jax.receipt.statement import MARGINS, chain_start
 from llama_jax.regular_file import open_regular
 from llama_jax.strict_json import parse_json
@@ -136,8 +137,25 @@ class Receipt:
         return found
 
 
-def read_receipts(path: str | pathlib.Path) -> Iterator[Receipt]:
-    """Yield the receipts of a file: one, or one a line; an envelope is opened, not verified.
+def read_receipts(path: str | pathlib.Path, key: PublicKey | None = None) -> Iterator[Receipt]:
+    """Yield the receipts of a file: one, or one a line, in envelopes or not.
+
+    Args:
+        path: the file.
+        key: that each is to be signed by; None: envelopes are opened, and not verified.
+
+    Raises:
+        InputError: the file cannot be read, holds something else, or a receipt is not signed by
+            the key.
+    """
+    for source, row in read_rows(path):
+        if key is not None and (fault := key.fault(parse_envelope(row, source))) is not None:
+            raise InputError(f"{source}: {fault.text}; name receipts of that key, or its key")
+        yield read_statement(open_envelope(row, source), source)
+
+
+def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """Yield what is in the place of each receipt of a file, and the name of the place.
 
     Raises:
         InputError: the file cannot be read, or holds something else.
@@ -154,32 +172,23 @@ def read_receipts(path: str | pathlib.Path) -> Iterator[Receipt]:
         raise InputError(f"{path} is empty, expected receipts; name another file")
     is_one = len([line for line in lines if line.strip()]) == 1 or lines[0].strip() == b"{"
     if is_one:
-        yield from _receipts_of(parse_json(content, str(path)), str(path))
+        yield from _rows_of(parse_json(content, str(path)), str(path))
         return
     for number, line in enumerate(lines, start=1):
         if line.strip():
             source = f"{path}, line {number}"
-            yield from _receipts_of(parse_json(line, source), source)
+            yield from _rows_of(parse_json(line, source), source)
 
 
-def _receipts_of(value: Any, source: str) -> Iterator[Receipt]:
-    """Yield the receipts in a JSON value: itself, in its envelope, or those of a batch's line."""
-    rows = value["receipts"] if isinstance(value, dict) and "receipts" in value else [value]
-    if not isinstance(rows, list):
+def _rows_of(value: Any, source: str) -> Iterator[tuple[str, Any]]:
+    """Yield the receipts in a JSON value: itself, or those of a batch's line."""
+    if not isinstance(value, dict) or "receipts" not in value:
+        yield source, value
+        return
+    if not isinstance(rows := value["receipts"], list):
         raise InputError(f"{source}: receipts is {rows!r:.40}, expected a list")
-    for row in rows:
-        yield read_statement(open_envelope(row, source), source)
-
-
-def open_envelope(value: Any, source: str) -> Any:
-    """Return the statement in a DSSE envelope, or the value itself if it is none."""
-    if not isinstance(value, dict) or not {"payload", "signatures"} <= value.keys():
-        return value
-    try:
-        payload = base64.b64decode(value["payload"], validate=True)
-    except (TypeError, binascii.Error):
-        raise InputError(f"{source}: the envelope's payload is not base64") from None
-    return parse_json(payload, f"{source}: the payload")
+    for number, row in enumerate(rows, start=1):
+        yield source if len(rows) == 1 else f"{source}, receipt {number}", row
 
 
 def read_statement(value: Any, source: str) -> Receipt:
