@@ -21,6 +21,7 @@ from llama_jax.cli.verbs import (
     SERVE,
     SWEEP,
     VERBS,
+    VERIFY,
 )
 from llama_jax.version import __version__
 
@@ -33,7 +34,7 @@ _GROUPS = {
     "Prompt": PROMPT,
     "Sampling": SAMPLING,
     "Output": OUTPUT,
-    "Receipt": (*RECEIPT, *REPLAY, *RESUME),
+    "Receipt": (*RECEIPT, *VERIFY, *REPLAY, *RESUME),
     "Sweep": SWEEP,
     "Compare": COMPARE,
     "Files of lines": BATCH,
@@ -56,6 +57,7 @@ _VALUES = {
     "request": "FILE",
     "receipt": "FILE",
     "sign_key": "FILE",
+    "key": "FILE",
     "resume": "FILE",
     "seeds": "A:B",
     "plot": "FILE",
@@ -89,6 +91,7 @@ _EXAMPLES = {
     ),
     "sweep": ('sweep --seeds=0:64 --prompt="Tell me a story." > stories.jsonl',),
     "replay": ("replay receipt.json --checkpoint=DIR", "replay receipts.jsonl --prefill"),
+    "verify_receipt": ("verify_receipt receipts.jsonl --key=PUBLIC.pem",),
     "compare": (
         "compare first.jsonl second.jsonl",
         "compare DIR DIR,dtype=bfloat16 --input=requests.jsonl --plot=agreement.png",
@@ -99,8 +102,8 @@ _EXAMPLES = {
 
 _END = """\
 Generated text goes to stdout, everything else to stderr.
-Exit status: 0 done, 1 a replay or selftest diverged, 2 a mistake in the input or a full disk, 130
-interrupted."""
+Exit status: 0 done, 1 a replay or selftest diverged or a receipt is not valid,
+2 a mistake in the input or a full disk, 130 interrupted."""
 
 
 def version_text() -> str:

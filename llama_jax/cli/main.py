@@ -26,6 +26,7 @@ from llama_jax.cli.selftest import selftest
 from llama_jax.cli.serve import serve
 from llama_jax.cli.sweep import sweep
 from llama_jax.cli.verbs import VERBS
+from llama_jax.cli.verify_receipt import verify_receipt
 from llama_jax.errors import InputError, printable
 
 _RUN: dict[str, Callable[..., None]] = {
@@ -35,6 +36,7 @@ _RUN: dict[str, Callable[..., None]] = {
     "score": score,
     "sweep": sweep,
     "replay": replay,
+    "verify_receipt": verify_receipt,
     "compare": compare,
     "selftest": selftest,
     "serve": serve,
@@ -102,4 +104,5 @@ def _run_verb(arguments: list[str]) -> None:
     for flag in ("config", "chip"):
         if FLAGS[flag].present:
             raise InputError(f"--{flag} is given without --estimate; add it")
-    return run_on_all(functools.partial(_RUN[name], *operands))
+    run = functools.partial(_RUN[name], *operands)
+    return run_on_all(run) if verb.runs_model else run()

@@ -19,6 +19,12 @@ def define() -> None:
         None,
         "With --receipt: sign it by this Ed25519 key (PEM), in a DSSE envelope.",
     )
+    flags.DEFINE_string(
+        "key",
+        None,
+        "Accept only receipts that are signed by this public key (PEM). Default: none, signatures "
+        "are not verified.",
+    )
     flags.DEFINE_bool(
         "prefill",
         False,

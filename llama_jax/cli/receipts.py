@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 
 from llama_jax.cli.files import expand
 from llama_jax.cli.flags import FLAGS
+from llama_jax.cli.keys import read_signer
 from llama_jax.errors import InputError
 from llama_jax.receipt.file import ReceiptFile
 
@@ -17,4 +18,4 @@ def open_receipts() -> AbstractContextManager[ReceiptFile | None]:
                 raise InputError(f"--{name} is given without --receipt; add it")
         return contextlib.nullcontext()
     path = expand(FLAGS.receipt, f"--receipt={FLAGS.receipt}")
-    return ReceiptFile(path, private=FLAGS.private)
+    return ReceiptFile(path, private=FLAGS.private, signer=read_signer())

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from llama_jax.cli.console import note
 from llama_jax.cli.flags import FLAGS
+from llama_jax.cli.keys import read_public_key
 from llama_jax.cli.model import load_model
 from llama_jax.errors import InputError, printable
 from llama_jax.receipt.reading import Receipt, read_receipts
@@ -28,7 +29,7 @@ def replay(path: str) -> None:
     """
     if FLAGS.output not in ("text", "json"):
         raise InputError(f"--output is {FLAGS.output!r:.40}, expected text or json")
-    receipts = list(read_receipts(path))
+    receipts = list(read_receipts(path, read_public_key()))
     verdicts: list[Verdict] = []
     with tqdm(total=len(receipts), unit="receipt", delay=1, file=sys.stderr) as bar:
         # A model is loaded once for each dtype; receipts of one are replayed together.

@@ -42,6 +42,7 @@ SERVE = (
     ),
 )
 RECEIPT = ("receipt", "private", "sign_key")
+VERIFY = ("key",)
 REPLAY = ("prefill",)
 RESUME = ("resume", "at")
 SWEEP = ("seeds",)
@@ -66,6 +67,8 @@ class Verb:
     """The reason, in the error; flags that one other verb alone takes need none."""
     takes_at_default: tuple[str, ...] = ()
     """Flags with one value that works here, their default."""
+    runs_model: bool = True
+    """False: one process does it, without a device."""
 
     @property
     def operands(self) -> list[str]:
@@ -122,8 +125,19 @@ VERBS = {
             name="replay",
             arguments="FILE [flags]",
             summary="Run again what receipts say, and compare.",
-            takes=(*(name for name in MODEL if name != "eos_tokens"), *REPLAY, "output", *GENERAL),
+            takes=(
+                *(name for name in MODEL if name != "eos_tokens"),
+                *(*VERIFY, *REPLAY, "output", *GENERAL),
+            ),
             refuses_others="which repeats what a receipt says",
+        ),
+        Verb(
+            name="verify_receipt",
+            arguments="FILE [flags]",
+            summary="Check signatures and digests of receipts.",
+            takes=(*VERIFY, "output", *GENERAL),
+            refuses_others="which runs no model",
+            runs_model=False,
         ),
         Verb(
             name="compare",
