@@ -8,6 +8,7 @@ from llama_jax.cli.model import checkpoint_path, load_model
 from llama_jax.cli.receipts import open_receipts
 from llama_jax.cli.refusals import refuse_flags
 from llama_jax.cli.requests import read_request
+from llama_jax.cli.verbs import RECEIPT
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.result import Result
 from llama_jax.llama import Llama
@@ -18,8 +19,8 @@ from llama_jax.weights.stored_tokenizer import load_tokenizer
 def generate() -> None:
     """Print the answer to the request that the flags describe."""
     if FLAGS.print_prompt_tokens:
-        others = ("verify", "convert", "context", "dtype", "slots", "output", "stream", "receipt")
-        refuse_flags("--print_prompt_tokens", "which runs no model", *others)
+        others = ("verify", "convert", "context", "dtype", "slots", "output", "stream")
+        refuse_flags("--print_prompt_tokens", "which runs no model", *others, *RECEIPT)
     # Before the weights: a mistake should not take a minute to show.
     request, repeat = read_request()
     if FLAGS.print_prompt_tokens:

@@ -152,6 +152,8 @@ def test_flags_of_a_model_are_refused(mistake, path):
     assert "--checkpoint is given with verify_receipt, which runs no model; drop it" in said
     assert "--output is 'yaml', expected" in mistake("verify_receipt", str(path), "--output=yaml")
     assert "--sign_key is given without --receipt" in mistake(PARIS, "--sign_key=x")
+    said = mistake(PARIS, "--print_prompt_tokens", "--sign_key=x")
+    assert "--sign_key is given with --print_prompt_tokens, which runs no model" in said
     said = mistake(PARIS, f"--key={path}")
     assert "--key is given with a prompt, but belongs to replay and verify_receipt" in said
 
@@ -184,10 +186,11 @@ def test_the_key_is_read_before_the_model(mistake, monkeypatch, path, ours, tmp_
 def test_a_key_may_come_through_a_pipe(cli, findings, path, ours, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    writer = threading.Thread(target=pipe.write_bytes, args=[ours.private.read_bytes()])
+    key = ours.private.read_bytes()
+    writer = threading.Thread(target=pipe.write_bytes, args=[key], daemon=True)
     writer.start()
     assert cli(*SHORT, f"--receipt={path}", f"--sign_key={pipe}")[0] == 0
-    writer.join()
+    writer.join(timeout=60)
     assert findings(path, f"--key={ours.public}") == (0, ["VALID"])
 
 
