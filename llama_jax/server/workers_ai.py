@@ -12,11 +12,12 @@ from llama_jax.card import schemas as card
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.result import Result
 from llama_jax.errors import InputError
+from llama_jax.server.answers import Answers
 from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.errors import NO_MODEL, ApiError
 from llama_jax.server.in_thread import in_thread
 from llama_jax.server.request_log import request_log_of
-from llama_jax.server.service import Answers, Service
+from llama_jax.server.service import Service
 from llama_jax.server.sse import DONE, Events, EventStream, event
 from llama_jax.server.types import Metadata, ModelEntry, Note, ResultInfo, RunResult
 
