@@ -9,6 +9,7 @@ from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.verbs import (
     BATCH,
     ESTIMATE,
+    KEPT_RECEIPTS,
     MODEL,
     OUTPUT,
     PROMPT,
@@ -32,7 +33,7 @@ _GROUPS = {
     "Prompt": PROMPT,
     "Sampling": SAMPLING,
     "Output": OUTPUT,
-    "Receipt": (*RECEIPT, *REPLAY, *RESUME),
+    "Receipt": tuple(dict.fromkeys(("receipt", *KEPT_RECEIPTS, *RECEIPT, *REPLAY, *RESUME))),
     "Sweep": SWEEP,
     "Files of lines": BATCH,
     "Score": SCORE,
@@ -86,7 +87,7 @@ _EXAMPLES = {
     ),
     "sweep": ('sweep --seeds=0:64 --prompt="Tell me a story." > stories.jsonl',),
     "replay": ("replay receipt.json --checkpoint=DIR", "replay receipts.jsonl --prefill"),
-    "serve": ("serve --port=8787 --slots=16", "serve --estimate --slots=64"),
+    "serve": ("serve --port=8787 --slots=16 --receipts=1000", "serve --estimate --slots=64"),
 }
 
 _END = """\

@@ -42,6 +42,7 @@ SERVE = (
     ),
 )
 RECEIPT = ("receipt", "private", "sign_key")
+KEPT_RECEIPTS = ("receipts", "private")
 REPLAY = ("prefill",)
 RESUME = ("resume", "at")
 SWEEP = ("seeds",)
@@ -128,7 +129,7 @@ VERBS = {
             name="serve",
             arguments="[flags]",
             summary="Serve the HTTP API.",
-            takes=(*MODEL, *ESTIMATE, *SERVE, *GENERAL),
+            takes=(*MODEL, *ESTIMATE, *SERVE, *KEPT_RECEIPTS, *GENERAL),
             refuses_others="whose requests come over HTTP",
         ),
     )

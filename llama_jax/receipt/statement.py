@@ -41,11 +41,7 @@ def make_statement(result: Result, *, private: bool = False) -> dict[str, Any]:
     record = result.record
     assert record is not None, "a result of the engine has its record"
     environment = record.environment
-    if environment.parts.get("weights") is None:
-        raise InputError(
-            "the weights have no digest, so a receipt could not say which they are; load a "
-            "checkpoint that `python -m convert` wrote"
-        )
+    check_digest(environment)
     external = external_parameters(record.request)
     internal = internal_parameters(result, record)
     start = chain_start(external, internal)
@@ -78,6 +74,19 @@ def make_statement(result: Result, *, private: bool = False) -> dict[str, Any]:
             },
         },
     }
+
+
+def check_digest(environment: Environment) -> None:
+    """Refuse an environment whose weights have no digest: no receipt can say which they are.
+
+    Raises:
+        InputError: it has none.
+    """
+    if environment.parts.get("weights") is None:
+        raise InputError(
+            "the weights have no digest, so a receipt could not say which they are; load a "
+            "checkpoint that `python -m convert` wrote"
+        )
 
 
 def external_parameters(request: GenerationRequest) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 
@@ -9,6 +10,7 @@ from llama_jax.engine.generation import Generation
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.result import Piece, Result
 from llama_jax.server.errors import UNAVAILABLE, ApiError
+from llama_jax.server.receipts import ReceiptStore, receipt_ids
 from llama_jax.server.request_log import RequestLog
 
 
@@ -18,23 +20,39 @@ class Answers:
     Args:
         log: the request's, which records what comes.
         deadline: when its time is up, on the clock of `time.perf_counter`.
+        receipts: where their runs are kept as they end, whether or not somebody reads them.
     """
 
-    def __init__(self, log: RequestLog, deadline: float):
-        self._log, self._deadline = log, deadline
+    def __init__(self, log: RequestLog, deadline: float, receipts: ReceiptStore):
+        self._log, self._deadline, self._receipts = log, deadline, receipts
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
         self._generations: list[Generation] = []
+        self.receipt_ids: list[str] = []
+        """The names of the runs, by which their receipts are found."""
         self._cancelled = self._abandoned = False
 
     def submit(
         self,
-        submit: Callable[[GenerationRequest, Callable[[], None]], Generation],
+        submit: Callable[..., Generation],
         requests: Sequence[GenerationRequest],
     ) -> None:
-        """Give requests to the engine; may be called in any thread."""
-        for request in requests:
-            generation = submit(request, self._on_change)
+        """Give requests to the engine; may be called in any thread.
+
+        Args:
+            submit: `Engine.submit`, with what is the same for all.
+            requests: at least one.
+        """
+        self.receipt_ids = receipt_ids(self._log.id, len(requests))
+        for number, (request, name) in enumerate(zip(requests, self.receipt_ids, strict=True)):
+            self._receipts.expect(name)
+            on_change = functools.partial(self._on_change, number)
+            try:
+                generation = submit(request, on_change, invocation=name)
+            except BaseException:
+                self._receipts.end(name, None)
+                raise
             self._generations.append(generation)
+            self._keep(number)  # it may have ended before it was listed
             if self._cancelled:  # checked after it was listed: `cancel` has seen it, or this has
                 return generation.cancel()
         return None
@@ -58,7 +76,7 @@ class Answers:
     def abandon(self) -> None:
         """End them by an error: no engine works on them any more; may be called in any thread."""
         self._abandoned = True
-        self._on_change()
+        self._wake()
 
     async def stream(self) -> AsyncGenerator[tuple[int, Piece | Result], None]:
         """Yield each generation's pieces and then its result, with its number, as they come.
@@ -81,6 +99,7 @@ class Answers:
                         yield number, piece
                     if done:
                         del waiting[number]
+                        self._keep(number)  # before the client learns that it has ended
                         yield number, self._result(generation)
                 if waiting:
                     if self._abandoned:
@@ -109,8 +128,18 @@ class Answers:
         self._log.results.append(result)
         return result
 
-    def _on_change(self) -> None:
-        """Wake the reader up; runs in the engine's thread."""
+    def _on_change(self, number: int) -> None:
+        """Keep the run of a generation that has ended; runs in the engine's thread."""
+        self._keep(number)
+        self._wake()
+
+    def _keep(self, number: int) -> None:
+        """Keep the run of a generation if it is listed and has ended."""
+        if number < len(self._generations) and (generation := self._generations[number]).done:
+            self._receipts.end(self.receipt_ids[number], generation.result)
+
+    def _wake(self) -> None:
+        """Wake the reader up; may be called in any thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
             self._loop.call_soon_threadsafe(self._changed.set)
 

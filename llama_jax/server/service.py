@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.llama import Llama
+from llama_jax.receipt.statement import check_digest
 from llama_jax.server.answers import Answers
 from llama_jax.server.errors import UNAVAILABLE, ApiError
 from llama_jax.server.in_thread import in_thread
+from llama_jax.server.receipts import ReceiptStore
 from llama_jax.server.request_log import RequestLog
 from llama_jax.server.settings import Settings
 
@@ -31,6 +33,9 @@ class Service:
         llm: what answers.
         settings: the server's.
         on_warm_up: called, in the engine's thread, with programs compiled and of how many.
+
+    Raises:
+        InputError: receipts are to be kept, and the weights have no digest.
     """
 
     def __init__(
@@ -40,6 +45,10 @@ class Service:
         on_warm_up: Callable[[int, int], None] = lambda done, total: None,
     ):
         self.llm, self.settings = llm, settings
+        self.receipts = ReceiptStore(settings.receipts, private=settings.private_receipts)
+        """Of the last answers."""
+        if settings.receipts:
+            check_digest(llm.engine.environment)
         self._on_warm_up = on_warm_up
         self._stopping = threading.Event()
         self._warm = threading.Event()
@@ -114,7 +123,7 @@ class Service:
             InputError: see `Engine.submit`.
             QueueFullError: there is no room for all of them.
         """
-        answers = Answers(log, log.began + self.settings.timeout_s)
+        answers = Answers(log, log.began + self.settings.timeout_s, self.receipts)
         with self._answers_lock:
             self._answers.add(answers)
         if self.unready:  # asked after it is listed: an engine that ends now abandons it
@@ -132,6 +141,7 @@ class Service:
             answers.cancel()
             raise
         lengths = list(map(len, answers.prompts))
+        log.receipt_ids = answers.receipt_ids if self.receipts.limit else []
         log.prompt_tokens, log.longest_prompt = sum(lengths), max(lengths)
         return answers
 
