@@ -19,8 +19,10 @@ from llama_jax.engine.request import make_request
 from llama_jax.engine.result import TokenLogprob
 from llama_jax.receipt.reading import read_statement
 from llama_jax.replay.replay import replay
+from llama_jax.server.answers import Answers
 from llama_jax.server.errors import ApiError
 from llama_jax.server.receipts import ReceiptStore, size_of
+from llama_jax.server.request_log import RequestLog
 from llama_jax.server.settings import Settings
 from tests.helpers.serving import (
     ANSWER,
@@ -166,16 +168,25 @@ def test_the_oldest_receipt_is_dropped(llm):
 
 
 def run_of(llm, num_draws=40, **request):
-    """Return a result that no model made: its numbers are made up."""
-    checked = make_request(**{"max_tokens": num_draws, **request})
-    prompt = checked.encode(llm.tokenizer, llm.config.vocab_size)
-    generation = Generation(
-        checked, prompt, llm.tokenizer, clock=Clock(), environment=llm.engine.environment
-    )
-    for number in range(num_draws):
+    """Return a result that no model made."""
+    generation = generation_of(llm, num_draws, **request)
+    draw_all(generation)
+    return generation.result
+
+
+def draw_all(generation):
+    """Let a generation end; its numbers are made up."""
+    for number in range(generation.max_tokens):
         measures = [number + part / 8 for part in range(1, 6)]
         generation.push(Draw(300 + number, *measures), TokenLogprob(300 + number, -1.0, []))
-    return generation.result
+
+
+def generation_of(llm, num_draws, **request):
+    checked = make_request(**{"max_tokens": num_draws, **request})
+    prompt = checked.encode(llm.tokenizer, llm.config.vocab_size)
+    return Generation(
+        checked, prompt, llm.tokenizer, clock=Clock(), environment=llm.engine.environment
+    )
 
 
 def test_receipts_fit_in_their_memory(llm):
@@ -264,7 +275,39 @@ def test_a_refused_request_has_no_receipt(llm, client, monkeypatch):
     wait_until(lambda: not client.app.state.service.receipts._under_way)
 
 
-# Runs that nobody waits for.
+# Runs that nobody waits for, and when a run is kept.
+
+
+def test_a_run_that_ends_before_its_place_is_known_is_kept(llm):
+    """The engine may end it before `submit` returns, and nobody may read it."""
+
+    def submit(request, on_change, invocation):
+        draw_all(generation := generation_of(llm, 3, prompt="x"))
+        on_change()
+        return generation
+
+    async def run():
+        store, log = ReceiptStore(9), RequestLog("POST", RUN)
+        Answers(log, 0, store).submit(submit, [None, None])
+        assert [*store._kept] == [log.id, f"{log.id}.1"]
+
+    asyncio.run(run())
+
+
+def test_a_run_is_kept_before_its_reader_learns_that_it_has_ended(llm):
+    """The engine's thread may be about to say so."""
+    generation = generation_of(llm, 3, prompt="x")
+
+    async def run():
+        store, log = ReceiptStore(9), RequestLog("POST", RUN)
+        answers = Answers(log, log.began + 60, store)
+        answers.submit(lambda request, on_change, invocation: generation, [None])
+        assert not store._kept
+        draw_all(generation)
+        await answers.results()
+        assert [*store._kept] == [log.id]
+
+    asyncio.run(run())
 
 
 def test_an_answer_under_way_has_none_yet_and_a_cancelled_one_has(llm):
