@@ -231,6 +231,10 @@ def deep_size(value, seen):
     return size
 
 
+def said(number):
+    return {"role": "assistant" if number % 2 else "user", "content": f"message {number}"}
+
+
 @pytest.mark.parametrize(
     "request_",
     [
@@ -240,7 +244,7 @@ def deep_size(value, seen):
         {"prompt": "x", "num_draws": 1, "allowed_tokens": list(range(300, 700))},
         {"prompt": "x", "num_draws": 1, "logit_bias": {n: n / 9 for n in range(300, 700)}},
         {"prompt": "é😀" * 30, "num_draws": 1, "stop": ["y" * 9000]},
-        {"messages": [ASKING, {"role": "assistant", "content": "x"}] * 10 + [ASKING]},
+        {"messages": [said(n) for n in range(201)], "num_draws": 1},
     ],
     ids=["short", "answer", "prompt", "mask", "bias", "texts", "dialog"],
 )
@@ -337,6 +341,18 @@ def test_an_answer_under_way_has_none_yet_and_a_cancelled_one_has(llm):
     assert verdicts(llm, receipt) == ["EXACT"]
 
 
+def test_a_request_whose_time_is_up_has_a_receipt_by_its_id(llm):
+    with serving(llm, receipts=9, timeout_s=0.2) as client:
+        with paused(llm):
+            response = client.post(RUN, json=BODIES[RUN])
+        assert response.status_code == 408
+        assert "x-receipt-id" not in response.headers
+        wait_until(lambda: len(client.app.state.service.receipts))
+        receipt = fetch(client, response.headers["x-request-id"])
+    assert (receipt.finish_reason, receipt.draws, receipt.text) == ("cancelled", [], "")
+    assert verdicts(llm, receipt) == ["EXACT"]
+
+
 def test_clients_that_hang_up_at_any_moment_leave_nothing_under_way(llm):
     async def run():
         app = make_app(llm, receipts=9)
@@ -401,9 +417,11 @@ def test_weights_without_a_digest_have_no_receipts(llm, client, monkeypatch):
     monkeypatch.setattr(llm.engine, "environment", UNKNOWN)
     with pytest.raises(InputError, match="weights have no digest"):
         make_app(llm, receipts=1)
-    response = client.post(RUN, json=BODIES[RUN], headers={"x-receipt": "true"})
-    assert response.status_code == 400
-    assert "weights have no digest" in response.json()["errors"][0]["message"]
+    for stream in (False, True):  # said before anything is generated, so to a stream too
+        body = BODIES[RUN] | {"stream": stream}
+        response = client.post(RUN, json=body, headers={"x-receipt": "true"})
+        assert response.status_code == 400
+        assert "weights have no digest" in response.json()["errors"][0]["message"]
 
 
 @pytest.mark.parametrize("count", [-1, 1.5, True])
