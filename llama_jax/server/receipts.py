@@ -91,8 +91,8 @@ class ReceiptStore:
             reason = "its answer has not ended; ask again when it has"
         else:
             reason = (
-                "expected an x-receipt-id of one of the answers that ended last, of which "
-                f"{len(self):,} are kept; ask sooner, or start the server with a larger --receipts"
+                f"expected an x-receipt-id of one of the answers that ended last ({len(self):,} "
+                "are here); ask sooner, or start the server with a larger --receipts"
             )
         raise ApiError(NO_RECEIPT, receipt_id, reason)
 

@@ -162,7 +162,7 @@ def test_the_oldest_receipt_is_dropped(llm):
         for receipt_id in (ids[0], "nobody-s"):
             reason = refusal(client, receipt_id)
             assert "expected an x-receipt-id of one of the answers that ended last" in reason
-            assert "of which 2 are kept" in reason
+            assert "(2 are here)" in reason
             assert "larger --receipts" in reason
         assert fetch(client, ids[1]).text == fetch(client, ids[2]).text == ANSWER
 
@@ -262,7 +262,7 @@ def test_a_failed_answer_has_no_receipt(llm, client, monkeypatch):
         response = client.post(RUN, json={"prompt": "x"})
     assert response.status_code == 500
     assert "x-receipt-id" not in response.headers
-    assert "0 are kept" in refusal(client, response.headers["x-request-id"])
+    assert "(0 are here)" in refusal(client, response.headers["x-request-id"])
     assert not client.app.state.service.receipts._under_way
 
 

@@ -617,6 +617,7 @@ def test_cors_headers_are_sent_to_allowed_origins_only(llm):
         refusal = client.post(RUN, json={}, headers=origin)  # a page is to read why
         assert refusal.status_code == 400
         assert refusal.headers["access-control-allow-origin"] == "https://example.com"
+        assert "x-receipt-id" in refusal.headers["access-control-expose-headers"]
         other = client.get("/healthz", headers={"origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
 
