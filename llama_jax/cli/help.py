@@ -10,6 +10,7 @@ from llama_jax.cli.verbs import (
     BATCH,
     COMPARE,
     ESTIMATE,
+    KEPT_RECEIPTS,
     MODEL,
     OUTPUT,
     PROMPT,
@@ -33,7 +34,7 @@ _GROUPS = {
     "Prompt": PROMPT,
     "Sampling": SAMPLING,
     "Output": OUTPUT,
-    "Receipt": (*RECEIPT, *REPLAY, *RESUME),
+    "Receipt": tuple(dict.fromkeys(("receipt", *KEPT_RECEIPTS, *RECEIPT, *REPLAY, *RESUME))),
     "Sweep": SWEEP,
     "Compare": COMPARE,
     "Files of lines": BATCH,
@@ -55,7 +56,6 @@ _VALUES = {
     "allowed_tokens": "ID,...",
     "request": "FILE",
     "receipt": "FILE",
-    "sign_key": "FILE",
     "resume": "FILE",
     "seeds": "A:B",
     "plot": "FILE",
@@ -94,13 +94,13 @@ _EXAMPLES = {
         "compare DIR DIR,dtype=bfloat16 --input=requests.jsonl --plot=agreement.png",
     ),
     "selftest": ("selftest", "selftest --devices=all"),
-    "serve": ("serve --port=8787 --slots=16", "serve --estimate --slots=64"),
+    "serve": ("serve --port=8787 --slots=16 --receipts=1000", "serve --estimate --slots=64"),
 }
 
 _END = """\
 Generated text goes to stdout, everything else to stderr.
-Exit status: 0 done, 1 a replay or selftest diverged, 2 a mistake in the input or a full disk, 130
-interrupted."""
+Exit status: 0 done, 1 a replay or selftest diverged, 2 a mistake in the input
+or a full disk, 130 interrupted."""
 
 
 def version_text() -> str:

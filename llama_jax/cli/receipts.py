@@ -12,9 +12,8 @@ from llama_jax.receipt.file import ReceiptFile
 def open_receipts() -> AbstractContextManager[ReceiptFile | None]:
     """Open the file that --receipt names; None: it is not given."""
     if FLAGS.receipt is None:
-        for name in ("private", "sign_key"):
-            if FLAGS[name].present:
-                raise InputError(f"--{name} is given without --receipt; add it")
+        if FLAGS.private:
+            raise InputError("--private is given without --receipt; add it")
         return contextlib.nullcontext()
     path = expand(FLAGS.receipt, f"--receipt={FLAGS.receipt}")
     return ReceiptFile(path, private=FLAGS.private)

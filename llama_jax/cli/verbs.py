@@ -41,7 +41,8 @@ SERVE = (
         "timeout_s",
     ),
 )
-RECEIPT = ("receipt", "private", "sign_key")
+RECEIPT = ("receipt", "private")
+KEPT_RECEIPTS = ("receipts", "private")
 REPLAY = ("prefill",)
 RESUME = ("resume", "at")
 SWEEP = ("seeds",)
@@ -143,7 +144,7 @@ VERBS = {
             name="serve",
             arguments="[flags]",
             summary="Serve the HTTP API.",
-            takes=(*MODEL, *ESTIMATE, *SERVE, *GENERAL),
+            takes=(*MODEL, *ESTIMATE, *SERVE, *KEPT_RECEIPTS, *GENERAL),
             refuses_others="whose requests come over HTTP",
         ),
     )

@@ -1,6 +1,6 @@
 """Receipts: what a run was asked, where it ran and all that it drew; see docs/receipts.md."""
 
+from llama_jax.provenance.statement import make_statement
 from llama_jax.receipt.reading import Receipt, read_receipts
-from llama_jax.receipt.statement import make_statement
 
 __all__ = ["Receipt", "make_statement", "read_receipts"]

@@ -13,9 +13,9 @@ from llama_jax import Llama
 from llama_jax.demo import DEMO_CHECKPOINT, SELFTEST
 from llama_jax.engine.draw import Draw
 from llama_jax.errors import InputError
+from llama_jax.provenance.canonical import from_hex, to_hex
+from llama_jax.provenance.chain import last_link, links
 from llama_jax.receipt import read_receipts
-from llama_jax.receipt.canonical import from_hex, to_hex
-from llama_jax.receipt.chain import last_link, links
 from llama_jax.receipt.file import ReceiptFile
 from llama_jax.text.tokenizer import EOS_ID
 from tests.helpers import forgery

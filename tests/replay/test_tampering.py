@@ -160,7 +160,7 @@ def test_two_pieces_of_the_tokenizer(llm, checkpoint, receipts, monkeypatch):
 
 def test_another_template(llm, receipts, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("llama_jax.receipt.statement.CHAT_TEMPLATE", chat.CHAT_TEMPLATE + " ")
+        patch.setattr("llama_jax.provenance.statement.CHAT_TEMPLATE", chat.CHAT_TEMPLATE + " ")
         theirs = receipts_of(llm)
     assert_not_replayable(llm, theirs, "template")
     forged = copy.deepcopy(receipts)  # ids of another template, under the honest digest
