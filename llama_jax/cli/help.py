@@ -91,7 +91,7 @@ _EXAMPLES = {
     "replay": ("replay receipt.json --checkpoint=DIR", "replay receipts.jsonl --prefill"),
     "compare": (
         "compare first.jsonl second.jsonl",
-        "compare DIR DIR,dtype=bfloat16 --input=requests.jsonl --plot=agreement.png",
+        "compare DIR DIR,dtype=bfloat16 --input=requests.jsonl",
     ),
     "selftest": ("selftest", "selftest --devices=all"),
     "serve": ("serve --port=8787 --slots=16 --receipts=1000", "serve --estimate --slots=64"),
