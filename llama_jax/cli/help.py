@@ -10,6 +10,7 @@ from llama_jax.cli.verbs import (
     BATCH,
     COMPARE,
     ESTIMATE,
+    KEPT_RECEIPTS,
     MODEL,
     OUTPUT,
     PROMPT,
@@ -34,7 +35,9 @@ _GROUPS = {
     "Prompt": PROMPT,
     "Sampling": SAMPLING,
     "Output": OUTPUT,
-    "Receipt": (*RECEIPT, *VERIFY, *REPLAY, *RESUME),
+    "Receipt": tuple(
+        dict.fromkeys(("receipt", *KEPT_RECEIPTS, *RECEIPT, *VERIFY, *REPLAY, *RESUME))
+    ),
     "Sweep": SWEEP,
     "Compare": COMPARE,
     "Files of lines": BATCH,
@@ -94,10 +97,10 @@ _EXAMPLES = {
     "verify_receipt": ("verify_receipt receipts.jsonl --key=PUBLIC.pem",),
     "compare": (
         "compare first.jsonl second.jsonl",
-        "compare DIR DIR,dtype=bfloat16 --input=requests.jsonl --plot=agreement.png",
+        "compare DIR DIR,dtype=bfloat16 --input=requests.jsonl",
     ),
     "selftest": ("selftest", "selftest --devices=all"),
-    "serve": ("serve --port=8787 --slots=16", "serve --estimate --slots=64"),
+    "serve": ("serve --port=8787 --slots=16 --receipts=1000", "serve --estimate --slots=64"),
 }
 
 _END = """\

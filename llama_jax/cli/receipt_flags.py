@@ -11,8 +11,15 @@ def define() -> None:
         "Write a receipt of the run to this file, by which `replay` proves it; in batch a line for "
         "each request.",
     )
+    flags.DEFINE_integer(
+        "receipts",
+        0,
+        "Keep the receipts of the last N answers, for GET /receipts/ID; 0 keeps none.",
+    )
     flags.DEFINE_bool(
-        "private", False, "With --receipt: leave out prompt and text; their digests stay."
+        "private",
+        False,
+        "Leave prompt and text out of receipts; their digests stay. With --receipt, or in serve.",
     )
     flags.DEFINE_string(
         "sign_key",

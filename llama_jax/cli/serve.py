@@ -25,6 +25,8 @@ def serve() -> None:
         allowed_origins=tuple(FLAGS.allowed_origins),
         insecure=FLAGS.insecure,
         timeout_s=FLAGS.timeout_s,
+        receipts=FLAGS.receipts,
+        private_receipts=FLAGS.private,
         max_queue_per_client=FLAGS.max_queue_per_client,
         max_slots_per_client=FLAGS.max_slots_per_client,
         **own_names,

@@ -42,6 +42,7 @@ SERVE = (
     ),
 )
 RECEIPT = ("receipt", "private", "sign_key")
+KEPT_RECEIPTS = ("receipts", "private")
 VERIFY = ("key",)
 REPLAY = ("prefill",)
 RESUME = ("resume", "at")
@@ -157,7 +158,7 @@ VERBS = {
             name="serve",
             arguments="[flags]",
             summary="Serve the HTTP API.",
-            takes=(*MODEL, *ESTIMATE, *SERVE, *GENERAL),
+            takes=(*MODEL, *ESTIMATE, *SERVE, *KEPT_RECEIPTS, *GENERAL),
             refuses_others="whose requests come over HTTP",
         ),
     )

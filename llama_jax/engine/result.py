@@ -110,6 +110,6 @@ class Result:
         Raises:
             InputError: the weights were not read from a checkpoint, so they have no digest.
         """
-        from llama_jax.receipt.statement import make_statement  # it knows results
+        from llama_jax.provenance.statement import make_statement  # it knows results
 
         return make_statement(self, private=private)

@@ -9,9 +9,9 @@ from typing import Any
 
 from llama_jax.engine.result import Result
 from llama_jax.errors import InputError
+from llama_jax.provenance.statement import make_statement
 from llama_jax.receipt.envelope import parse_envelope
 from llama_jax.receipt.keys import Signer
-from llama_jax.receipt.statement import make_statement
 from llama_jax.regular_file import check_regular
 from llama_jax.strict_json import parse_json
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from llama_jax.engine.draw import Draw
 from llama_jax.engine.parameters import SCHEMAS
-from llama_jax.receipt.statement import BUILD_TYPE, PROVENANCE_TYPE, STATEMENT_TYPE
+from llama_jax.provenance.statement import BUILD_TYPE, PROVENANCE_TYPE, STATEMENT_TYPE
 
 _SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _DIGEST = {
@@ -15,9 +15,15 @@ _DIGEST = {
 }
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
 _FLOATS = {"type": "array", "items": {"type": "string", "maxLength": 40}}
-_PARAMETERS = {name: {"anyOf": [schema, {"type": "null"}]} for name, schema in SCHEMAS.items()} | {
-    "seed": {"type": "string", "pattern": "^[0-9]{1,20}$"}
-}
+_SEED = {"type": "string", "pattern": "^[0-9]{1,20}$"}
+
+
+def _optional(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a parameter that may be null; a receipt has no defaults."""
+    return {"anyOf": [{k: v for k, v in schema.items() if k != "default"}, {"type": "null"}]}
+
+
+_PARAMETERS = {name: _optional(schema) for name, schema in SCHEMAS.items()} | {"seed": _SEED}
 
 
 def _object(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from llama_jax.engine.environment import Environment
 from llama_jax.engine.parameters import SCHEMAS, Parameters, make_parameters, parameter_problems
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.errors import InputError
-from llama_jax.receipt.canonical import digest, from_hex, text_digest
-from llama_jax.receipt.chain import last_link
+from llama_jax.provenance.canonical import digest, from_hex, text_digest
+from llama_jax.provenance.chain import last_link
+from llama_jax.provenance.statement import MARGINS, chain_start
 from llama_jax.receipt.envelope import open_envelope, parse_envelope
 from llama_jax.receipt.form import STATEMENT
 from llama_jax.receipt.keys import PublicKey
-from llama_jax.receipt.statement import MARGINS, chain_start
 from llama_jax.regular_file import open_regular
 from llama_jax.strict_json import parse_json
 

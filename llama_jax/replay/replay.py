@@ -13,7 +13,7 @@ from llama_jax.engine.result import Result
 from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
-from llama_jax.receipt.canonical import text_digest
+from llama_jax.provenance.canonical import text_digest
 from llama_jax.receipt.reading import Receipt
 from llama_jax.replay import judge as judging
 from llama_jax.replay.check import check_draws

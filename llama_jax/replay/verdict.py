@@ -5,8 +5,8 @@ import enum
 import time
 from typing import Any
 
+from llama_jax.provenance.statement import STATEMENT_TYPE, time_text
 from llama_jax.receipt.reading import Receipt
-from llama_jax.receipt.statement import STATEMENT_TYPE, time_text
 from llama_jax.version import __version__
 
 SVR_TYPE = "https://in-toto.io/attestation/svr/v0.1"

@@ -17,7 +17,8 @@ from starlette.routing import Route
 from llama_jax.llama import Llama
 from llama_jax.server import access_log, errors, page, tokens, workers_ai
 from llama_jax.server.body_budget import BodyBudget
-from llama_jax.server.compact_json import CompactJSONResponse
+from llama_jax.server.compact_json import CompactJSONResponse, encode
+from llama_jax.server.in_thread import in_thread
 from llama_jax.server.metrics import Metrics
 from llama_jax.server.middleware import RequestMiddleware
 from llama_jax.server.openai import routes as openai
@@ -43,7 +44,7 @@ def app_of(service: Service) -> Starlette:
     """Return the application for a service."""
     settings = service.settings
     budget = BodyBudget(settings.max_body_bytes)
-    metrics = Metrics(service.llm, budget)
+    metrics = Metrics(service.llm, budget, service.receipts)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -66,7 +67,7 @@ def app_of(service: Service) -> Starlette:
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-seed", "retry-after"],
+            expose_headers=["x-request-id", "x-receipt-id", "x-seed", "retry-after"],
         )
         middleware.insert(0, cors)
     app = Starlette(
@@ -88,6 +89,7 @@ def _routes() -> list[Route]:
         Route("/readyz", readyz),
         Route("/metrics", metrics),
         Route("/openapi.json", openapi_json),
+        Route("/receipts/{receipt_id}", receipt),
         # Paths arrive decoded, so `{model:path}` matches slashes sent as / or as %2F.
         Route(f"{native}/run/{{model:path}}", workers_ai.run, methods=["POST"]),
         Route(f"{native}/models/search", workers_ai.search_models),
@@ -130,6 +132,16 @@ async def readyz(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """GET /metrics: the metrics in Prometheus' text format."""
     return Response(request.app.state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def receipt(request: Request) -> Response:
+    """GET /receipts/{id}: the receipt of an answer."""
+    receipts = workers_ai.service_of(request).receipts
+    return CompactJSONResponse(
+        # In a thread: that of a long answer takes some 40 ms.
+        await in_thread(lambda: encode(receipts.statement(request.path_params["receipt_id"]))),
+        headers={"cache-control": "no-store"},
+    )
 
 
 async def openapi_json(request: Request) -> Response:

@@ -86,6 +86,11 @@ WRONG_METHOD = Kind(
     OpenAIKind(405, "method_not_supported", "{} is not allowed on this URL"),
     front_door=True,
 )
+NO_RECEIPT = Kind(
+    *(404, 7003, "No receipt {!r:.80} is here: {}"),
+    OpenAIKind(404, "receipt_not_found", "No receipt {!r:.80} is here: {}"),
+    front_door=True,
+)
 
 BAD_INPUT = Kind(400, 5006, "Bad input: Error: {}", OpenAIKind(400, "invalid_value", "{}"))
 UNSUPPORTED = Kind(

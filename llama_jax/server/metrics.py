@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from llama_jax.llama import Llama
 from llama_jax.server.body_budget import BodyBudget
+from llama_jax.server.receipts import ReceiptStore
 from llama_jax.server.request_log import RequestLog
 
 _PREFIX = "llama_jax_"
@@ -38,9 +39,10 @@ class Metrics:
     Args:
         llm: the model whose engine is read at every scrape.
         budget: counts the requests' bodies; read at every scrape.
+        receipts: those that are kept; read at every scrape.
     """
 
-    def __init__(self, llm: Llama, budget: BodyBudget):
+    def __init__(self, llm: Llama, budget: BodyBudget, receipts: ReceiptStore):
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(llm))
         self._requests = self._counter(
@@ -74,12 +76,16 @@ class Metrics:
         self._generated = self._histogram(
             "request_generation_tokens", "Tokens generated per generation.", _TOKENS
         )
-        bodies = Gauge(
-            f"{_PREFIX}request_body_bytes",
-            "Bytes of the bodies of requests under way.",
-            registry=self._registry,
-        )
-        bodies.set_function(lambda: budget.held)
+        for name, text, read in (
+            (
+                "request_body_bytes",
+                "Bytes of the bodies of requests under way.",
+                lambda: budget.held,
+            ),
+            ("num_receipts", "Receipts kept.", lambda: len(receipts)),
+            ("receipt_bytes", "Bytes of memory of the receipts kept.", lambda: receipts.held),
+        ):
+            Gauge(f"{_PREFIX}{name}", text, registry=self._registry).set_function(read)
 
     def watch(self, connections: Connections) -> None:
         """Report connections too, at every scrape."""

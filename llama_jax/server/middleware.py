@@ -66,7 +66,10 @@ class RequestMiddleware:
         async def send_logged(message: Message) -> None:
             if message["type"] == "http.response.start":
                 log.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = log.id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = log.id
+                if log.receipt_ids and log.error is None:
+                    headers["x-receipt-id"] = ",".join(log.receipt_ids)
             await send(message)
 
         try:

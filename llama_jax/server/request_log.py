@@ -41,6 +41,8 @@ class RequestLog:
     """Tokens of the longest of them."""
     completion_tokens: int = 0
     """Tokens of all generations so far."""
+    receipt_ids: list[str] = dataclasses.field(default_factory=list)
+    """The receipts of the generations submitted; empty: none are kept."""
     results: list[Result] = dataclasses.field(default_factory=list)
     """Results of the generations that completed."""
     disconnected: bool = False

@@ -1,20 +1,19 @@
 """Service: the engine as the event loop sees it. One thread runs it; calls await its answers."""
 
-import asyncio
-import contextlib
 import functools
 import logging
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 
-from llama_jax.engine.generation import Generation
 from llama_jax.engine.request import GenerationRequest
-from llama_jax.engine.result import Piece, Result
 from llama_jax.llama import Llama
+from llama_jax.provenance.statement import check_digest
+from llama_jax.server.answers import Answers
 from llama_jax.server.errors import UNAVAILABLE, ApiError
 from llama_jax.server.in_thread import in_thread
+from llama_jax.server.receipts import ReceiptStore
 from llama_jax.server.request_log import RequestLog
 from llama_jax.server.settings import Settings
 
@@ -34,6 +33,9 @@ class Service:
         llm: what answers.
         settings: the server's.
         on_warm_up: called, in the engine's thread, with programs compiled and of how many.
+
+    Raises:
+        InputError: receipts are to be kept, and the weights have no digest.
     """
 
     def __init__(
@@ -43,6 +45,10 @@ class Service:
         on_warm_up: Callable[[int, int], None] = lambda done, total: None,
     ):
         self.llm, self.settings = llm, settings
+        self.receipts = ReceiptStore(settings.receipts, private=settings.private_receipts)
+        """Of the last answers."""
+        if settings.receipts:
+            check_digest(llm.engine.environment)
         self._on_warm_up = on_warm_up
         self._stopping = threading.Event()
         self._warm = threading.Event()
@@ -109,7 +115,7 @@ class Service:
             thread.join(max(0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in threads)
 
-    async def answer(self, log: RequestLog, requests: Sequence[GenerationRequest]) -> "Answers":
+    async def answer(self, log: RequestLog, requests: Sequence[GenerationRequest]) -> Answers:
         """Submit the generations of one HTTP request: all of them or none.
 
         Raises:
@@ -117,7 +123,7 @@ class Service:
             InputError: see `Engine.submit`.
             QueueFullError: there is no room for all of them.
         """
-        answers = Answers(log, log.began + self.settings.timeout_s)
+        answers = Answers(log, log.began + self.settings.timeout_s, self.receipts)
         with self._answers_lock:
             self._answers.add(answers)
         if self.unready:  # asked after it is listed: an engine that ends now abandons it
@@ -135,6 +141,7 @@ class Service:
             answers.cancel()
             raise
         lengths = list(map(len, answers.prompts))
+        log.receipt_ids = answers.receipt_ids if self.receipts.limit else []
         log.prompt_tokens, log.longest_prompt = sum(lengths), max(lengths)
         return answers
 
@@ -154,121 +161,6 @@ class Service:
             for answers in self._all_answers():
                 answers.abandon()
 
-    def _all_answers(self) -> "list[Answers]":
+    def _all_answers(self) -> list[Answers]:
         with self._answers_lock:
             return list(self._answers)
-
-
-class Answers:
-    """The generations of one HTTP request, read in the event loop as they come.
-
-    Args:
-        log: the request's, which records what comes.
-        deadline: when its time is up, on the clock of `time.perf_counter`.
-    """
-
-    def __init__(self, log: RequestLog, deadline: float):
-        self._log, self._deadline = log, deadline
-        self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
-        self._generations: list[Generation] = []
-        self._cancelled = self._abandoned = False
-
-    def submit(
-        self,
-        submit: Callable[[GenerationRequest, Callable[[], None]], Generation],
-        requests: Sequence[GenerationRequest],
-    ) -> None:
-        """Give requests to the engine; may be called in any thread."""
-        for request in requests:
-            generation = submit(request, self._on_change)
-            self._generations.append(generation)
-            if self._cancelled:  # checked after it was listed: `cancel` has seen it, or this has
-                return generation.cancel()
-        return None
-
-    @property
-    def prompts(self) -> list[list[int]]:
-        """The token ids of each prompt."""
-        return [generation.prompt for generation in self._generations]
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seed of each."""
-        return [generation.request.parameters.seed for generation in self._generations]
-
-    def cancel(self) -> None:
-        """Cancel them; each frees its slot at the engine's next turn."""
-        self._cancelled = True
-        for generation in list(self._generations):
-            generation.cancel()
-
-    def abandon(self) -> None:
-        """End them by an error: no engine works on them any more; may be called in any thread."""
-        self._abandoned = True
-        self._on_change()
-
-    async def stream(self) -> AsyncGenerator[tuple[int, Piece | Result], None]:
-        """Yield each generation's pieces and then its result, with its number, as they come.
-
-        However the reader leaves, what it has not read is cancelled.
-
-        Raises:
-            TimeoutError: the deadline has passed.
-            ApiError: the server cancelled it.
-            Exception: what ended a generation.
-        """
-        waiting = dict(enumerate(self._generations))
-        try:
-            while waiting:
-                self._changed.clear()
-                for number, generation in list(waiting.items()):
-                    done = generation.done  # read first: the last piece comes before the end
-                    if (piece := _take_all(generation)) is not None:
-                        self._log.record_tokens(len(piece.tokens))
-                        yield number, piece
-                    if done:
-                        del waiting[number]
-                        yield number, self._result(generation)
-                if waiting:
-                    if self._abandoned:
-                        raise ApiError(UNAVAILABLE, "it is broken")
-                    async with asyncio.timeout(max(0, self._deadline - time.perf_counter())):
-                        await self._changed.wait()
-        finally:
-            self.cancel()
-
-    async def results(self) -> list[Result]:
-        """Wait for all of them; raise as `stream` does."""
-        results: dict[int, Result] = {}
-        async with contextlib.aclosing(self.stream()) as parts:
-            async for number, part in parts:
-                if isinstance(part, Result):
-                    results[number] = part
-        return [results[number] for number in sorted(results)]
-
-    def _result(self, generation: Generation) -> Result:
-        if generation.error is not None:
-            generation.raise_error()
-        result = generation.result
-        assert result is not None
-        if result.finish_reason == "cancelled":
-            raise ApiError(UNAVAILABLE, "it is shutting down")
-        self._log.results.append(result)
-        return result
-
-    def _on_change(self) -> None:
-        """Wake the reader up; runs in the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
-            self._loop.call_soon_threadsafe(self._changed.set)
-
-
-def _take_all(generation: Generation) -> Piece | None:
-    """Return all that has come of a generation as one piece: one event for the client, not many."""
-    pieces = list(iter(generation.take, None))
-    if not pieces:
-        return None
-    return Piece(
-        "".join(piece.text for piece in pieces),
-        [token for piece in pieces for token in piece.tokens],
-        [logprob for piece in pieces for logprob in piece.logprobs],
-    )

@@ -31,6 +31,10 @@ class Settings:
     """Slots that one address may have while others are active; None: all but one."""
     keep_alive_s: float = 15.0
     """Silence in a stream after which a comment is sent, so that no proxy takes it for dead."""
+    receipts: int = 0
+    """Runs that are kept for `GET /receipts/{id}`: those of the last answers; 0: none."""
+    private_receipts: bool = False
+    """Leave prompt and text out of receipts; their digests stay."""
     warm_up: bool = True
     """Compile before the first request what serves every one; otherwise each at its first use."""
 
@@ -55,5 +59,7 @@ class Settings:
         slots = self.max_slots_per_client
         if slots is not None and (type(slots) is not int or slots < 1):
             problems.append(f"max_slots_per_client is {slots!r}, expected a whole number from 1")
+        if type(self.receipts) is not int or self.receipts < 0:
+            problems.append(f"receipts is {self.receipts!r}, expected a whole number from 0")
         if problems:
             raise InputError(one_line(problems))

@@ -8,9 +8,9 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from llama_jax.server.answers import Answers
 from llama_jax.server.compact_json import encode
 from llama_jax.server.request_log import RequestLog
-from llama_jax.server.service import Answers
 
 Events = AsyncGenerator[bytes, None]
 

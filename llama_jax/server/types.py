@@ -37,6 +37,8 @@ class Metadata(TypedDict):
     finish_reason: Finished
     seed: Count
     fingerprint: str
+    receipt: NotRequired[dict[str, Any]]
+    """If it was asked for."""
 
 
 class RunResult(Metadata):

@@ -12,11 +12,14 @@ from llama_jax.card import schemas as card
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.result import Result
 from llama_jax.errors import InputError
+from llama_jax.provenance.statement import check_digest
+from llama_jax.server.answers import Answers
 from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.errors import NO_MODEL, ApiError
 from llama_jax.server.in_thread import in_thread
+from llama_jax.server.receipts import ReceiptStore
 from llama_jax.server.request_log import request_log_of
-from llama_jax.server.service import Answers, Service
+from llama_jax.server.service import Service
 from llama_jax.server.sse import DONE, Events, EventStream, event
 from llama_jax.server.types import Metadata, ModelEntry, Note, ResultInfo, RunResult
 
@@ -38,11 +41,14 @@ async def run(request: Request) -> Response:
         for name in parsed.ignored
     ]
     notes += map(_note, generation.warnings(service.llm.tokenizer))
+    receipts = _receipts_asked(request)
     answers = await service.answer(log, [generation])
     if parsed.stream:
-        return EventStream(log, answers, _events(answers, notes), service.settings.keep_alive_s)
+        events = _events(answers, notes, receipts)
+        return EventStream(log, answers, events, service.settings.keep_alive_s)
     [result] = await answers.results()
-    whole: RunResult = {"response": result.response, "tool_calls": [], **_metadata(result)}
+    metadata = await _metadata(result, receipts)
+    whole: RunResult = {"response": result.response, "tool_calls": [], **metadata}
     return envelope(whole, notes)
 
 
@@ -101,20 +107,38 @@ def _note(text: str) -> Note:
     return {"code": _NOTE_CODE, "message": text}
 
 
-async def _events(answers: Answers, notes: list[Note]) -> Events:
+def _receipts_asked(request: Request) -> ReceiptStore | None:
+    """Return what makes the answer's receipt; None: it is not asked for.
+
+    By a header, since the body's fields are the model card's.
+
+    Raises:
+        InputError: the header is neither true nor false, or the weights have no digest.
+    """
+    asked = request.headers.get("x-receipt", "false")
+    if asked.lower() not in ("true", "false"):
+        raise InputError(f"the header x-receipt is {asked!r:.40}, expected true or false")
+    if asked.lower() == "false":
+        return None
+    service = service_of(request)
+    check_digest(service.llm.engine.environment)
+    return service.receipts
+
+
+async def _events(answers: Answers, notes: list[Note], receipts: ReceiptStore | None) -> Events:
     async with contextlib.aclosing(answers.stream()) as parts:
         async for _, part in parts:
             if isinstance(part, Result):
-                ending: dict[str, Any] = {"response": "", **_metadata(part)}
+                ending: dict[str, Any] = {"response": "", **await _metadata(part, receipts)}
                 yield event(ending | {"messages": notes} if notes else ending)
             elif part.text:
                 yield event({"response": part.text})
     yield DONE
 
 
-def _metadata(result: Result) -> Metadata:
+async def _metadata(result: Result, receipts: ReceiptStore | None) -> Metadata:
     """Return the fields beside the text."""
-    return {
+    metadata: Metadata = {
         "usage": {
             "prompt_tokens": result.usage.prompt_tokens,
             "completion_tokens": result.usage.completion_tokens,
@@ -124,6 +148,9 @@ def _metadata(result: Result) -> Metadata:
         "seed": result.seed,
         "fingerprint": result.fingerprint,
     }
+    if receipts is not None:
+        metadata["receipt"] = await in_thread(receipts.make, result)
+    return metadata
 
 
 def _describe(service: Service, name: str) -> ModelEntry:

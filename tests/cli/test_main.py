@@ -83,11 +83,11 @@ def test_the_installed_command_does_what_run_py_does(tmp_path):
     [
         (
             ["hello"],
-            "got the argument 'hello', expected chat, batch, score, serve or none; a prompt goes",
+            "got the argument 'hello', expected chat, batch, score, sweep, replay FILE,",
         ),
         (
             ["chat", "serve"],
-            "got the argument 'chat serve', expected chat, batch, score, serve or none",
+            "got the argument 'chat serve', expected chat, batch, score, sweep, replay FILE, ",
         ),
         (["--prompt=a", "--promt=b"], "Unknown command line flag 'promt'"),
         (["--prompt=a", "--temperature=hot"], "flag --temperature=hot"),

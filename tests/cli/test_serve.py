@@ -19,6 +19,7 @@ def test_flags_reach_the_server(cli, monkeypatch, environment, flags, token):
         monkeypatch.setenv("LLAMA_JAX_API_TOKEN", environment)
     flags = ["--host=::1", "--port=5", "--allowed_origins=https://a.b,*", "--timeout_s=9", *flags]
     flags += ["--max_queue_per_client=3", "--max_slots_per_client=2"]
+    flags += ["--receipts=100", "--private"]
     assert cli("serve", "--insecure", *flags) == (0, "", "")
     assert calls == [
         {
@@ -30,6 +31,8 @@ def test_flags_reach_the_server(cli, monkeypatch, environment, flags, token):
             "timeout_s": 9.0,
             "max_queue_per_client": 3,
             "max_slots_per_client": 2,
+            "receipts": 100,
+            "private_receipts": True,
         }
     ]
 
@@ -40,6 +43,7 @@ def test_flags_reach_the_server(cli, monkeypatch, environment, flags, token):
         (["--host=0.0.0.0"], "0.0.0.0"),
         (["--api_token="], "api_token is empty, expected a secret"),
         (["--port=0", "--max_queue=-1"], "max_queue is -1, expected a whole number from 0"),
+        (["--port=0", "--receipts=-1"], "receipts is -1, expected a whole number from 0"),
         (["--timeout_s=0"], "timeout_s is 0.0, expected a positive number"),
     ],
     ids=" ".join,

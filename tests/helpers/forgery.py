@@ -5,10 +5,10 @@ import copy
 import json
 
 from llama_jax.engine.environment import Environment
-from llama_jax.receipt.canonical import digest, text_digest
-from llama_jax.receipt.chain import last_link
+from llama_jax.provenance.canonical import digest, text_digest
+from llama_jax.provenance.chain import last_link
+from llama_jax.provenance.statement import chain_start
 from llama_jax.receipt.reading import read_statement
-from llama_jax.receipt.statement import chain_start
 
 
 def read(statement):

@@ -13,9 +13,9 @@ from llama_jax import Llama
 from llama_jax.demo import DEMO_CHECKPOINT, SELFTEST
 from llama_jax.engine.draw import Draw
 from llama_jax.errors import InputError
+from llama_jax.provenance.canonical import from_hex, to_hex
+from llama_jax.provenance.chain import last_link, links
 from llama_jax.receipt import read_receipts
-from llama_jax.receipt.canonical import from_hex, to_hex
-from llama_jax.receipt.chain import last_link, links
 from llama_jax.receipt.file import ReceiptFile
 from llama_jax.text.tokenizer import EOS_ID
 from tests.helpers import forgery
@@ -47,10 +47,8 @@ def test_it_says_all_that_decides_the_answer(llm, result):
     assert [draw.token for draw in receipt.draws] == [*result.tokens, EOS_ID]
 
 
-def test_each_draw_has_its_logprob_and_its_margins(llm, result):
-    scored = llm.generate(**(dict(result.parameters) | {"prompt": QUESTION, "logprobs": 1}))
+def test_each_draw_has_its_margins(result):
     draws = result.record.draws
-    assert [draw.logprob for draw in draws[:-1]] == [each.logprob for each in scored.logprobs]
     assert all(draw.margin > 0 and draw.top_k_margin > 0 for draw in draws)
     assert all(0 <= draw.top_p_margin <= 1 and draw.min_p_margin == math.inf for draw in draws)
 

@@ -1,7 +1,8 @@
 """Each way to tamper with a run or its receipt is judged as what it is."""
 
+import contextlib
 import copy
-import dataclasses
+import hashlib
 import json
 import pathlib
 
@@ -16,8 +17,8 @@ from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.replay import replay
 from llama_jax.replay.verdict import Judgement, Outcome
 from llama_jax.text import chat
-from llama_jax.weights.checkpoint import load_checkpoint, save_checkpoint
-from llama_jax.weights.shards import tensors
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.weights.checkpoint import load_checkpoint
 from tests.helpers import forgery
 
 REQUESTS = (
@@ -40,7 +41,18 @@ def checkpoint():
 
 @pytest.fixture(scope="module")
 def llm(checkpoint):
-    return Llama(checkpoint, slots=2)
+    return Llama(checkpoint, slots=2, reuse=False)
+
+
+@contextlib.contextmanager
+def other_weights(llm, change):
+    """Let a model run on other weights, and call them what they were."""
+    honest = llm.executor.params
+    llm.executor.params = jax.tree_util.tree_map_with_path(change, honest)
+    try:
+        yield
+    finally:
+        llm.executor.params = honest
 
 
 def receipts_of(llm):
@@ -73,57 +85,53 @@ def test_what_was_not_touched_is_exact(llm, receipts):
 # Another model.
 
 
-def test_a_byte_of_the_weights(llm, checkpoint, receipts):
-    """One exponent bit of one weight, under the honest root."""
-
-    def flipped(path, array):
-        if jax.tree_util.keystr(path) != "['layer_1']['feed_forward']['up']":
-            return array
-        bits = np.asarray(array).view(np.uint32).copy()
-        bits[7, 11] ^= 1 << 27
-        return jnp.asarray(bits.view(np.float32))
-
-    params = jax.tree_util.tree_map_with_path(flipped, checkpoint.params)
-    other = Llama(dataclasses.replace(checkpoint, params=params), slots=2)
-    assert_judged(llm, receipts_of(other), Judgement.ANOTHER_MODEL)
-    assert_judged(other, receipts, Judgement.ANOTHER_MODEL)
+def flipped(path, array):
+    """One exponent bit of one weight."""
+    if jax.tree_util.keystr(path) != "['layer_1']['feed_forward']['up']":
+        return array
+    bits = np.asarray(array).view(np.uint32).copy()
+    bits[7, 11] ^= 1 << 27
+    return jnp.asarray(bits.view(np.float32))
 
 
-def test_other_weights_under_an_honest_root(llm, checkpoint):
-    params = checkpoint.params | {"lm_head": checkpoint.params["lm_head"] * 1.05}
-    other = Llama(dataclasses.replace(checkpoint, params=params), slots=2)
-    assert_judged(llm, receipts_of(other), Judgement.ANOTHER_MODEL)
+def scaled(path, array):
+    return array * 1.05 if "lm_head" in jax.tree_util.keystr(path) else array
 
 
-@pytest.mark.parametrize("form", ["bfloat16", "int8"])
-def test_a_run_in_fewer_bits_that_says_float32(llm, checkpoint, form):
-    def rounded(array):
-        if form == "bfloat16":
-            return array.astype(jnp.bfloat16).astype(jnp.float32)
-        scale = jnp.max(jnp.abs(array), axis=-1, keepdims=True) / 127
-        return jnp.round(array / scale) * scale
-
-    params = jax.tree.map(rounded, checkpoint.params)
-    other = Llama(dataclasses.replace(checkpoint, params=params), slots=2)
-    assert_judged(llm, receipts_of(other), Judgement.ANOTHER_MODEL)
+def in_bfloat16(path, array):
+    return array.astype(jnp.bfloat16).astype(jnp.float32)
 
 
-def test_other_weights_by_their_own_root_are_named(llm, checkpoint, tmp_path):
-    params = checkpoint.params | {"final_norm": 2 * checkpoint.params["final_norm"]}
-    tokenizer = checkpoint.tokenizer.read_bytes()
-    save_checkpoint(tmp_path / "other", tensors(params), checkpoint.config, tokenizer=tokenizer)
-    assert_not_replayable(llm, receipts_of(Llama.load(tmp_path / "other")), "weights")
+def in_int8(path, array):
+    scale = jnp.max(jnp.abs(array), axis=-1, keepdims=True) / 127
+    return jnp.round(array / scale) * scale
+
+
+@pytest.mark.parametrize("change", [flipped, scaled, in_bfloat16, in_int8])
+def test_other_weights_under_an_honest_root(llm, receipts, change):
+    with other_weights(llm, change):
+        theirs = receipts_of(llm)
+        assert_judged(llm, receipts, Judgement.ANOTHER_MODEL)
+    assert_judged(llm, theirs, Judgement.ANOTHER_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [("weights", "0" * 64), ("dtype", "bfloat16"), ("config", {})]
+)
+def test_what_says_that_it_is_another_is_named(llm, receipts, part, value):
+    theirs = copy.deepcopy(receipts)
+    for statement in theirs:
+        environment = forgery.parts(statement)[1]["environment"]
+        if part == "config":
+            value = environment["config"] | {"norm_eps": 1e-6}
+        environment[part] = value
+    assert_not_replayable(llm, [forgery.sealed(each) for each in theirs], part)
 
 
 def assert_not_replayable(llm, statements, name):
     for verdict in verdicts(llm, statements):
         assert verdict.outcome is Outcome.NOT_REPLAYABLE
         assert any(name in reason for reason in verdict.reasons), verdict.reasons
-
-
-def test_a_run_in_another_dtype_that_says_so(llm, checkpoint):
-    other = Llama.load(DEMO_CHECKPOINT, dtype="bfloat16")
-    assert_not_replayable(llm, receipts_of(other), "dtype")
 
 
 # Another tokenizer or template.
@@ -138,26 +146,21 @@ def swapped(model: bytes) -> bytes:
     return bytes(data)
 
 
-@pytest.fixture(scope="module")
-def other_tokenizer(checkpoint, tmp_path_factory):
-    path = tmp_path_factory.mktemp("swapped") / "checkpoint"
+def test_two_pieces_of_the_tokenizer(llm, checkpoint, receipts, monkeypatch):
     model = swapped(pathlib.Path(checkpoint.tokenizer).read_bytes())
-    save_checkpoint(path, tensors(checkpoint.params), checkpoint.config, tokenizer=model)
-    return Llama.load(path, slots=2)
-
-
-def test_two_pieces_of_the_tokenizer(llm, receipts, other_tokenizer):
-    theirs = receipts_of(other_tokenizer)
-    assert_not_replayable(llm, theirs, "tokenizer.model")
-    for statement in theirs:  # under the honest digest
-        parts = forgery.parts(statement)[1]["environment"]
-        parts["tokenizer"] = forgery.parts(receipts[0])[1]["environment"]["tokenizer"]
-    assert_judged(llm, [forgery.sealed(each) for each in theirs], Judgement.EDITED)
+    with monkeypatch.context() as patch:  # under the honest digest
+        patch.setattr(llm.engine, "tokenizer", Tokenizer(model))
+        theirs = receipts_of(llm)
+    assert_judged(llm, theirs, Judgement.EDITED)
+    for statement in theirs:
+        environment = forgery.parts(statement)[1]["environment"]
+        environment["tokenizer"] = hashlib.sha256(model).hexdigest()
+    assert_not_replayable(llm, [forgery.sealed(each) for each in theirs], "tokenizer.model")
 
 
 def test_another_template(llm, receipts, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("llama_jax.receipt.statement.CHAT_TEMPLATE", chat.CHAT_TEMPLATE + " ")
+        patch.setattr("llama_jax.provenance.statement.CHAT_TEMPLATE", chat.CHAT_TEMPLATE + " ")
         theirs = receipts_of(llm)
     assert_not_replayable(llm, theirs, "template")
     forged = copy.deepcopy(receipts)  # ids of another template, under the honest digest
@@ -191,7 +194,8 @@ def test_another_constant_of_the_law(llm, checkpoint, monkeypatch):
     with monkeypatch.context() as patch:
         uniform = sampling._open_unit
         patch.setattr(sampling, "_open_unit", lambda bits: uniform(bits) * jnp.float32(0.999))
-        theirs = receipts_of(Llama(checkpoint, slots=2))
+        other = Llama(checkpoint)
+        theirs = [other.generate(**REQUESTS[0]).receipt()]
     assert_judged(llm, theirs, Judgement.ANOTHER_SAMPLER)
 
 
@@ -284,8 +288,7 @@ def test_a_private_receipt_is_not_run(llm):
 
 
 def test_a_run_that_does_not_fit_is_not_run(checkpoint, receipts):
-    small = Llama(checkpoint, context=32)
-    assert_not_replayable(small, receipts, "context")
+    assert_not_replayable(Llama(checkpoint, context=32), receipts, "context")
 
 
 def test_verdicts_as_statements(llm, receipts):

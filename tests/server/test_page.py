@@ -18,6 +18,8 @@ from llama_jax import Llama
 from llama_jax.card.schemas import INPUT_SCHEMA, MODEL
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.parameters import SCHEMAS as PARAMETERS
+from llama_jax.receipt.reading import read_receipts
+from llama_jax.replay.replay import replay
 from llama_jax.server.errors import NO_TOKEN, ApiError
 from tests.conftest import _skip_or_fail
 from tests.helpers import ROOT
@@ -43,7 +45,8 @@ def llm():
 @pytest.fixture(scope="module")
 def origin(llm):
     """The address of a real server."""
-    server = uvicorn.Server(uvicorn.Config(make_app(llm), http="h11", ws="none", log_config=None))
+    app = make_app(llm, receipts=9)
+    server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", log_config=None))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
@@ -329,6 +332,63 @@ def test_seed_reused_gives_the_same_answer(page, sent):
     act(page, "Regenerate")
     wait(page)
     assert page.locator(".answer").all_text_contents() != [first], "so hot, the seed decides"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_receipt_is_saved_and_proves_the_answer(page, llm, stream):
+    asked = []
+    page.on("request", lambda request: "/receipts/" in request.url and asked.append(request))
+    fill(page, temperature=0, token="s3cret")
+    page.set_checked("#stream", stream)
+    ask(page, QUESTION)
+    button = page.get_by_role("button", name="Receipt of the answer", exact=True)
+    button.focus()
+    with page.expect_download() as download:
+        page.keyboard.press("Enter")
+    name = download.value.suggested_filename
+    assert re.fullmatch(r"receipt-[0-9a-f-]{36}\.json", name)
+    expect(page.locator("#note span")).to_have_text(f"{name} is saved.")
+    expect(button).to_be_focused()
+    assert [request.headers["authorization"] for request in asked] == ["Bearer s3cret"]
+    [receipt] = read_receipts(download.value.path())
+    assert f"receipt-{receipt.invocation}.json" == name
+    assert receipt.text == ANSWER
+    assert [verdict.outcome.name for verdict in replay(llm, [receipt])] == ["EXACT"]
+
+
+def test_receipt_of_a_stopped_answer(page, turns):
+    fill(page, temperature=0)
+    send(page, STORY)
+    turns.release(2)
+    expect(page.locator(".answer")).not_to_be_empty()
+    page.click("#stop")
+    wait(page)
+    act(page, "Receipt")
+    note = page.locator("#note span")
+    expect(note).to_contain_text("its answer has not ended; ask again when it has. Try again")
+    turns.release(1000)
+    with page.expect_download() as download:
+        while not note.text_content().endswith("is saved."):
+            act(page, "Receipt")
+            page.wait_for_timeout(50)
+    [receipt] = read_receipts(download.value.path())
+    assert receipt.finish_reason == "cancelled"
+    assert receipt.text.startswith(page.locator(".answer").text_content())
+
+
+def test_receipt_that_cannot_be_had_is_said_and_one_that_is_not_kept_has_no_button(page):
+    fill(page, temperature=0)
+    ask(page, QUESTION)
+    page.route("**/receipts/*", lambda route: route.abort())
+    act(page, "Receipt")
+    expect(page.locator("#note span")).to_have_text(
+        "The server did not answer. See that it is running, then try again."
+    )
+    answer_with(page, json={"result": {"response": "yes", "seed": 7}})
+    ask(page, QUESTION)
+    assert facts(page).endswith("seed 7")
+    expect(page.get_by_role("button", name="Receipt")).to_have_count(1)
+    expect(page.get_by_role("button", name="Reuse seed")).to_have_count(2)
 
 
 # A conversation.

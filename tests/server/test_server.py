@@ -617,6 +617,7 @@ def test_cors_headers_are_sent_to_allowed_origins_only(llm):
         refusal = client.post(RUN, json={}, headers=origin)  # a page is to read why
         assert refusal.status_code == 400
         assert refusal.headers["access-control-allow-origin"] == "https://example.com"
+        assert "x-receipt-id" in refusal.headers["access-control-expose-headers"]
         other = client.get("/healthz", headers={"origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
 
@@ -950,7 +951,9 @@ def test_responses_are_as_described(client):
     for path, item in document["paths"].items():
         url = path.replace("{account}", "a").replace("{model}", MODEL)
         for method in item:
-            assert client.request(method, url).status_code not in (404, 405), path
+            response = client.request(method, url)
+            assert response.status_code != 405, path
+            assert response.status_code != 404 or response.json()["errors"][0]["code"] != 7000, path
 
 
 def test_page_policy_allows_only_its_own_script_and_style(client):

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llama_jax.engine.result import Result
+from llama_jax.server.answers import Answers
 from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.in_thread import in_thread
 from llama_jax.server.openai.requests import ParsedRequest, parse_chat, parse_completion
@@ -23,7 +24,7 @@ from llama_jax.server.openai.responses import (
 )
 from llama_jax.server.openai.types import Model
 from llama_jax.server.request_log import request_log_of
-from llama_jax.server.service import Answers, Service
+from llama_jax.server.service import Service
 from llama_jax.server.sse import DONE, Events, EventStream, event
 from llama_jax.server.workers_ai import check_model, service_of
 

@@ -65,7 +65,12 @@ def _paths(name: dict[str, Any]) -> dict[str, Any]:
         "/readyz": _get("Check that the server accepts requests.", {"text/plain": _STRING}),
         "/openapi.json": _get("Get this document.", {"application/json": {"type": "object"}}),
         "/metrics": _get("Get the metrics in Prometheus' text format.", {"text/plain": _STRING}),
-        f"{native}/run/{{model}}": _post("Run the model.", "Run", _path("model", name)),
+        "/receipts/{receipt_id}": _get(
+            "Get the receipt of an answer.", _json("Receipt"), _path("receipt_id", _STRING)
+        ),
+        f"{native}/run/{{model}}": _post(
+            "Run the model.", "Run", _path("model", name), _ASKS_FOR_RECEIPT
+        ),
         f"{native}/models/search": _get("Search for models.", _json("SearchResponse"), *_SEARCH),
         f"{native}/models/schema": _get(
             "Get the model card's two schemas.",
@@ -73,6 +78,7 @@ def _paths(name: dict[str, Any]) -> dict[str, Any]:
             _query("model", name, required=True),
         ),
     }
+    paths["/receipts/{receipt_id}"]["get"]["responses"] |= _refusals({404: "It is not here."})
     paths["/readyz"]["get"]["responses"]["503"] = {
         "description": "The model is warming up, or the server is shutting down.",
         "content": {"text/plain": {"schema": _STRING}},
@@ -110,13 +116,14 @@ def _post(
         text = "JSON events; the last event is [DONE]."
         answer["text/event-stream"] = {"schema": {"description": text}}
     description = "The response, whole or streamed." if streams else "The response."
+    headers = {"headers": _RECEIPT_IDS} if streams else {}
     return {
         "post": {
             "summary": summary,
             "parameters": [*parameters],
             "requestBody": {"required": True, "content": request},
             "responses": {
-                "200": {"description": description, "content": answer},
+                "200": {"description": description, "content": answer, **headers},
                 **_refusals(_ERRORS | (_BUSY if streams else {})),
             },
         }
@@ -152,3 +159,15 @@ _SEARCH = (
     _query("page", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}),
     _query("per_page", {"type": "integer", "minimum": 1, "maximum": MAX_PER_PAGE}),
 )
+_ASKS_FOR_RECEIPT = {
+    "name": "X-Receipt",
+    "in": "header",
+    "description": "Whether the result has the receipt.",
+    "schema": {"enum": ["true", "false"]},
+}
+_RECEIPT_IDS = {
+    "x-receipt-id": {
+        "description": "The ids of the choices' receipts, with commas, if the server keeps them.",
+        "schema": _STRING,
+    }
+}

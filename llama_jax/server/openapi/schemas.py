@@ -1,7 +1,7 @@
 """The JSON Schemas of all request and response bodies, by name.
 
-The native route's request is the model card's own schema. The others are those of the types that
-the server parses and builds.
+The native route's request is the model card's own schema, and a receipt's the one that it is read
+by. The others are those of the types that the server parses and builds.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from pydantic_core import core_schema
 
 from llama_jax.card import schemas as card
 from llama_jax.engine.parameters import SCHEMAS
+from llama_jax.receipt.form import STATEMENT
 from llama_jax.server.openai import types as openai
 from llama_jax.server.openai.parameters import PARAMETERS, REFUSED
 from llama_jax.server.openai.requests import ChatRequest, CompletionRequest
@@ -65,7 +66,9 @@ def schemas(models: Sequence[str]) -> dict[str, Schema]:
         by_name[name]["properties"]["model"] = {"enum": [*models, None]}
     for name in ("ChatRequest", "CompletionRequest"):
         by_name[name]["properties"] |= _parameters()
-    return {"RunRequest": parse_json(card.INPUT_SCHEMA, "card/input.json"), **by_name}
+    by_name["RunResult"]["properties"]["receipt"] = {"$ref": "#/components/schemas/Receipt"}
+    request = parse_json(card.INPUT_SCHEMA, "card/input.json")
+    return {"RunRequest": request, "Receipt": STATEMENT, **by_name}
 
 
 def _parameters() -> Schema:

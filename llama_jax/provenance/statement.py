@@ -12,16 +12,10 @@ import math
 import urllib.parse
 from typing import Any
 
-from llama_jax.engine.draw import Draw
-from llama_jax.engine.environment import Environment
-from llama_jax.engine.parameters import Parameters
-from llama_jax.engine.record import Record
-from llama_jax.engine.request import GenerationRequest
-from llama_jax.engine.result import Result
 from llama_jax.errors import InputError
 from llama_jax.nn.cpu_kernels import library_digest
-from llama_jax.receipt.canonical import digest, text_digest, to_hex
-from llama_jax.receipt.chain import last_link
+from llama_jax.provenance.canonical import digest, text_digest, to_hex
+from llama_jax.provenance.chain import last_link
 from llama_jax.text.chat import CHAT_TEMPLATE
 from llama_jax.version import __version__
 
@@ -36,16 +30,12 @@ MARGINS = ("margin", "top_k_margin", "top_p_margin", "min_p_margin")
 """Of a draw; one that is infinite at every draw is left out."""
 
 
-def make_statement(result: Result, *, private: bool = False) -> dict[str, Any]:
+def make_statement(result: Any, *, private: bool = False) -> dict[str, Any]:
     """Return a result's receipt; see `Result.receipt`."""
     record = result.record
     assert record is not None, "a result of the engine has its record"
     environment = record.environment
-    if environment.parts.get("weights") is None:
-        raise InputError(
-            "the weights have no digest, so a receipt could not say which they are; load a "
-            "checkpoint that `python -m convert` wrote"
-        )
+    check_digest(environment)
     external = external_parameters(record.request)
     internal = internal_parameters(result, record)
     start = chain_start(external, internal)
@@ -80,7 +70,20 @@ def make_statement(result: Result, *, private: bool = False) -> dict[str, Any]:
     }
 
 
-def external_parameters(request: GenerationRequest) -> dict[str, Any]:
+def check_digest(environment: Any) -> None:
+    """Refuse an environment whose weights have no digest: no receipt can say which they are.
+
+    Raises:
+        InputError: it has none.
+    """
+    if environment.parts.get("weights") is None:
+        raise InputError(
+            "the weights have no digest, so a receipt could not say which they are; load a "
+            "checkpoint that `python -m convert` wrote"
+        )
+
+
+def external_parameters(request: Any) -> dict[str, Any]:
     """Return what was asked: the prompt, and the parameters with every default."""
     fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     prompt = {
@@ -91,7 +94,7 @@ def external_parameters(request: GenerationRequest) -> dict[str, Any]:
     return {"prompt": _plain(prompt), "parameters": parameters_to_json(request.parameters)}
 
 
-def internal_parameters(result: Result, record: Record) -> dict[str, Any]:
+def internal_parameters(result: Any, record: Any) -> dict[str, Any]:
     """Return what was made of it, but for the draws."""
     resumed = len(record.request.resumed)
     return ({"resumed": {"at": resumed}} if resumed else {}) | {
@@ -126,7 +129,7 @@ def chain_start(external: dict[str, Any], internal: dict[str, Any]) -> str:
     )
 
 
-def parameters_to_json(parameters: Parameters) -> dict[str, Any]:
+def parameters_to_json(parameters: Any) -> dict[str, Any]:
     """Return parameters as JSON: a seed may exceed 2**53, so it is a string, and keys are."""
     values = _plain(dict(parameters))
     values["seed"] = str(parameters.seed)
@@ -140,7 +143,7 @@ def time_text(seconds: float) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _subjects(result: Result, private: bool) -> list[dict[str, Any]]:
+def _subjects(result: Any, private: bool) -> list[dict[str, Any]]:
     """Return what was made: the ids, and the text if there is a tokenizer."""
     ids = json.dumps(result.tokens, separators=(",", ":"))
     contents = {"tokens": ids} | ({} if result.response is None else {"text": result.response})
@@ -151,7 +154,7 @@ def _subjects(result: Result, private: bool) -> list[dict[str, Any]]:
     ]
 
 
-def _columns(draws: list[Draw]) -> dict[str, list[Any]]:
+def _columns(draws: list[Any]) -> dict[str, list[Any]]:
     """Return the draws by column."""
     columns: dict[str, list[Any]] = {"token": [draw.token for draw in draws]}
     for name in ("logprob", *MARGINS):
@@ -161,7 +164,7 @@ def _columns(draws: list[Draw]) -> dict[str, list[Any]]:
     return columns
 
 
-def _dependencies(environment: Environment) -> list[dict[str, Any]]:
+def _dependencies(environment: Any) -> list[dict[str, Any]]:
     """Return what the answer was made of, as in-toto's resource descriptors."""
     parts = environment.parts
     versions = parts["versions"]

@@ -4,9 +4,10 @@ import hashlib
 import struct
 from collections.abc import Iterable, Iterator
 
-from llama_jax.engine.draw import Draw
-
 _DRAW = struct.Struct("<I5f")
+
+Draw = tuple[int, float, float, float, float, float]
+"""A token and its measures; see `engine.draw.Draw`."""
 
 
 def links(start: str, draws: Iterable[Draw]) -> Iterator[str]:

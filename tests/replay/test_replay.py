@@ -1,0 +1,196 @@
+"""A run is repeated in bits: from any interface, in any slots, on any number of devices."""
+
+import json
+
+import pytest
+
+from llama_jax import Llama
+from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.errors import InputError
+from llama_jax.receipt import read_receipts
+from llama_jax.receipt.file import ReceiptFile
+from llama_jax.replay import replay
+from llama_jax.replay.compare import compare_receipts, compare_with_model, figures, logits_of
+from llama_jax.replay.verdict import Outcome
+from tests.helpers import forgery
+from tests.helpers.simulated_devices import run_code
+
+PROMPTS = ("What is the capital of France?", "Tell me a story.", "Hello")
+
+
+def requests():
+    """Forty mixed requests."""
+    for i in range(40):
+        request = {"prompt": PROMPTS[i % 3], "seed": i, "max_tokens": 4 + i}
+        request["temperature"] = (0, 0.7, 1.5, 3)[i % 4]
+        if i % 2:
+            request |= {"top_p": 0.9, "top_k": 1 + i, "min_p": 0.001 * i}
+        if i % 5 == 0:
+            request |= {"frequency_penalty": 0.4, "repetition_penalty": 1.2}
+        if i % 7 == 0:
+            request |= {"logit_bias": {"300": 2.0}, "ignore_eos": True}
+        if i % 9 == 0:
+            request |= {"stop": ["the"]}
+        if i % 10 == 0:
+            request |= {"raw": True}
+        yield request
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return Llama.load(DEMO_CHECKPOINT, slots=3)
+
+
+@pytest.fixture(scope="module")
+def receipts(llm, tmp_path_factory):
+    """A file of their receipts, half of them streamed."""
+    path = tmp_path_factory.mktemp("receipts") / "receipts.jsonl"
+    results = []
+    for i, request in enumerate(requests()):
+        stream = llm.stream(**request)
+        if i % 2:
+            list(stream)
+        else:
+            while stream.next_piece() is not None:
+                pass
+        results.append(stream.result)
+    with ReceiptFile(path) as file:
+        for result in results:
+            file.append(result)
+    return path
+
+
+CODE = """
+import json, sys
+from llama_jax import Llama
+from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.receipt import read_receipts
+from llama_jax.replay import replay
+path = json.loads(sys.argv[1])
+found = {}
+for slots, devices in ((8, 1), (1, 2)):
+    llm = Llama.load(DEMO_CHECKPOINT, slots=slots, devices=devices)
+    for prefill in (False, True):
+        verdicts = replay(llm, read_receipts(path), prefill=prefill)
+        found[f"{slots} {devices} {prefill}"] = [each.outcome.name for each in verdicts]
+invariant = llm.executor.plan.batch_invariant
+print(json.dumps([found, invariant]))
+"""
+
+
+def test_runs_are_repeated_by_the_same_model(llm, receipts):
+    few = list(read_receipts(receipts))[:8]
+    assert {verdict.outcome for verdict in replay(llm, few)} == {Outcome.EXACT}
+
+
+@pytest.mark.slow
+def test_runs_are_repeated_in_another_process(receipts):
+    """From 8 slots and 1, on one device and two, and in one pass."""
+    found, invariant = run_code(CODE, str(receipts))
+    assert len(found) == 4
+    for how, outcomes in found.items():
+        expected = {"EXACT"} if invariant else {"EXACT", "TOKENS"}
+        assert len(outcomes) == 40
+        assert set(outcomes) <= expected, how
+
+
+# Continued.
+
+
+@pytest.mark.parametrize("at", [0, 1, 9, 16, 17])
+def test_a_run_continues_from_any_draw(llm, at):
+    """The same tokens and numbers; a part that is read has the bits of one that was drawn."""
+    whole = llm.generate(prompt=PROMPTS[1], temperature=3, seed=5, max_tokens=17, top_p=0.95)
+    receipt = forgery.read(whole.receipt())
+    stream = llm.start(receipt.continuation(at))
+    text = "".join(stream)
+    result = stream.result
+    assert (result.tokens, result.response, result.finish_reason) == (
+        whole.tokens,
+        whole.response,
+        "length",
+    )
+    assert text == whole.response
+    assert result.usage.completion_tokens == 17
+    if llm.executor.plan.batch_invariant:
+        assert result.record.draws == whole.record.draws
+    again = forgery.read(result.receipt())
+    assert again.resumed == at
+    for prefill in (False, True):
+        (verdict,) = replay(llm, [again], prefill=prefill)
+        assert verdict.outcome.status == 0
+
+
+def test_a_fork_has_another_seed_from_its_draw_on(llm):
+    whole = llm.generate(prompt=PROMPTS[1], temperature=3, seed=5, max_tokens=30)
+    receipt = forgery.read(whole.receipt())
+    fork = llm.start(receipt.continuation(10, seed=6))
+    list(fork)
+    assert fork.result.tokens[:10] == whole.tokens[:10]
+    assert fork.result.tokens[10:] != whole.tokens[10:]
+    forked = forgery.read(fork.result.receipt())
+    for prefill in (False, True):
+        (verdict,) = replay(llm, [forked], prefill=prefill)
+        assert verdict.outcome.status == 0, str(verdict)
+
+
+def test_penalties_count_what_was_taken_over(llm):
+    request = {"prompt": PROMPTS[1], "temperature": 0, "max_tokens": 40, "frequency_penalty": 2}
+    whole = llm.generate(**request)
+    stream = llm.start(forgery.read(whole.receipt()).continuation(20))
+    list(stream)
+    assert stream.result.tokens == whole.tokens
+
+
+def test_a_run_that_had_ended_is_continued_to_its_end(llm):
+    whole = llm.generate(prompt=PROMPTS[0], temperature=0, max_tokens=5)
+    receipt = forgery.read(whole.receipt())
+    stream = llm.start(receipt.continuation(5))
+    assert "".join(stream) == whole.response
+    for at in (-1, 6):
+        with pytest.raises(InputError, match="expected 0 to 5"):
+            receipt.continuation(at)
+    with pytest.raises(InputError, match="private"):
+        forgery.read(whole.receipt(private=True)).continuation(1)
+
+
+# Compared.
+
+
+def test_sides_that_are_equal(llm, receipts):
+    mine = list(read_receipts(receipts))[:6]
+    known = [logits_of(receipt, llm) for receipt in mine]
+    for pairs in (
+        list(compare_receipts(mine, mine)),
+        list(compare_with_model(mine, llm, [None] * 6)),
+        list(compare_with_model(mine, llm, known)),
+    ):
+        found = figures(pairs)
+        assert found["token_agreement"] == 1
+        assert found["runs_without_divergence"] == found["runs"] == 6
+        assert found["logprob_gap_max"] <= 1e-5
+    assert found["kl_max"] == 0
+
+
+def test_sides_that_differ(llm):
+    first, second = (
+        [forgery.read(llm.generate(prompt=PROMPTS[1], temperature=3, seed=seed).receipt())]
+        for seed in (1, 2)
+    )
+    with pytest.raises(InputError, match="different requests"):
+        list(compare_receipts(first, second))
+    with pytest.raises(InputError, match="as many"):
+        list(compare_receipts(first, []))
+    changed = json.loads(json.dumps(first[0].statement))
+    _, internal = forgery.parts(changed)
+    internal["draws"]["token"][5] = 300
+    (pair,) = compare_receipts(first, [forgery.read(changed)])
+    assert pair.first_divergence == 5
+    (pair,) = compare_with_model([forgery.read(changed)], llm, [None])
+    assert pair.first_divergence == 5
+    assert pair.deficits[5] > 0
+    assert figures([pair])["token_difr"] > 0
+
+
+def test_outcomes_have_their_exit_statuses():
+    assert [outcome.status for outcome in Outcome] == [0, 0, 1, 2]
