@@ -73,7 +73,7 @@ def answer(llama: Llama, jobs: list[Job], seed: int) -> float:
     """Answer requests of these lengths, no two of which begin alike; return the seconds."""
     source = random.Random(seed)
     ids = range(3, llama.executor.config.vocab_size)
-    requests = [(source.choices(ids, k=len(job.prompt)), job.output) for job in jobs]
+    requests = [(source.choices(ids, k=len(job.prefix)), job.output) for job in jobs]
     began = time.perf_counter()
     tokens = programs.answer_all(llama, requests)
     seconds = time.perf_counter() - began

@@ -66,7 +66,7 @@ class Job:
     """One request on its way."""
 
     submitted: float
-    prompt: range
+    prefix: range
     output: int
     began: float = 0.0
     """When it got a slot."""
@@ -191,7 +191,7 @@ class Turns:
                 self._waiting.remove(job)
                 self._running.append(job)
                 job.began = self.now
-                chunks = self._costs.chunks(len(job.prompt))
+                chunks = self._costs.chunks(len(job.prefix))
                 self._prefills.add(cast(Any, None), job, chunks)
             _, _, size = self._prefills.chunk(job)
             if size > budget:

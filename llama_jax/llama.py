@@ -32,6 +32,9 @@ from llama_jax.text.tokenizer import Tokenizer, check_vocabulary
 from llama_jax.weights.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
 from llama_jax.weights.dtypes import choose_dtype
 
+Request = Mapping[str, Any] | GenerationRequest
+"""The arguments of `Llama.generate`, or what `make_request` makes of them."""
+
 
 class Llama:
     """A model ready to generate; make one with `load`.
@@ -202,16 +205,14 @@ class Llama:
         """Generate from a request that is checked already: what `generate` and `stream` run."""
         return Stream(self.engine, self.engine.submit(request), self.load_s)
 
-    def generate_all(
-        self, requests: Iterable[Mapping[str, Any] | GenerationRequest]
-    ) -> Iterator[Result]:
+    def generate_all(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Generate for many requests, as many at once as there are slots; yield in their order.
 
         The tokens are those of each request alone (on a GPU or TPU as far as docs/design.md says,
         Exactness). Requests are taken one by one as slots get free.
 
         Args:
-            requests: each the arguments of `generate`, or as from `make_request`.
+            requests: see `Request`.
 
         Raises:
             InputError: see `generate`; in the place of the result.
@@ -223,9 +224,7 @@ class Llama:
                 raise error
             yield _read(stream)
 
-    def _submit(
-        self, request: Mapping[str, Any] | GenerationRequest
-    ) -> tuple[InputError | None, Stream | None]:
+    def _submit(self, request: Request) -> tuple[InputError | None, Stream | None]:
         try:
             if isinstance(request, GenerationRequest):
                 return None, self.start(request)

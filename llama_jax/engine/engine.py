@@ -166,8 +166,13 @@ class Engine:
             max_slots=max_slots,
             invocation=invocation,
         )
-        if generation.done:  # what it continues had ended
-            return generation
+        if not generation.done:  # what it continues may have ended
+            self._enqueue(generation, share)
+        return generation
+
+    def _enqueue(self, generation: Generation, share: int | None) -> None:
+        """Put a generation into the queue, if there is room for it."""
+        client = generation.client
         with self._submit_lock:
             if self._failed is not None:
                 raise EngineFailedError(*self._failed.args)
@@ -180,7 +185,6 @@ class Engine:
                 )
             self._queue.append(generation)
         self._work.set()
-        return generation
 
     def run(self, stopping: threading.Event) -> None:
         """Do all that is submitted until `stopping` is set; `wake` then makes it look.

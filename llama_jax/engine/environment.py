@@ -51,7 +51,7 @@ class Environment:
 
 
 UNKNOWN = Environment({})
-"""Of an engine that was not told its own."""
+"""Of an engine that was given none."""
 
 
 def describe(checkpoint: Checkpoint, executor: Executor) -> Environment:

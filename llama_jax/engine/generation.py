@@ -55,7 +55,7 @@ class Generation:
         invocation: str = "",
     ):
         self.request, self.prompt, self.client = request, prompt, client
-        self.text = [*prompt, *(draw.token for draw in request.resumed)]
+        self.prefix = [*prompt, *(draw.token for draw in request.resumed)]
         """Ids to read before the first draw: the prompt, and what it continues."""
         self.max_slots = max_slots
         ignored = request.parameters.ignore_eos
@@ -81,8 +81,9 @@ class Generation:
         self._invocation, self._started = invocation or str(uuid.uuid4()), time.time()
         self._times = _Times(clock)
         self._ended = threading.Event()
+        is_scored = request.parameters.logprobs is not None
         for draw in request.resumed:
-            self._take(draw, TokenLogprob(draw.token, draw.logprob, []))
+            self._take(draw, TokenLogprob(draw.token, draw.logprob, []) if is_scored else None)
 
     @property
     def done(self) -> bool:
@@ -148,7 +149,7 @@ class Generation:
         self.tokens.append(token)
         text = self._cutter.push(self._text(token))
         self._waiting.tokens.append(token)
-        if logprob is not None and self.request.parameters.logprobs is not None:
+        if logprob is not None:
             self._logprobs.append(logprob)
             self._waiting.logprobs.append(logprob)
         if text:
@@ -189,7 +190,7 @@ class Generation:
             seed=parameters.seed,
             fingerprint=self._environment.fingerprint,
             parameters=parameters,
-            timings=self._times.summary(len(self.text), self.reused),
+            timings=self._times.summary(len(self.prefix), self.reused),
             warnings=self.request.warnings(self._tokenizer),
             logprobs=None if parameters.logprobs is None else self._logprobs,
             prompt_logprobs=self._prompt_logprobs if parameters.prompt_logprobs else None,

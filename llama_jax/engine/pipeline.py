@@ -102,15 +102,16 @@ class Pipeline:
 
     def prefill_chunk(self, slot: Slot, generation: Generation, start: int, size: int) -> None:
         """Read one chunk of a prompt, and draw a token after the last; put what comes in flight."""
-        prompt = generation.text
+        prefix = generation.prefix
         self._state, chunk = self._executor.prefill_chunk(
-            self._take_state(), slot.index, prompt, start, size
+            self._take_state(), slot.index, prefix, start, size
         )
         outputs, columns, scores = None, [], None
         if generation.request.parameters.prompt_logprobs:
-            logprobs = self._executor.score(chunk, slot.index, prompt, start)
-            scores = PromptScores(generation, logprobs, prompt[start + 1 : start + size + 1])
-        if start + size >= len(prompt):
+            logprobs = self._executor.score(chunk, slot.index, prefix, start)
+            targets = generation.prompt[start + 1 : start + size + 1]
+            scores = PromptScores(generation, logprobs, targets)
+        if start + size >= len(prefix):
             self._state, outputs = self._executor.first_token(
                 self._take_state(), slot.index, chunk, slot.needs
             )

@@ -76,4 +76,4 @@ class Prefills:
     def _unread(self, generation: Generation) -> int:
         """Return how many tokens of its prompt are not read yet."""
         prefill = self._in_progress.get(generation)
-        return len(generation.text) - (prefill.chunks[0][0] if prefill else 0)
+        return len(generation.prefix) - (prefill.chunks[0][0] if prefill else 0)

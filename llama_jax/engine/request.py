@@ -64,6 +64,8 @@ class GenerationRequest:
         Raises:
             InputError: text without a tokenizer, or ids outside the vocabulary.
         """
+        if self.resumed:
+            check_tokens([draw.token for draw in self.resumed], vocab_size, "the resumed draws")
         bos = [BOS_ID] if self.adds_bos else []
         if self.prompt_tokens is not None:
             return bos + check_tokens(self.prompt_tokens, vocab_size)

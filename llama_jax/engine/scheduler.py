@@ -155,11 +155,11 @@ class Scheduler:
         # To be scored, every token of a prompt must be read.
         reuse = self._reuse and not generation.request.parameters.prompt_logprobs
         multiple = plan.reuse_multiple if reuse else None
-        return assign_slot(self.slots, generation.text, multiple, plan.prefill_sizes[-1])
+        return assign_slot(self.slots, generation.prefix, multiple, plan.prefill_sizes[-1])
 
     def _admit(self, generation: Generation, placement: Placement) -> None:
         """Take a request out of the queue and give it a free slot."""
-        parameters, text = generation.request.parameters, generation.text
+        parameters, prefix = generation.request.parameters, generation.prefix
         slot, source, start = placement
         # From here on it is the slot's: whatever fails below ends it, and does not lose it.
         slot.generation, slot.num_dispatched = generation, 0
@@ -183,9 +183,9 @@ class Scheduler:
         )
         self.pipeline.admit(slot, new)
         generation.begin(start)
-        self.counts.prompt_tokens += len(text)
+        self.counts.prompt_tokens += len(prefix)
         self.counts.cached_tokens += start
-        chunks = self._executor.sizes.chunks(len(text), start)
+        chunks = self._executor.sizes.chunks(len(prefix), start)
         self._prefills[slot.replica].add(slot, generation, chunks)
 
     def _read_chunk(self, slot: Slot, generation: Generation, start: int, size: int) -> None:
@@ -194,7 +194,7 @@ class Scheduler:
         # Read with scores, tokens may have other bits than those of a prompt that is only read.
         scored = generation.request.parameters.prompt_logprobs
         reusable = self._executor.plan.batch_invariant or not scored
-        slot.cached = generation.text[: start + size] if reusable else []
+        slot.cached = generation.prefix[: start + size] if reusable else []
         if self._prefills[slot.replica].take(generation):
             slot.num_dispatched = len(generation.tokens) + 1
 

@@ -48,7 +48,7 @@ class Answers:
             on_change = functools.partial(self._on_change, number)
             try:
                 generation = submit(request, on_change, invocation=name)
-            except BaseException:
+            except BaseException:  # whatever it is: no run of that name will come
                 self._receipts.end(name, None)
                 raise
             self._generations.append(generation)

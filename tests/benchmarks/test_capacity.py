@@ -129,7 +129,7 @@ def test_at_a_low_rate_nobody_waits():
 
 def test_requests_are_drawn_by_their_shares_and_come_in_order():
     jobs = draw([Kind(1, 2, 3), Kind(4, 5, 1)], 400, rate=10.0)
-    assert sum(len(job.prompt) == 1 for job in jobs) == 300
+    assert sum(len(job.prefix) == 1 for job in jobs) == 300
     moments = [job.submitted for job in jobs]
     assert moments == sorted(moments)
     assert moments[-1] == pytest.approx(40, rel=0.2)

@@ -15,11 +15,11 @@ class Prompt:
     """A generation's part in it."""
 
     def __init__(self, length, submitted=0):
-        self.prompt, self.submitted = [3] * length, submitted
+        self.prefix, self.submitted = [3] * length, submitted
 
 
 def chunks(prompt):
-    return [(start, CHUNK) for start in range(0, len(prompt.prompt), CHUNK)]
+    return [(start, CHUNK) for start in range(0, len(prompt.prefix), CHUNK)]
 
 
 def read_chunk(prefills, waiting):
