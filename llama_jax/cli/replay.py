@@ -4,6 +4,7 @@ import collections
 import itertools
 import json
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
@@ -17,12 +18,11 @@ from llama_jax.replay import Verdict
 from llama_jax.replay import replay as run_again
 from llama_jax.replay.verdict import Outcome
 
-Settings = tuple[str, str]
-
 
 def replay(path: str) -> None:
-    """Print a verdict for each receipt of a file; the exit status is 1 if one
-    diverged, else 2 if one cannot be run here.
+    """Print a verdict for each receipt of a file.
+
+    The exit status is 1 if one diverged, else 2 if one cannot be run here.
 
     Args:
         path: as `read_receipts` takes it.
@@ -32,14 +32,10 @@ def replay(path: str) -> None:
     receipts = list(read_receipts(path, read_public_key()))
     verdicts: list[Verdict] = []
     with tqdm(total=len(receipts), unit="receipt", delay=1, file=sys.stderr) as bar:
-        # A model is loaded once for each dtype; receipts of one are replayed together.
-        for (dtype, determinism), group in itertools.groupby(receipts, key=_settings):
-            llm = load_model(
-                slots=8,
-                dtype=FLAGS.dtype or dtype,
-                determinism=determinism,
-                verify=FLAGS.verify or not FLAGS["verify"].present,
-            )
+        # A model is loaded once for receipts in a row that can share it.
+        for settings, group in itertools.groupby(receipts, key=_settings):
+            verify = FLAGS.verify or not FLAGS["verify"].present
+            llm = load_model(slots=8, verify=verify, **settings)
             for verdict in run_again(llm, group, prefill=FLAGS.prefill):
                 verdicts.append(verdict)
                 _print(verdict)
@@ -52,10 +48,12 @@ def replay(path: str) -> None:
         sys.exit(Outcome.NOT_REPLAYABLE.status)
 
 
-def _settings(receipt: Receipt) -> Settings:
-    """Return the dtype of a run, and its determinism."""
+def _settings(receipt: Receipt) -> dict[str, Any]:
+    """Return the arguments of `Llama.load` that a run had."""
     parts = receipt.environment.parts
-    return parts["dtype"], "fast" if parts["invariance"] == "none" else "strict"
+    determinism = "fast" if parts["invariance"] == "none" else "strict"
+    eos_tokens = parts["config"]["eos_tokens"]
+    return {"dtype": parts["dtype"], "determinism": determinism, "eos_tokens": eos_tokens}
 
 
 def _print(verdict: Verdict) -> None:

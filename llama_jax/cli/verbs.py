@@ -127,7 +127,7 @@ VERBS = {
             arguments="FILE [flags]",
             summary="Run again what receipts say, and compare.",
             takes=(
-                *(name for name in MODEL if name != "eos_tokens"),
+                *(n for n in MODEL if n not in ("dtype", "determinism", "eos_tokens")),
                 *(*VERIFY, *REPLAY, "output", *GENERAL),
             ),
             refuses_others="which repeats what a receipt says",

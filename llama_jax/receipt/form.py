@@ -55,7 +55,7 @@ _INTERNAL = _object(
             {
                 "weights": _SHA256,
                 "tokenizer": {"anyOf": [_SHA256, {"type": "null"}]},
-                "config": {"type": "object"},
+                "config": _object({"eos_tokens": _IDS}),
                 "dtype": {"enum": ["float32", "float16", "bfloat16"]},
                 "plan": {"type": "object"},
                 "invariance": {"enum": ["batch", "slots", "none"]},

@@ -208,6 +208,7 @@ def read_statement(value: Any, source: str) -> Receipt:
     if isinstance(tokens, dict) != is_private:
         raise InputError(f"{source} is no receipt: one of prompt and promptTokens is private")
     try:
+        digest(value)  # what has no canonical form has no digest
         parameters = _parameters(external["parameters"])
         prompt = {} if is_private else _prompt(external["prompt"])
         draws = _draws(internal["draws"], is_private=is_private)

@@ -54,10 +54,9 @@ def _submit(llm: Llama, receipt: Receipt) -> Submission:
     if (verdict := _refusal(llm, receipt)) is not None:
         return (receipt, verdict), None
     request = receipt.request()
-    if receipt.finish_reason == "cancelled":  # its reader gave it up: a beginning
-        parameters = dataclasses.replace(request.parameters, max_tokens=receipt.num_draws)
-        request = dataclasses.replace(request, parameters=parameters)
-    return (receipt, None), llm.start(request)
+    # No more than it has: a run that goes on has another draw, and needs no more room.
+    parameters = dataclasses.replace(request.parameters, max_tokens=receipt.num_draws)
+    return (receipt, None), llm.start(dataclasses.replace(request, parameters=parameters))
 
 
 def _refusal(llm: Llama, receipt: Receipt) -> Verdict | None:
@@ -89,7 +88,7 @@ def _missing(llm: Llama, receipt: Receipt) -> list[str]:
         missing.append("chat template: the receipt's has another digest than the one here")
     if receipt.is_private:
         missing.append("the receipt is private: it has no prompt and no tokens to run")
-    elif (size := len(receipt.prompt_tokens) + receipt.num_draws) > llm.context + 1:
+    elif (size := len(receipt.prompt_tokens) + receipt.num_draws) > llm.context:
         missing.append(f"context: the run has {size:,} tokens, here is room for {llm.context:,}")
     return missing
 
@@ -99,11 +98,13 @@ def _content_problems(llm: Llama, receipt: Receipt) -> list[str]:
     vocab_size = llm.config.vocab_size
     if any(draw.token >= vocab_size for draw in receipt.draws):
         return [f"a draw has an id beyond the vocabulary's {vocab_size:,}"]
+    drawable = llm.tokenizer.vocab_size if llm.tokenizer else vocab_size
     try:
+        receipt.parameters.check_token_ids(drawable)
         if receipt.request().encode(llm.tokenizer, vocab_size) != receipt.prompt_tokens:
             return ["promptTokens are not the ids of the prompt"]
     except InputError as error:
-        return [f"the prompt cannot be encoded: {error}"]
+        return [f"the request cannot be run: {error}"]
     result = _answer(llm, receipt)
     if result is None:
         return [f"the draws do not end as {receipt.finish_reason} does"]

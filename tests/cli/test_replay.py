@@ -30,6 +30,15 @@ def test_a_receipt_is_replayed_and_appended(cli, receipt):
     assert "1 EXACT, 1 NOT_REPLAYABLE" in err
 
 
+def test_a_run_with_other_ends_is_replayed_with_them(cli, tmp_path):
+    path = tmp_path / "receipt.jsonl"
+    arguments = ("--prompt=What is the capital of France?", "--temperature=0", "--eos_tokens=664")
+    assert cli(*arguments, f"--receipt={path}")[0] == 0
+    status, out, _ = cli("replay", str(path), "--slots=1", "--noverify", "--prefill")
+    assert status == 0
+    assert ": EXACT | 4 draws" in out
+
+
 def test_a_divergence_is_exit_1(cli, receipt, tmp_path):
     statement = json.loads(receipt[0].read_text())
     definition = statement["predicate"]["buildDefinition"]
@@ -83,7 +92,7 @@ def test_receipts_are_compared(cli, receipt, tmp_path):
     assert status == 0
     assert json.loads(out)["token_agreement"] == 1
     plot = tmp_path / "plot.png"
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs the dev extra")
     status, out, _ = cli("compare", str(path), str(path), f"--plot={plot}")
     assert status == 0
     assert "token agreement" in out

@@ -229,6 +229,9 @@ MALFORMED = {
         {"raw_prompt": "x", "y": True}, *DEFINITION, "externalParameters", "prompt"
     ),
     "half private": with_({"sha256": "0" * 64}, *DEFINITION, "externalParameters", "prompt"),
+    "no EOS": without(*DEFINITION, "internalParameters", "environment", "config", "eos_tokens"),
+    "an integer beyond 2^53": with_(2**60, *DEFINITION, "internalParameters", "sizes", "slots"),
+    "half a character": with_("\ud800", *DEFINITION, "internalParameters", "environment", "device"),
     "no base64": with_("%", "subject", 1, "content"),
     "no UTF-8": with_("/w==", "subject", 1, "content"),
 }

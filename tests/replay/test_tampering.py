@@ -282,6 +282,13 @@ def test_a_token_that_does_not_exist(llm, receipts):
     assert_judged(llm, [edited(receipts[0], edit, seal=True)], Judgement.EDITED)
 
 
+def test_parameters_that_the_model_refuses(llm, receipts):
+    forged = copy.deepcopy(receipts)
+    for statement in forged:
+        forgery.parts(statement)[0]["parameters"].update(allowed_tokens=[5000])
+    assert_judged(llm, [forgery.sealed(each) for each in forged], Judgement.EDITED)
+
+
 def test_a_private_receipt_is_not_run(llm):
     result = llm.generate(**REQUESTS[0])
     assert_not_replayable(llm, [result.receipt(private=True)], "private")
