@@ -93,6 +93,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel):
         "llama_jax/demo/checkpoint/manifest.json",
         "llama_jax/demo/checkpoint/params/00000/_METADATA",
         "llama_jax/demo/checkpoint/tokenizer.model",
+        "llama_jax/demo/selftest.jsonl",
         "llama_jax/py.typed",
         "llama_jax/server/page/index.html",
     ):
@@ -109,6 +110,16 @@ def test_an_sdist_builds_the_same_wheel(source, wheel, tmp_path):
     folder = tmp_path / name.removesuffix(".tar.gz")
     assert (folder / "llama_jax" / "nn" / "cpu_kernels.cc").exists()
     assert packaged(build_wheel(folder, tmp_path / "wheel")) == packaged(wheel)
+
+
+def test_the_selftest_passes_from_the_wheel(installed, tmp_path):
+    *parts, verdict = run(installed / "llama-jax", "selftest", cwd=tmp_path).splitlines()[1:]
+    assert verdict == "PASS"
+    assert [part.split("  ")[0] for part in parts] == [
+        "8 slots, other order",
+        "in one pass",
+        "1 slot",
+    ]
 
 
 def test_the_wheel_works_away_from_the_checkout(installed, tmp_path):
