@@ -132,7 +132,9 @@ def _cut(
     crossed = (top_k >= vocab_size) & ((first_beyond < size) | (top_p >= 1))
     best_cut = jnp.max(jnp.where(in_top_k, -jnp.inf, logits), axis=-1, keepdims=True)
     # Sums rise: the nearest one is beside the cut. That of no token is 0 whatever the logits are.
-    distances = jnp.where(places > 0, jnp.abs(sums - top_p), jnp.inf)
+    # What top-k cuts has none, so that no margin depends on how much of the order is looked at.
+    is_summed = (places > 0) & (places < top_k)
+    distances = jnp.where(is_summed, jnp.abs(sums - top_p), jnp.inf)
     nearest = jnp.min(distances, axis=-1, keepdims=True)
     return _Cut(
         logit,

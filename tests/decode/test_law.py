@@ -65,7 +65,7 @@ def arrays(rows):
     )
 
 
-sample = jax.jit(sampling.sample)
+sample, filters = jax.jit(sampling.sample), jax.jit(apply_filters)
 
 
 def draw(rows):
@@ -164,6 +164,26 @@ def test_random_requests_are_drawn_as_the_page_says(count):
                 for row, token in zip(rows, drawn, strict=True)
             ]
     assert close_calls <= tokens / 1000  # measured: none
+
+
+def test_margins_are_the_distances_that_the_page_says():
+    """Of the score, and of each filter from another cut."""
+    rng, num_finite = np.random.default_rng(5), [0] * 4
+    for batch in range(12):
+        rows = [draw_row(rng, SIZES[batch % 3]) for _ in range(ROWS)]
+        sampled = sample(*arrays(rows))
+        found = np.stack([sampled.margin, *sampled.cuts], axis=-1)
+        for row, token, ours in zip(rows, sampled.tokens, found, strict=True):
+            if token == NOT_FINITE:
+                continue
+            expected = law.margins(*dataclasses.astuple(row))
+            largest = np.abs(row.logits[np.isfinite(row.logits)]).max()
+            atol = 1e-5 + 2e-6 * largest  # of the noise, and of a difference of two logits
+            np.testing.assert_allclose(ours, expected, rtol=2e-6, atol=atol, err_msg=str(row))
+            num_finite = [
+                n + bool(np.isfinite(each)) for n, each in zip(num_finite, ours, strict=True)
+            ]
+    assert min(num_finite) > 10
 
 
 # The demo model, from end to end.
@@ -284,10 +304,10 @@ CUTS = [
 
 
 @pytest.mark.parametrize(
-    "vocab_size", [13, 2000, *(pytest.param(n, marks=pytest.mark.slow) for n in (5000, 32_000))]
+    "vocab_size", [13, *(pytest.param(n, marks=pytest.mark.slow) for n in (2000, 32_000))]
 )
 def test_neighbours_change_no_bit_of_a_row(vocab_size):
-    """Alone, and in batches of 2, 3 and 8: tokens, scores, margins and log-probabilities."""
+    """Alone, and in batches of 3 and 8: tokens, scores, margins and log-probabilities."""
     rng = np.random.default_rng(vocab_size)
     texts = rng.integers(0, vocab_size, (ROWS, 2, 30))
     rows = [
@@ -309,7 +329,7 @@ def test_neighbours_change_no_bit_of_a_row(vocab_size):
         )
 
     together = computed(*args)
-    for size in (1, 2, 3):
+    for size in (1, 3):
         for start in range(0, ROWS - size + 1, size):
             part = slice(start, start + size)
             apart = computed(*jax.tree.map(lambda a, part=part: a[part], args))
@@ -421,12 +441,10 @@ def test_min_p_1_keeps_the_tokens_that_equal_the_best(size):
     logits = np.full((1, size), 1.0, np.float32)
     logits[0, [2, 5, 11]] = 1.25
     one = jnp.ones(1)
-    kept = apply_filters(jnp.asarray(logits), top_k=jnp.zeros(1, int), top_p=one, min_p=one).logits
+    kept = filters(jnp.asarray(logits), top_k=jnp.zeros(1, int), top_p=one, min_p=one).logits
     assert np.flatnonzero(np.isfinite(kept[0])).tolist() == [2, 5, 11]
     # Of those that top-p left, and relative to the best.
-    kept = apply_filters(
-        jnp.asarray(logits), top_k=jnp.zeros(1, int), top_p=0 * one, min_p=one
-    ).logits
+    kept = filters(jnp.asarray(logits), top_k=jnp.zeros(1, int), top_p=0 * one, min_p=one).logits
     assert np.flatnonzero(np.isfinite(kept[0])).tolist() == [2]
 
 

@@ -34,6 +34,37 @@ def scores(
     return x if is_greedy else kept(x, parameters) + noise(seed, step, len(x))
 
 
+@np.errstate(all="ignore")
+def margins(
+    logits, parameters: dict, seed: int, step: int, prompt=(), output=()
+) -> tuple[float, float, float, float]:
+    """Return how far the draw and its cuts by top-k, top-p and min-p are from another outcome.
+
+    As docs/receipts.md defines them, for a row from which a token can be drawn.
+    """
+    drawn = np.sort(scores(logits, parameters, seed, step, prompt, output))[::-1]
+    margin = drawn[0] - drawn[1] if len(drawn) > 1 else np.inf
+    temperature = F32(parameters.get("temperature", 1))
+    if temperature < F32(1e-5):
+        return margin, np.inf, np.inf, np.inf
+    x = penalized(np.asarray(logits, F32), parameters, prompt, output) / temperature
+    order = np.lexsort((np.arange(len(x)), -x))
+    top_k_margin = top_p_margin = min_p_margin = np.inf
+    if (k := parameters.get("top_k")) is not None and k < len(x):
+        if x[order[k]] > -np.inf:
+            top_k_margin = x[order[k - 1]] - x[order[k]]
+        x[order[k:]] = -np.inf
+        order = order[:k]
+    if (top_p := F32(parameters.get("top_p", 1))) < 1 and len(order) > 1:
+        top_p_margin = np.abs(mass_before(x, order)[1:] - top_p).min()
+    if (min_p := F32(parameters.get("min_p", 0))) > 0:
+        x = penalized(np.asarray(logits, F32), parameters, prompt, output) / temperature
+        quotients = np.exp(x - x.max())
+        others = quotients[quotients < 1]
+        min_p_margin = np.abs(others - min_p).min() if len(others) else np.inf
+    return margin, top_k_margin, top_p_margin, min_p_margin
+
+
 def log_probabilities(logits) -> np.ndarray:
     """Return the model's log-probabilities, float32[all ids]: before all filters."""
     x = np.asarray(logits, F32)
