@@ -1,4 +1,4 @@
-"""Host: the memory of this machine, or of the container that the process is in."""
+"""Host: this machine's memory, or that of the container that the process is in, and its CPU."""
 
 import contextlib
 import os
@@ -11,6 +11,22 @@ _CONTROL_GROUPS = (
     ("memory/memory.limit_in_bytes", "memory/memory.stat", r"^total_rss (\d+)$"),
 )
 """Of a container, by version 2 and 1: its limit, and what its processes hold but could not drop."""
+
+
+_VECTORS = {
+    *("sse4_1", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq"),
+    *("avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "sve", "sve2"),
+}
+"""Instructions, as Linux names them, for which XLA compiles sums otherwise."""
+
+
+def vector_instructions() -> list[str] | None:
+    """Return which instructions for vectors the CPU has; None: the system does not tell."""
+    with contextlib.suppress(OSError):
+        text = pathlib.Path("/proc/cpuinfo").read_text("utf-8")
+        if found := re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE):
+            return sorted(_VECTORS.intersection(found[1].split()))
+    return None
 
 
 def total_memory() -> int | None:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from llama_jax.decode.executor import Executor
+from llama_jax.decode.host import vector_instructions
 from llama_jax.decode.sampling import SAMPLER_VERSION
 from llama_jax.jax_settings import IN_FINGERPRINT
 from llama_jax.nn.cpu_kernels import instruction_set
@@ -62,7 +63,10 @@ def describe(checkpoint: Checkpoint, executor: Executor) -> Environment:
     """
     plan, mesh = executor.plan, dict(executor.mesh.shape)
     # Of a GPU or TPU it is promised, and not measured yet.
-    is_known = plan.slots_invariant and executor.device.platform == "cpu"
+    on_cpu = executor.device.platform == "cpu"
+    is_known = plan.slots_invariant and on_cpu
+    # XLA compiles for the CPU that it finds, whose kind is "cpu", whatever it is.
+    is_xla_on_cpu = on_cpu and not plan.batch_invariant
     parts = {
         "weights": checkpoint.root,
         "tokenizer": checkpoint.tokenizer_digest,
@@ -74,6 +78,7 @@ def describe(checkpoint: Checkpoint, executor: Executor) -> Environment:
         "mesh": None if plan.batch_invariant else mesh,
         "instructions": instruction_set() if plan.batch_invariant else None,
         "device": executor.device.device_kind,
+        "vectors": vector_instructions() if is_xla_on_cpu else None,
         "sampler": SAMPLER_VERSION,
         "code": code_digest(PACKAGE),
         "compiler": {name: compiler_flags(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
