@@ -16,14 +16,22 @@ from tools.demo_corpus import read_corpus
 
 pytestmark = pytest.mark.slow
 
-QUICKSTART, TPU = (ROOT / "notebooks" / f"{name}.ipynb" for name in ("quickstart", "tpu"))
-each_notebook = pytest.mark.parametrize("path", [QUICKSTART, TPU], ids=lambda path: path.stem)
+NOTEBOOKS = QUICKSTART, RECEIPTS, TPU = [
+    ROOT / "notebooks" / f"{name}.ipynb" for name in ("quickstart", "receipts", "tpu")
+]
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     """What the quickstart prints."""
     return execute(QUICKSTART, tmp_path_factory.mktemp("quickstart"))
+
+
+@pytest.fixture(scope="module")
+def receipts_outputs(tmp_path_factory):
+    """What the notebook of receipts prints."""
+    return execute(RECEIPTS, tmp_path_factory.mktemp("receipts"))
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +113,33 @@ def test_chat(outputs):
     assert "🦙 Nice to meet you, Sam!" in outputs["chat"]
     assert "🦙 Your name is Sam." in outputs["chat"]
     assert "(0 of " in outputs["chat"]
+
+
+def test_a_receipt_is_replayed_on_another_machine(receipts_outputs):
+    outcomes = receipts_outputs["replay"].split()
+    assert len(outcomes) == 2
+    is_batch_invariant = "batch" in receipts_outputs["receipt"].split()
+    assert set(outcomes) <= ({"EXACT"} if is_batch_invariant else {"EXACT", "TOKENS"})
+
+
+def test_what_is_not_the_run_is_found(receipts_outputs):
+    verdict, *reasons = receipts_outputs["edit"].splitlines()
+    assert verdict == "DIVERGED | edited: the receipt is not what a run wrote"
+    assert len(reasons) == 2
+    assert receipts_outputs["other"].startswith("NOT_REPLAYABLE | dtype: ")
+
+
+def test_a_run_is_continued_by_its_seed_and_by_another(receipts_outputs):
+    own, text, fork, _ = receipts_outputs["resume"].splitlines()
+    assert text + "\n" == receipts_outputs["run"]
+    counts = [int(re.fullmatch(r"\d+ (\d+) tokens are the same", line)[1]) for line in (own, fork)]
+    assert counts[0] > counts[1] >= 10
+
+
+def test_a_signed_receipt_is_verified(receipts_outputs):
+    signed, error = receipts_outputs["sign"].splitlines()
+    assert signed == "signed by this key: True"
+    assert error.startswith("receipt.json: not signed, expected key ")
 
 
 def test_a_number_of_devices_that_does_not_divide_is_refused_with_those_that_do(tpu_outputs):

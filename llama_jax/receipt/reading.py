@@ -191,7 +191,7 @@ def _rows_of(value: Any, source: str) -> Iterator[tuple[str, Any]]:
         yield source if len(rows) == 1 else f"{source}, receipt {number}", row
 
 
-def read_statement(value: Any, source: str) -> Receipt:
+def read_statement(value: Any, source: str = "the receipt") -> Receipt:
     """Check the form of a receipt and return its fields.
 
     Raises:

@@ -25,7 +25,7 @@ class Part:
 
     @property
     def failures(self) -> list[Verdict]:
-        """Those that did not give the same tokens; a tie of two tokens is none."""
+        """Those that did not give the same tokens. No recorded margin is small enough for a tie."""
         return [each for each in self.verdicts if each.outcome.status]
 
     def __str__(self) -> str:

@@ -1,12 +1,16 @@
 """Receipts on the command line: written, replayed, swept, continued, compared."""
 
 import json
+import re
+import shlex
 
 import pytest
 
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.receipt import read_receipts
+from tests.helpers import ROOT
 
+PAGE = ROOT / "docs" / "reproducibility.md"
 STORY = ("--prompt=Tell me a story.", "--temperature=2.5", "--max_tokens=12")
 
 
@@ -28,6 +32,22 @@ def test_a_receipt_is_replayed_and_appended(cli, receipt):
     assert ": EXACT | 12 draws" in first
     assert ": NOT_REPLAYABLE | 12 draws | the receipt is private" in second
     assert "1 EXACT, 1 NOT_REPLAYABLE" in err
+
+
+def test_the_commands_of_the_page(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (block,) = re.findall(r"```sh\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    block = block.replace("receipt.jsonl", str(tmp_path / "receipt.jsonl"))
+    first, *others = [shlex.split(line) for line in block.splitlines()]
+    assert first == ["python", "run.py", "selftest"]  # tests/test_packaging.py runs it
+    outputs = []
+    for python, program, *arguments in others:
+        assert (python, program) == ("python", "run.py")
+        status, out, err = cli(*arguments)
+        assert status == 0, err
+        outputs.append(out)
+    assert all(re.search("EXACT|TOKENS", out) for out in outputs[1:3])
+    assert "token agreement" in outputs[-1]
 
 
 def test_a_run_with_other_ends_is_replayed_with_them(cli, tmp_path):
