@@ -25,15 +25,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
 
+_SCRATCH = tempfile.TemporaryDirectory(prefix="llama_jax_tests_")
+os.environ["XDG_CACHE_HOME"] = _SCRATCH.name
+
 # Many tests, and the processes that they start, build their own executor of one and the same
-# program: compile it once a session.
-_CACHE = tempfile.TemporaryDirectory(prefix="llama_jax_tests_")
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+# program: it is compiled once, for this process, its workers and, in CI, a later run.
+_COMPILED = os.environ.setdefault("LLAMA_JAX_TESTS_CACHE", f"{_SCRATCH.name}/compiled")
+jax.config.update("jax_compilation_cache_dir", _COMPILED)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-os.environ["XDG_CACHE_HOME"] = _CACHE.name
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

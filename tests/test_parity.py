@@ -249,10 +249,10 @@ def our_filtered(logits: np.ndarray, prompt: list[int], output: list[int]) -> np
     counts = np.bincount(output, minlength=len(logits)).astype(np.int32)
     arrays = (jnp.asarray(np.tile(a, (len(rows), 1))) for a in (logits, in_prompt, counts))
     logits, in_prompt, counts = arrays
-    penalised = sampling.apply_penalties(logits, params, in_prompt, counts)
+    penalised = jax.jit(sampling.apply_penalties)(logits, params, in_prompt, counts)
     scaled = penalised / params.temperature[:, None]
     filters = {"top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
-    return np.asarray(apply_filters(scaled, **filters))
+    return np.asarray(jax.jit(apply_filters)(scaled, **filters).logits)
 
 
 @pytest.mark.parametrize("spread", [0.5, 3.0])

@@ -54,7 +54,8 @@ def check_decode(found, config, batch, context, bound):
     assert 0.95 < found["traffic"] / found["cost"]["bytes"] <= bound
 
 
-@pytest.mark.parametrize("chip", [pytest.param("v5e", marks=pytest.mark.slow), "h100"])
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "h100"])
 def test_a_small_model(compiled, chip):
     config = load_shape("demo")
     programs = compiled(chip, "--shape=demo", "--context=512", "--batch=1,2")
@@ -108,9 +109,8 @@ def check(programs, config, batch, bound, chip):
         assert found["argument_bytes"] < needed.total
 
 
-@pytest.mark.parametrize(
-    ("chip", "batches"), [pytest.param("v5e", "1,8", marks=pytest.mark.slow), ("h100", "8")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "batches"), [("v5e", "1,8"), ("h100", "8")])
 def test_a_small_model_on_four_devices(compiled, chip, batches):
     config = dataclasses.replace(load_shape("demo"), num_layers=2)
     flags = ("--shape=demo", "--layers=2", "--context=512", "--devices=4")

@@ -73,7 +73,7 @@ def test_a_program_for_more_needs_gives_the_same_tokens(vocab_size):
 @pytest.mark.parametrize(
     "plan",
     [
-        NATIVE,
+        pytest.param(NATIVE, marks=pytest.mark.slow),
         pytest.param(PURE, marks=pytest.mark.slow),
         pytest.param(ON_A_GPU, marks=pytest.mark.slow),
         pytest.param(ON_A_TPU, marks=pytest.mark.slow),

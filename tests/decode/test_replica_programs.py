@@ -66,9 +66,10 @@ def parse_groups(text):
     return np.arange(int(source)).reshape([int(n) for n in shape.split(",")]).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("platform", "replicas", "devices"),
-    [("cpu", 2, 2), pytest.param("gpu", 4, 1, marks=pytest.mark.slow)],
+    [("cpu", 2, 2), ("gpu", 4, 1)],
 )
 def test_nothing_is_exchanged_between_replicas_and_no_cache_is_copied(platform, replicas, devices):
     programs = compile_programs(platform, replicas, devices)

@@ -23,6 +23,11 @@ IN_PROMPT = np.isin(np.arange(V), PROMPT)
 COUNTS = np.bincount(OUTPUT, minlength=V).astype(np.int32)
 
 
+sample, filters = jax.jit(sampling.sample), jax.jit(apply_filters)
+gumbel = jax.jit(sampling.gumbel, static_argnums=2)
+penalised_by = jax.jit(sampling.apply_penalties)
+
+
 def rows(n, **params):
     """The same parameters for n rows."""
     one = sampling.make_params(**params)
@@ -79,14 +84,14 @@ def exact_gumbel(seed, step, token):
 def filtered_by(logits, params):
     """The logits that these rows' filters leave."""
     top_k, top_p, min_p = map(jnp.asarray, (params.top_k, params.top_p, params.min_p))
-    return apply_filters(logits, top_k=top_k, top_p=top_p, min_p=min_p).logits
+    return filters(logits, top_k=top_k, top_p=top_p, min_p=min_p).logits
 
 
 def draw(n, first_step=0, seed=1, logit_bias=None, allowed_tokens=None, **params):
     """n draws of one request: steps first_step to first_step + n - 1."""
     tile = lambda a: jnp.broadcast_to(jnp.asarray(a)[None], (n, V))  # noqa: E731
     by_id = {int(token): value for token, value in (logit_bias or {}).items()}
-    drawn = jax.jit(sampling.sample)(
+    drawn = sample(
         tile(LOGITS),
         rows(n, seed=seed, **params),
         jnp.arange(first_step, first_step + n, dtype=jnp.int32),
@@ -145,10 +150,7 @@ def test_chi_square_over_the_grid():
 def test_noise_is_gumbel():
     """The noise's own distribution, tails included: 1.6 million values against the exact one."""
     noise = np.concatenate(
-        [
-            np.asarray(sampling.gumbel(sampling.seed_words(3), jnp.int32(t), 32_000))
-            for t in range(50)
-        ]
+        [np.asarray(gumbel(sampling.seed_words(3), jnp.int32(t), 32_000)) for t in range(50)]
     )
     assert np.isfinite(noise).all()
     assert stats.kstest(noise, "gumbel_r").pvalue > 1e-3
@@ -166,7 +168,7 @@ def test_noise_is_gumbel():
 def test_noise_equals_the_document(seed):
     """All 64 bits of the seed count, where jax.random.key takes 32."""
     for step in (0, 1, 300):
-        noise = sampling.gumbel(sampling.seed_words(seed), jnp.int32(step), 50)
+        noise = gumbel(sampling.seed_words(seed), jnp.int32(step), 50)
         exact = [exact_gumbel(seed, step, token) for token in range(50)]
         np.testing.assert_allclose(noise, exact, rtol=2e-6, atol=1e-6)
 
@@ -187,7 +189,7 @@ def test_greedy_is_exact_and_ties_go_to_the_lower_id(temperature):
     none = jnp.zeros((3, V)), jnp.zeros((3, V), bool), jnp.zeros((3, V), jnp.int32)
     for seed in range(20):
         params = rows(3, seed=seed, temperature=temperature, top_p=0.5, top_k=40)
-        drawn = sampling.sample(jnp.asarray(logits), params, jnp.zeros(3, jnp.int32), *none).tokens
+        drawn = sample(jnp.asarray(logits), params, jnp.zeros(3, jnp.int32), *none).tokens
         assert drawn.tolist() == [5, 11, 0]
 
 
@@ -214,7 +216,7 @@ def test_penalties_by_hand():
     in_prompt = jnp.asarray([[True, True, False, False, False]])
     counts = jnp.asarray([[0, 0, 3, 1, 0]], jnp.int32)
     params = rows(1, repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25)
-    penalised = sampling.apply_penalties(logits, params, in_prompt, counts)
+    penalised = penalised_by(logits, params, in_prompt, counts)
     assert penalised.tolist() == [[1.0, -4.0, 1.0 - 1.75, -4.0 - 0.75, 3.0]]
 
 
@@ -222,7 +224,7 @@ def test_penalties_by_hand():
 def test_repetition_penalty_0_and_1_are_off(repetition):
     params = rows(1, repetition_penalty=repetition)
     args = jnp.asarray(LOGITS)[None], params, jnp.ones((1, V), bool), jnp.ones((1, V), jnp.int32)
-    np.testing.assert_array_equal(sampling.apply_penalties(*args), args[0])
+    np.testing.assert_array_equal(penalised_by(*args), args[0])
 
 
 def test_a_draw_depends_on_seed_and_step_alone():
@@ -234,16 +236,16 @@ def test_a_draw_depends_on_seed_and_step_alone():
     tile = lambda a: jnp.broadcast_to(jnp.asarray(a)[None], (40, V))  # noqa: E731
     others = rows(40, seed=9, temperature=2.0)
     state = tile(np.zeros(V, np.float32)), tile(IN_PROMPT), tile(COUNTS)
-    drawn = sampling.sample(tile(LOGITS), others, steps, *state).tokens
+    drawn = sample(tile(LOGITS), others, steps, *state).tokens
     np.testing.assert_array_equal(drawn, alone[shuffled])
 
 
 def test_noise_does_not_depend_on_the_vocabulary_or_a_global_flag():
     words = sampling.seed_words(5)
-    whole = np.asarray(sampling.gumbel(words, jnp.int32(3), 1000))
-    np.testing.assert_array_equal(sampling.gumbel(words, jnp.int32(3), 10), whole[:10])
+    whole = np.asarray(gumbel(words, jnp.int32(3), 1000))
+    np.testing.assert_array_equal(gumbel(words, jnp.int32(3), 10), whole[:10])
     with jax.threefry_partitionable(False):
-        np.testing.assert_array_equal(sampling.gumbel(words, jnp.int32(3), 1000), whole)
+        np.testing.assert_array_equal(gumbel(words, jnp.int32(3), 1000), whole)
 
 
 def published_vectors():
@@ -260,7 +262,7 @@ def test_published_vectors():
     assert len(cuts) >= 3
     for vector in noise:
         words = sampling.seed_words(vector["seed"])
-        got = sampling.gumbel(words, jnp.int32(vector["step"]), 4)
+        got = gumbel(words, jnp.int32(vector["step"]), 4)
         np.testing.assert_allclose(got, vector["gumbel"], rtol=2e-6)
         page = law.noise(vector["seed"], vector["step"], 4)
         np.testing.assert_allclose(page, vector["gumbel"], rtol=2e-6)

@@ -45,7 +45,8 @@ def compile_programs(config, platform, batches):
     return run_code(COMPILE, fields, platform, batches)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu", pytest.param("tpu", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_each_layer_gathers_four_times_and_nothing_else_is_exchanged(platform):
     layers = 4 * CONFIG.num_layers
     for kind, batch, found in compile_programs(CONFIG, platform, [1, 8]):

@@ -50,7 +50,8 @@ def without_times(rows):
     return rows
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
 def test_a_batch_gives_what_one_process_gives(tmp_path, devices):
     """Tokens, log-probabilities of answers and prompts, errors, and the fingerprint."""
     given = tmp_path / "in.jsonl"
@@ -104,7 +105,8 @@ class Served:
         return stream
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_process_ends_all_by_one_line(victim):
     """In the midst of an answer."""
     with served() as server:

@@ -79,6 +79,7 @@ print(json.dumps([found, invariant]))
 """
 
 
+@pytest.mark.slow
 def test_runs_are_repeated_by_the_same_model(llm, receipts):
     few = list(read_receipts(receipts))[:8]
     assert {verdict.outcome for verdict in replay(llm, few)} == {Outcome.EXACT}

@@ -491,6 +491,7 @@ def write_tasks(folder):
         (folder / f"{name}.yaml").write_text(f"{head}\ntest_split: test\n{fields}")
 
 
+@pytest.mark.slow
 def test_lm_eval(server, tmp_path):
     """The documentation's command: accuracy, answers, and transformers' log-likelihoods."""
     import torch
