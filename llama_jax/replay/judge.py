@@ -146,22 +146,29 @@ def _is_changed(recorded: Draw, here: Checked, allowed: Tolerance) -> bool:
 
 def _is_tie(recorded: Draw, here: Checked, allowed: Tolerance) -> bool:
     """Return whether rounding decides which of two tokens is drawn."""
-    if here.deficit <= allowed.score and allowed != EXACT:
-        return True
+    is_near = here.deficit <= allowed.score and allowed != EXACT
+    return is_near or _is_at_a_cut(recorded, here.draw, allowed)
+
+
+def _is_at_a_cut(recorded: Draw, here: Draw, allowed: Tolerance) -> bool:
+    """Return whether rounding decides which tokens a filter keeps."""
     return any(
         draw.top_k_margin < allowed.score
         or min(draw.top_p_margin, draw.min_p_margin) < allowed.probability
-        for draw in (recorded, here.draw)
+        for draw in (recorded, here)
     )
 
 
 def _margins_agree(recorded: Draw, here: Draw, allowed: Tolerance) -> bool:
-    scores = ("margin", "top_k_margin")
-    sums = ("top_p_margin", "min_p_margin")
-    return all(
-        _parts_by(getattr(recorded, name), getattr(here, name)) <= most
-        for names, most in ((scores, allowed.score), (sums, allowed.probability))
-        for name in names
+    def agree(name: str, most: float) -> bool:
+        return _parts_by(getattr(recorded, name), getattr(here, name)) <= most
+
+    # At a cut the second-best token may be kept on one side alone.
+    return (
+        (agree("margin", allowed.score) or _is_at_a_cut(recorded, here, allowed))
+        and agree("top_k_margin", allowed.score)
+        and agree("top_p_margin", allowed.probability)
+        and agree("min_p_margin", allowed.probability)
     )
 
 
