@@ -1,6 +1,7 @@
 """A run is repeated in bits: from any interface, in any slots, on any number of devices."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -8,12 +9,13 @@ import pytest
 from llama_jax import Llama
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.errors import InputError
-from llama_jax.receipt import read_receipts
 from llama_jax.receipt.file import ReceiptFile
 from llama_jax.replay import replay
 from llama_jax.replay.compare import compare_receipts, compare_with_model, figures, logits_of
 from llama_jax.replay.verdict import Outcome
 from tests.helpers import forgery
+from tests.helpers.commands import run_py
+from tests.helpers.serving import RUN, serving
 from tests.helpers.simulated_devices import run_code
 
 PROMPTS = ("What is the capital of France?", "Tell me a story.", "Hello")
@@ -42,22 +44,55 @@ def llm():
     return Llama.load(DEMO_CHECKPOINT, slots=3)
 
 
+def answered(llm, request, *, is_streamed):
+    """The result of a request in Python."""
+    if not is_streamed:
+        return llm.generate(**request)
+    stream = llm.stream(**request)
+    assert "".join(stream) == stream.result.response
+    return stream.result
+
+
+def served(client, request, *, is_streamed):
+    """The receipt of a request to a server."""
+    response = client.post(RUN, json=request | {"stream": is_streamed})
+    assert response.status_code == 200
+    return client.get(f"/receipts/{response.headers['x-receipt-id']}").json()
+
+
+@pytest.fixture(scope="module")
+def few(llm):
+    """Receipts of the first six runs, every second one streamed."""
+    results = [
+        answered(llm, r, is_streamed=i % 2) for i, r in enumerate(itertools.islice(requests(), 6))
+    ]
+    return [forgery.read(result.receipt()) for result in results]
+
+
 @pytest.fixture(scope="module")
 def receipts(llm, tmp_path_factory):
-    """A file of their receipts, half of them streamed."""
-    path = tmp_path_factory.mktemp("receipts") / "receipts.jsonl"
-    results = []
-    for i, request in enumerate(requests()):
-        stream = llm.stream(**request)
-        if i % 2:
-            list(stream)
-        else:
-            while stream.next_piece() is not None:
-                pass
-        results.append(stream.result)
-    with ReceiptFile(path) as file:
-        for result in results:
-            file.append(result)
+    """A file of the receipts of all runs: from Python and a server, every second one streamed,
+    from a batch, and from the command line."""
+    folder = tmp_path_factory.mktemp("receipts")
+    lines = list(map(json.dumps, requests()))
+    with ReceiptFile(folder / "python.jsonl") as file:
+        for i, line in enumerate(lines[:10]):
+            file.append(answered(llm, json.loads(line), is_streamed=i % 2))
+    with serving(llm, receipts=10) as client:
+        found = [
+            served(client, json.loads(x), is_streamed=bool(i % 2))
+            for i, x in enumerate(lines[10:20])
+        ]
+    (folder / "server.jsonl").write_text("".join(json.dumps(each) + "\n" for each in found))
+    (folder / "requests.jsonl").write_text("\n".join(lines[20:38]))
+    files = f"--input={folder}/requests.jsonl", f"--output={folder}/results.jsonl"
+    done = [run_py("batch", *files, "--slots=4", f"--receipt={folder}/batch.jsonl")]
+    for line in lines[38:]:
+        done.append(run_py("--request=-", f"--receipt={folder}/command.jsonl", input=line))
+    assert [each.returncode for each in done] == [0, 0, 0], [each.stderr for each in done]
+    parts = [folder / f"{name}.jsonl" for name in ("python", "server", "batch", "command")]
+    path = folder / "receipts.jsonl"
+    path.write_text("".join(part.read_text() for part in parts))
     return path
 
 
@@ -79,15 +114,13 @@ print(json.dumps([found, invariant]))
 """
 
 
-@pytest.mark.slow
-def test_runs_are_repeated_by_the_same_model(llm, receipts):
-    few = list(read_receipts(receipts))[:8]
+def test_runs_are_repeated_by_the_same_model(llm, few):
     assert {verdict.outcome for verdict in replay(llm, few)} == {Outcome.EXACT}
 
 
 @pytest.mark.slow
 def test_runs_are_repeated_in_another_process(receipts):
-    """From 8 slots and 1, on one device and two, and in one pass."""
+    """Of every interface: from 8 slots and 1, on one device and two, and in one pass."""
     found, invariant = run_code(CODE, str(receipts))
     assert len(found) == 3
     for how, outcomes in found.items():
@@ -177,13 +210,12 @@ def test_a_run_that_had_ended_is_continued_to_its_end(llm):
 # Compared.
 
 
-def test_sides_that_are_equal(llm, receipts):
-    mine = list(read_receipts(receipts))[:6]
-    known = [logits_of(receipt, llm) for receipt in mine]
+def test_sides_that_are_equal(llm, few):
+    known = [logits_of(receipt, llm) for receipt in few]
     for pairs in (
-        list(compare_receipts(mine, mine)),
-        list(compare_with_model(mine, llm, [None] * 6)),
-        list(compare_with_model(mine, llm, known)),
+        list(compare_receipts(few, few)),
+        list(compare_with_model(few, llm, [None] * 6)),
+        list(compare_with_model(few, llm, known)),
     ):
         found = figures(pairs)
         assert found["token_agreement"] == 1
