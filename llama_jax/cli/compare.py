@@ -15,6 +15,7 @@ from llama_jax.cli.comparison_plot import plot_pairs
 from llama_jax.cli.console import note
 from llama_jax.cli.files import expand, read_bytes
 from llama_jax.cli.flags import FLAGS
+from llama_jax.cli.keys import read_public_key
 from llama_jax.cli.model import load_model
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.errors import InputError
@@ -112,15 +113,18 @@ def parse_side(text: str) -> Side:
 
 def _pairs(first: Side, second: Side) -> Iterator[Pair]:
     """Yield a pair for each request."""
+    key = read_public_key()
     if first.is_model:
+        if key is not None:
+            raise InputError("--key is given, and no side is a file of receipts; drop it")
         yield from _compare_models(first, second)
     elif second.is_model:
-        receipts = list(read_receipts(first.path))
+        receipts = list(read_receipts(first.path, key))
         bar = tqdm(receipts, unit="run", file=sys.stderr, delay=1)
         yield from compare_with_model(bar, second.load(), [None] * len(receipts))
     else:
         yield from compare_receipts(
-            list(read_receipts(first.path)), list(read_receipts(second.path))
+            list(read_receipts(first.path, key)), list(read_receipts(second.path, key))
         )
 
 

@@ -24,7 +24,7 @@ def define() -> None:
     flags.DEFINE_string(
         "sign_key",
         None,
-        "With --receipt: sign it by this Ed25519 key (PEM), in a DSSE envelope.",
+        "Sign receipts by this Ed25519 key (PEM), in DSSE envelopes. With --receipt, or in serve.",
     )
     flags.DEFINE_string(
         "key",

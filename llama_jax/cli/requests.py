@@ -7,6 +7,7 @@ from llama_jax.card import contract
 from llama_jax.cli.console import note
 from llama_jax.cli.files import read_bytes, read_prompt
 from llama_jax.cli.flags import FLAGS
+from llama_jax.cli.keys import read_public_key
 from llama_jax.cli.refusals import refuse_flags
 from llama_jax.cli.verbs import PARAMETERS, PROMPT
 from llama_jax.engine.parameters import parameter_problems
@@ -35,8 +36,9 @@ def read_request() -> tuple[GenerationRequest, str]:
         raise InputError(f"--output is {FLAGS.output!r:.40}, expected text or json")
     if FLAGS.logprobs is not None and FLAGS.output != "json":
         raise InputError("--logprobs is given without --output=json, which has them; add it")
-    if FLAGS.at is not None and FLAGS.resume is None:
-        raise InputError("--at is given without --resume; add it")
+    for name in ("at", "key"):
+        if FLAGS[name].value is not None and FLAGS.resume is None:
+            raise InputError(f"--{name} is given without --resume; add it")
     if FLAGS.resume is not None:
         return _continuation(FLAGS.resume), ""
     if FLAGS.request is not None:
@@ -70,7 +72,7 @@ def _continuation(path: str) -> GenerationRequest:
     changeable = ("seed", "max_tokens")
     others = [name for name in (*PROMPT, *PARAMETERS) if name not in changeable]
     refuse_flags("--resume", "whose run has prompt and parameters", *others)
-    receipts = list(read_receipts(path))
+    receipts = list(read_receipts(path, read_public_key()))
     if len(receipts) != 1:
         raise InputError(f"--resume={path} has {len(receipts):,} receipts, expected one")
     (receipt,) = receipts

@@ -3,6 +3,7 @@
 import os
 
 from llama_jax.cli.flags import FLAGS
+from llama_jax.cli.keys import read_signer
 from llama_jax.cli.model import load_model
 from llama_jax.errors import InputError
 
@@ -27,6 +28,7 @@ def serve() -> None:
         timeout_s=FLAGS.timeout_s,
         receipts=FLAGS.receipts,
         private_receipts=FLAGS.private,
+        signer=read_signer(),
         max_queue_per_client=FLAGS.max_queue_per_client,
         max_slots_per_client=FLAGS.max_slots_per_client,
         **own_names,

@@ -42,7 +42,7 @@ SERVE = (
     ),
 )
 RECEIPT = ("receipt", "private", "sign_key")
-KEPT_RECEIPTS = ("receipts", "private")
+KEPT_RECEIPTS = ("receipts", "private", "sign_key")
 VERIFY = ("key",)
 REPLAY = ("prefill",)
 RESUME = ("resume", "at")
@@ -84,7 +84,10 @@ VERBS = {
             name="",
             arguments="--prompt=TEXT [flags]",
             summary="Answer one prompt.",
-            takes=(*MODEL, *ESTIMATE, *PROMPT, *SAMPLING, *OUTPUT, *RECEIPT, *RESUME, *GENERAL),
+            takes=(
+                *(*MODEL, *ESTIMATE, *PROMPT, *SAMPLING, *OUTPUT),
+                *(*RECEIPT, *RESUME, *VERIFY, *GENERAL),
+            ),
         ),
         Verb(
             name="chat",
@@ -144,7 +147,7 @@ VERBS = {
             name="compare",
             arguments="A B [flags]",
             summary="Compare receipts or models, draw by draw.",
-            takes=("context", "slots", "verify", "input", "output", *COMPARE, *GENERAL),
+            takes=("context", "slots", "verify", "input", "output", *COMPARE, *VERIFY, *GENERAL),
             refuses_others="whose sides have settings after commas",
         ),
         Verb(

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from llama_jax.engine.result import Result
@@ -24,11 +25,20 @@ class ReceiptStore:
     Args:
         limit: how many runs are kept, the latest that ended; 0: none.
         private: see `Result.receipt`.
+        signer: makes a signed receipt of a receipt; None: they are not signed.
         max_bytes: of memory that they take together, by `size_of`.
     """
 
-    def __init__(self, limit: int, *, private: bool = False, max_bytes: int = MAX_BYTES):
+    def __init__(
+        self,
+        limit: int,
+        *,
+        private: bool = False,
+        signer: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        max_bytes: int = MAX_BYTES,
+    ):
         self.limit, self._private, self._max_bytes = limit, private, max_bytes
+        self._signer = signer
         self.held = 0
         """Bytes of memory that the runs take."""
         self._kept: collections.OrderedDict[str, tuple[Result, int]] = collections.OrderedDict()
@@ -81,8 +91,9 @@ class ReceiptStore:
         return self.make(result)
 
     def make(self, result: Result) -> dict[str, Any]:
-        """Return the receipt of a result, whether or not its run is kept."""
-        return result.receipt(private=self._private)
+        """Return the receipt of a result, whether or not its run is kept, signed if so set."""
+        statement = result.receipt(private=self._private)
+        return statement if self._signer is None else self._signer(statement)
 
     def _refuse(self, receipt_id: str, is_under_way: bool) -> NoReturn:
         if not self.limit:

@@ -45,7 +45,9 @@ class Service:
         on_warm_up: Callable[[int, int], None] = lambda done, total: None,
     ):
         self.llm, self.settings = llm, settings
-        self.receipts = ReceiptStore(settings.receipts, private=settings.private_receipts)
+        self.receipts = ReceiptStore(
+            settings.receipts, private=settings.private_receipts, signer=settings.signer
+        )
         """Of the last answers."""
         if settings.receipts:
             check_digest(llm.engine.environment)

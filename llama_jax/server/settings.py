@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
+from typing import Any
 
 from llama_jax.card import schemas as card
 from llama_jax.errors import InputError, one_line
@@ -35,6 +37,8 @@ class Settings:
     """Runs that are kept for `GET /receipts/{id}`: those of the last answers; 0: none."""
     private_receipts: bool = False
     """Leave prompt and text out of receipts; their digests stay."""
+    signer: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """Signs a receipt, as `receipt.Signer` does; None: they are not signed."""
     warm_up: bool = True
     """Compile before the first request what serves every one; otherwise each at its first use."""
 

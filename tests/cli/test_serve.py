@@ -33,6 +33,7 @@ def test_flags_reach_the_server(cli, monkeypatch, environment, flags, token):
             "max_slots_per_client": 2,
             "receipts": 100,
             "private_receipts": True,
+            "signer": None,
         }
     ]
 
@@ -44,6 +45,7 @@ def test_flags_reach_the_server(cli, monkeypatch, environment, flags, token):
         (["--api_token="], "api_token is empty, expected a secret"),
         (["--port=0", "--max_queue=-1"], "max_queue is -1, expected a whole number from 0"),
         (["--port=0", "--receipts=-1"], "receipts is -1, expected a whole number from 0"),
+        (["--sign_key=none.pem"], "--sign_key=none.pem"),
         (["--timeout_s=0"], "timeout_s is 0.0, expected a positive number"),
     ],
     ids=" ".join,

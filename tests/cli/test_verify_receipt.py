@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from llama_jax import Llama
-from llama_jax.demo import SELFTEST
+from llama_jax.demo import DEMO_CHECKPOINT, SELFTEST
 from tests.helpers import ROOT, signing
 from tests.helpers.commands import PARIS, PARIS_ANSWER, run_py
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_read_exits_2(mistake, path, content, expected):
     assert expected in mistake("verify_receipt", str(path))
 
 
-def test_flags_of_a_model_are_refused(mistake, path):
+def test_flags_without_effect_are_refused(mistake, path, theirs):
     said = mistake("verify_receipt", str(path), "--checkpoint=x")
     assert "--checkpoint is given with verify_receipt, which runs no model; drop it" in said
     assert "--output is 'yaml', expected" in mistake("verify_receipt", str(path), "--output=yaml")
@@ -155,7 +155,9 @@ def test_flags_of_a_model_are_refused(mistake, path):
     said = mistake(PARIS, "--print_prompt_tokens", "--sign_key=x")
     assert "--sign_key is given with --print_prompt_tokens, which runs no model" in said
     said = mistake(PARIS, f"--key={path}")
-    assert "--key is given with a prompt, but belongs to replay and verify_receipt" in said
+    assert "--key is given without --resume; add it" in said
+    said = mistake("compare", str(DEMO_CHECKPOINT), str(DEMO_CHECKPOINT), f"--key={theirs.public}")
+    assert "--key is given, and no side is a file of receipts; drop it" in said
 
 
 def test_neither_a_device_nor_other_processes_are_needed(path, ours):
@@ -208,10 +210,15 @@ def test_a_replay_takes_envelopes_and_verifies_them_first(
     assert f"{path}: not signed" in mistake("replay", str(path), f"--key={theirs.public}")
 
 
-def test_a_signed_run_is_continued(cli, path, ours):
+def test_a_signed_run_is_continued_and_compared(cli, mistake, path, ours, theirs):
     assert cli(*SHORT, *sign(path, ours))[0] == 0
-    status, out, _ = cli(f"--resume={path}", "--max_tokens=20")
-    assert (status, out) == (0, PARIS_ANSWER)
+    for key in ([], [f"--key={ours.public}"]):
+        status, out, _ = cli(f"--resume={path}", "--max_tokens=20", *key)
+        assert (status, out) == (0, PARIS_ANSWER)
+        assert cli("compare", str(path), str(path), *key)[0] == 0
+    for command in ([f"--resume={path}"], ["compare", str(path), str(path)]):
+        said = mistake(*command, f"--key={theirs.public}")
+        assert f"{path}: signed by another key: {ours.key_id}, expected {theirs.key_id}" in said
 
 
 def test_the_examples_of_the_documentation(openssl, tmp_path):

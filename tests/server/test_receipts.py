@@ -17,13 +17,14 @@ from llama_jax.engine.environment import UNKNOWN, Environment
 from llama_jax.engine.generation import Generation
 from llama_jax.engine.request import make_request
 from llama_jax.engine.result import TokenLogprob
-from llama_jax.receipt.reading import read_statement
+from llama_jax.receipt.reading import read_receipts, read_statement
 from llama_jax.replay.replay import replay
 from llama_jax.server.answers import Answers
 from llama_jax.server.errors import ApiError
 from llama_jax.server.receipts import ReceiptStore, size_of
 from llama_jax.server.request_log import RequestLog
 from llama_jax.server.settings import Settings
+from tests.helpers import signing
 from tests.helpers.serving import (
     ANSWER,
     ASKING,
@@ -143,6 +144,20 @@ def test_native_result_has_its_receipt_if_asked(llm, kept):
                 assert client.get(f"/receipts/{receipt.invocation}").json() == statement
             else:
                 assert "start it with --receipts=N" in refusal(client, receipt.invocation)
+
+
+def test_receipts_are_signed(llm, tmp_path):
+    """Those that are kept, and those that come with the answer."""
+    ours, theirs = (signing.Pair(tmp_path, name) for name in ("ours", "theirs"))
+    with serving(llm, receipts=9, signer=ours.signer) as client:
+        response = client.post(RUN, json=BODIES[RUN], headers={"x-receipt": "true"})
+        kept = client.get(f"/receipts/{response.headers['x-receipt-id']}").json()
+    assert response.json()["result"]["receipt"] == kept
+    path = tmp_path / "receipt.json"
+    path.write_text(json.dumps(kept))
+    assert verdicts(llm, *read_receipts(path, ours.verifier)) == ["EXACT"]
+    with pytest.raises(InputError, match=f"signed by another key: {ours.key_id}"):
+        list(read_receipts(path, theirs.verifier))
 
 
 def test_a_header_that_is_neither_true_nor_false_is_refused(client):
