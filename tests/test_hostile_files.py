@@ -10,7 +10,12 @@ from tests.helpers import ROOT
 
 
 @pytest.mark.parametrize(
-    "count", [200, pytest.param(6_000, marks=[pytest.mark.slow, pytest.mark.long])]
+    "count",
+    [
+        200,
+        pytest.param(2_000, marks=pytest.mark.slow),
+        pytest.param(20_000, marks=[pytest.mark.exhaustive, pytest.mark.long]),
+    ],
 )
 def test_hostile_fields_are_one_line_in_time_and_within_memory(count):
     """Of manifests, configs, indexes and headers; or what is read is right."""

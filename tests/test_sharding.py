@@ -54,7 +54,15 @@ def test_a_few_cases_on_eight_devices():
     run_cases("sharded_cases", "-k", "gqa-float16 or holds_its_part")
 
 
+MORE = "test_batch_and_server or (fifty_mixed and float16)"
+
+
 @pytest.mark.slow
+def test_more_cases_on_eight_devices():
+    assert " passed" in run_cases("sharded_cases", "-k", MORE)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.long
 def test_every_case_on_eight_devices(assets):
-    assert " passed" in run_cases("sharded_cases", "-k", "not gqa-float16")
+    assert " passed" in run_cases("sharded_cases", "-k", f"not gqa-float16 and not ({MORE})")

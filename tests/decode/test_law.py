@@ -144,7 +144,7 @@ def is_close_call(row, token):
 
 
 @pytest.mark.parametrize(
-    "count", [200, pytest.param(3000, marks=pytest.mark.slow)], ids="{}_requests".format
+    "count", [200, pytest.param(3000, marks=pytest.mark.exhaustive)], ids="{}_requests".format
 )
 def test_random_requests_are_drawn_as_the_page_says(count):
     """Four tokens of each, one after the other, in batches of mixed parameters."""
@@ -304,7 +304,12 @@ CUTS = [
 
 
 @pytest.mark.parametrize(
-    "vocab_size", [13, *(pytest.param(n, marks=pytest.mark.slow) for n in (2000, 32_000))]
+    "vocab_size",
+    [
+        13,
+        pytest.param(2000, marks=pytest.mark.slow),
+        pytest.param(32_000, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_neighbours_change_no_bit_of_a_row(vocab_size):
     """Alone, and in batches of 3 and 8: tokens, scores, margins and log-probabilities."""

@@ -153,7 +153,7 @@ def loop_instructions(hlo):
                 yield found[2], tuple(int(n) for n in found[1].split(",") if n)
 
 
-@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
 @pytest.mark.parametrize(("dtype", "plan"), CPU_PLANS)
 def test_the_token_loop_copies_and_converts_no_weight_and_no_cache(dtype, plan, batch, request):
     """The compiled program itself: XLA would widen 16-bit weights, and copy bfloat16 caches."""

@@ -584,7 +584,9 @@ OPERATIONS = ["submit"] * 4 + ["step"] * 4
 OPERATIONS += ["cancel", "too long", "scored", "long", "break", "stop"]
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (2, 3))]
+)
 def test_after_any_200_operations_no_slot_and_no_request_is_lost(ex, seed):
     rng = random.Random(seed)
     engine, generations, refused = make(ex, max_queue=9), [], 0

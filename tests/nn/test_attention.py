@@ -53,8 +53,8 @@ def oracle(q, k, v, positions, rows):
     ("batch", "length", "heads", "kv_heads", "width"),
     [
         *[(1, 20, 8, 2, 128), (2, 7, 4, 1, 8), (1, 5, 3, 3, 100)],
-        pytest.param(1, 1, 4, 4, 64, marks=pytest.mark.slow),
-        pytest.param(3, 1, 6, 2, 16, marks=pytest.mark.slow),
+        pytest.param(1, 1, 4, 4, 64, marks=pytest.mark.exhaustive),
+        pytest.param(3, 1, 6, 2, 16, marks=pytest.mark.exhaustive),
     ],
 )
 def test_equals_the_float64_oracle(implementation, dtype, batch, length, heads, kv_heads, width):
@@ -96,11 +96,11 @@ def test_bits_of_bfloat16_are_bfloat16(implementation):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
-    ("kv_heads", "group"), [pytest.param(8, 1, marks=pytest.mark.slow), (2, 4)]
+    ("kv_heads", "group"), [pytest.param(8, 1, marks=pytest.mark.exhaustive), (2, 4)]
 )
 @pytest.mark.parametrize("length", [1, 16])
 @pytest.mark.parametrize(
-    "buckets", [(512, 4096), pytest.param((1024, 2048), marks=pytest.mark.slow)]
+    "buckets", [(512, 4096), pytest.param((1024, 2048), marks=pytest.mark.exhaustive)]
 )
 def test_bits_do_not_depend_on_the_bucket(
     exact_implementation, dtype, kv_heads, group, length, buckets
