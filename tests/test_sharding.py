@@ -54,7 +54,7 @@ def test_a_few_cases_on_eight_devices():
     run_cases("sharded_cases", "-k", "gqa-float16 or holds_its_part")
 
 
-MORE = "test_batch_and_server or (fifty_mixed and float16)"
+MORE = "test_batch_and_server"
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ Small shapes by default. The slow tests hold what docs/deploy.md and docs/scalin
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -23,12 +22,6 @@ from tests.helpers import ROOT
 IN_ONE_SUM = "--xla_gpu_experimental_force_split_k=1"
 """Without a card to time them on, XLA cuts the inner dimension of a GPU's products into parts, and
 writes a float32 sum of each. This flag is to have it write none."""
-
-
-slow, exhaustive = (
-    functools.partial(pytest.param, marks=mark)
-    for mark in (pytest.mark.slow, pytest.mark.exhaustive)
-)
 
 
 @pytest.fixture
@@ -74,14 +67,10 @@ def test_a_small_model(compiled, chip):
         assert prefill["temp_bytes"] < 10e6
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("chip", "xla_flags"),
-    [
-        slow("v5e", ""),
-        exhaustive("v5p", ""),
-        exhaustive("v6e", ""),
-        slow("h100", IN_ONE_SUM),
-    ],
+    [("v5e", ""), ("v5p", ""), ("v6e", ""), ("h100", IN_ONE_SUM)],
 )
 def test_7b(compiled, chip, xla_flags):
     """With a context of 4,096. Eight slots of it do not fit a v5e: of these it gets four layers."""
@@ -134,16 +123,17 @@ def test_a_small_model_on_four_devices(compiled, chip, batches):
         assert found["conditionals"] == 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("shape", "target", "devices", "bounds", "programs"),
     [
-        slow("70b", "v5e:4x4", 16, (1.02, 1.02), "decode"),
-        exhaustive("70b", "v6e:2x4", 8, (1.02, 1.02), "decode,prefill"),
+        ("70b", "v5e:4x4", 16, (1.02, 1.02), "decode"),
+        ("70b", "v6e:2x4", 8, (1.02, 1.02), "decode,prefill"),
         # Of 70B's cache a GPU reads less than it writes of scores and of values of blocks: eight
         # queries share a key.
-        exhaustive("70b", "h100", 4, (1.03, 1.07), "decode,prefill"),
-        exhaustive("13b", "h100", 2, (1.03, 1.04), "decode"),
-        slow("13b", "h100", 4, (1.04, 1.05), "decode"),
+        ("70b", "h100", 4, (1.03, 1.07), "decode,prefill"),
+        ("13b", "h100", 2, (1.03, 1.04), "decode"),
+        ("13b", "h100", 4, (1.04, 1.05), "decode"),
     ],
 )
 def test_a_large_model_on_several_devices(compiled, shape, target, devices, bounds, programs):

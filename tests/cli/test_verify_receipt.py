@@ -156,7 +156,8 @@ def test_flags_without_effect_are_refused(mistake, path, theirs):
     assert "--sign_key is given with --print_prompt_tokens, which runs no model" in said
     said = mistake(PARIS, f"--key={path}")
     assert "--key is given without --resume; add it" in said
-    said = mistake("compare", str(DEMO_CHECKPOINT), str(DEMO_CHECKPOINT), f"--key={theirs.public}")
+    sides = str(DEMO_CHECKPOINT), str(DEMO_CHECKPOINT)
+    said = mistake("compare", *sides, "--input=x", f"--key={theirs.public}")
     assert "--key is given, and no side is a file of receipts; drop it" in said
 
 

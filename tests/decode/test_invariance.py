@@ -27,7 +27,7 @@ CONFIG = dataclasses.replace(SMALL, vocab_size=500, dim=128, ffn_dim=352, num_la
 slow = pytest.mark.slow
 EVERY_PLAN = [
     pytest.param("float32", 2**40, marks=slow),
-    pytest.param("float16", 2**40, marks=slow),
+    pytest.param("float16", 2**40, marks=pytest.mark.exhaustive),
     pytest.param("float16", 0, marks=slow),  # too little memory for float32 weights
     ("bfloat16", 2**40),
 ]

@@ -50,8 +50,10 @@ def without_times(rows):
     return rows
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(
+    "devices",
+    [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.exhaustive)],
+)
 def test_a_batch_gives_what_one_process_gives(tmp_path, devices):
     """Tokens, log-probabilities of answers and prompts, errors, and the fingerprint."""
     given = tmp_path / "in.jsonl"
@@ -105,8 +107,10 @@ class Served:
         return stream
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    "victim",
+    [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.exhaustive)],
+)
 def test_a_lost_process_ends_all_by_one_line(victim):
     """In the midst of an answer."""
     with served() as server:
@@ -190,7 +194,7 @@ def test_a_mistake_ends_all_by_one_line():
     assert (second, others) == (2, ["", ""])
 
 
-@pytest.mark.parametrize("process", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("process", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_who_finds_nobody_says_so_in_time(process):
     timeout = "--initialization_timeout_s=1"
     done = run_py(PARIS, timeout, *launch(process, 2, free_port()))

@@ -23,7 +23,7 @@ def test_a_runner_up_that_one_side_alone_cuts_is_rounding():
     assert found is Judgement.ANOTHER_SAMPLER
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_without_the_kernels_the_tokens_are_the_same_or_a_tie():
     command = [sys.executable, "-m", "tools.replay_elsewhere", "--dtypes=float16", "--requests=24"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
