@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from llama_jax.decode.plan import choose_plan
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.environment import describe
 from llama_jax.engine.queue import check_max_queue
-from llama_jax.engine.request import GenerationRequest, check_tokens, make_request
+from llama_jax.engine.request import GenerationRequest, Request, check_tokens, make_request
 from llama_jax.engine.result import Result
 from llama_jax.engine.score import Score, ScoreRequest, Text, make_score_request
 from llama_jax.engine.stream import Stream, finish_in_order
@@ -31,9 +31,6 @@ from llama_jax.source import find_checkpoint
 from llama_jax.text.tokenizer import Tokenizer, check_vocabulary
 from llama_jax.weights.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
 from llama_jax.weights.dtypes import choose_dtype
-
-Request = Mapping[str, Any] | GenerationRequest
-"""The arguments of `Llama.generate`, or what `make_request` makes of them."""
 
 
 class Llama:

@@ -172,13 +172,12 @@ class Engine:
 
     def _enqueue(self, generation: Generation, share: int | None) -> None:
         """Put a generation into the queue, if there is room for it."""
-        client = generation.client
         with self._submit_lock:
             if self._failed is not None:
                 raise EngineFailedError(*self._failed.args)
-            if not self.has_room(client):
+            if not self.has_room(generation.client):
                 raise QueueFullError(f"{self.queued} requests wait already; try again later")
-            own, free = self._queue.count(client), self.executor.batch - self.running
+            own, free = self._queue.count(generation.client), self.executor.batch - self.running
             if share is not None and own >= share + free:
                 raise ClientShareError(
                     f"{own} requests of this client wait already; try again later"

@@ -62,8 +62,8 @@ def describe(checkpoint: Checkpoint, executor: Executor) -> Environment:
     bits of a logit can depend on them.
     """
     plan, mesh = executor.plan, dict(executor.mesh.shape)
-    # Of a GPU or TPU it is promised, and not measured yet.
     on_cpu = executor.device.platform == "cpu"
+    # Of a GPU or TPU it is promised, and not measured yet.
     is_known = plan.slots_invariant and on_cpu
     # XLA compiles for the CPU that it finds, whose kind is "cpu", whatever it is.
     is_xla_on_cpu = on_cpu and not plan.batch_invariant

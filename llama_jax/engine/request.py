@@ -84,6 +84,10 @@ class GenerationRequest:
         return bos + tokenizer.encode(self.raw_prompt)
 
 
+Request = Mapping[str, Any] | GenerationRequest
+"""The arguments of `Llama.generate`, or what `make_request` makes of them."""
+
+
 def make_request(
     *,
     prompt: str | None = None,
