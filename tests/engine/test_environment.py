@@ -82,15 +82,24 @@ def test_another_for_each_part(demo, llm, now, tmp_path, tokenizer, monkeypatch)
         "__version__": "0",
         "code_digest": lambda package: "other",
         "instruction_set": lambda: "other",
-        "vector_instructions": lambda: ["other"],
     }.items():
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             others.append(now())
-    # The kernels are compiled for one set of instructions; else XLA compiles for what the CPU has.
-    del others[-1 if llm.executor.plan.batch_invariant else -2]
+    if not llm.executor.plan.batch_invariant:
+        others.pop()  # the instruction set is XLA's
     assert len({plain, *others}) == 1 + len(others)
     assert now() == plain
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs alone")
+def test_another_for_other_instructions_where_xla_compiles_for_them(demo, monkeypatch):
+    monkeypatch.setattr("llama_jax.decode.plan.has_kernels", lambda: False)
+    executor = Llama(demo).executor
+    plain = describe(demo, executor).fingerprint
+    assert describe(demo, executor).fingerprint == plain
+    monkeypatch.setattr(module, "vector_instructions", lambda: ["other"])
+    assert describe(demo, executor).fingerprint != plain
 
 
 @pytest.mark.parametrize("name", DECIDING)
