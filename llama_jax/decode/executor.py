@@ -35,7 +35,7 @@ from llama_jax.decode.state_programs import (
     Release,
     empty_admission,
 )
-from llama_jax.decode.steps import Logprobs, ReadChunk, StepOutputs
+from llama_jax.decode.steps import Logprobs, ReadChunk, StepOutputs, with_infinities
 from llama_jax.decode.texts import CheckedDraws, Law
 from llama_jax.jax_settings import pinned_settings, to_host
 from llama_jax.nn.sharding import ONE_DEVICE, make_mesh, place, replicas_of, shards_of
@@ -208,7 +208,8 @@ class Executor:
             cache, checked = self.call(program, self.params, *values)
             parts.append(jax.tree.map(to_host, checked))
         drawn = slice(num_prompt - 1, len(tokens) - 1)
-        return jax.tree.map(lambda *rows: np.concatenate(rows)[drawn], *parts)
+        ids, *measured = (np.concatenate(rows)[drawn] for rows in zip(*parts, strict=True))
+        return CheckedDraws(ids, *map(with_infinities, measured))
 
     def warm_up(self) -> Iterator[tuple[int, int]]:
         """Compile programs that serve every request; yield (done, total) after each.

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from llama_jax.decode import sampling
 from llama_jax.decode.needs import Needs
-from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE, TOP_LOGPROBS, Sampled
+from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE, TOP_LOGPROBS, AnyArray, Sampled
 from llama_jax.decode.state import DecodeState, gather_rows, scatter_rows
 from llama_jax.decode.sums import log_softmax
 from llama_jax.nn.transformer import Params, Transformer, forward
@@ -34,6 +35,9 @@ class Logprobs(NamedTuple):
 MEASURES = ("logprob", "margin", "top_k_margin", "top_p_margin", "min_p_margin")
 """What is recorded of each draw: `Logprobs.chosen`, `Sampled.margin` and `CutMargins`."""
 
+_LARGEST = np.finfo(np.float32).max
+"""For infinity in what a program returns, where `jax_debug_infs` admits none."""
+
 
 class StepOutputs(NamedTuple):
     """What some steps generated, one column for each slot computed."""
@@ -42,7 +46,8 @@ class StepOutputs(NamedTuple):
     """Including the stop token; NO_TOKEN where a slot was done, NOT_FINITE where its request must
     end by an error."""
     measures: Float[Array, "*T n 5"]
-    """MEASURES of the tokens: one array, which is copied to the host at once."""
+    """MEASURES of the tokens, in one array, which is copied to the host at once; to be read by
+    `with_infinities`."""
     logprobs: Logprobs | None
     """None where they are not needed."""
 
@@ -251,8 +256,19 @@ def _emit(
 def measures_of(
     logits: Float[Array, "B V"], tokens: Int[Array, "B"], drawn: Sampled
 ) -> Float[Array, "B 5"]:
-    """Return MEASURES of a token in each row."""
-    return jnp.stack([_of(tokens, log_softmax(logits)), drawn.margin, *drawn.cuts], axis=-1)
+    """Return MEASURES of a token in each row, to be read by `with_infinities`."""
+    measures = [_of(tokens, log_softmax(logits)), drawn.margin, *drawn.cuts]
+    return without_infinities(jnp.stack(measures, axis=-1))
+
+
+def without_infinities(values: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """Return values with the largest float32 for infinity."""
+    return jnp.minimum(values, _LARGEST)
+
+
+def with_infinities(values: AnyArray) -> AnyArray:
+    """Return a NumPy array with infinity again for the largest float32."""
+    return np.where(values == _LARGEST, np.float32(np.inf), values)
 
 
 def _of(tokens: Int[Array, "B"], values: Float[Array, "B V"]) -> Float[Array, "B"]:

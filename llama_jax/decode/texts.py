@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llama_jax.decode import sampling
 from llama_jax.decode.needs import Needs
 from llama_jax.decode.sampling import AnyArray, SamplingParams
-from llama_jax.decode.steps import measures_of
+from llama_jax.decode.steps import measures_of, without_infinities
 from llama_jax.nn import cache as kv
 from llama_jax.nn.transformer import Params, Transformer, forward
 
@@ -30,11 +30,11 @@ class CheckedDraws(NamedTuple):
     Rows before the prompt's last token mean nothing.
     """
 
-    tokens: Int[Array, "T"]
+    tokens: Int[AnyArray, "T"]
     """That the law draws; NOT_FINITE where there is nothing to draw."""
-    measures: Float[Array, "T 5"]
+    measures: Float[AnyArray, "T 5"]
     """`steps.MEASURES`: the log-probability is that of the token that follows in the text."""
-    deficits: Float[Array, "T"]
+    deficits: Float[AnyArray, "T"]
     """The best score less that of the token that follows, 0 where they are one; infinity where a
     filter cuts it."""
 
@@ -105,4 +105,4 @@ def check_draws(
     best = jnp.max(drawn.scores, axis=-1)
     own = jnp.take_along_axis(drawn.scores, following[:, None], axis=-1)[:, 0]
     measures = measures_of(logits, following, drawn)
-    return cache, CheckedDraws(drawn.tokens, measures, best - own)
+    return cache, CheckedDraws(drawn.tokens, measures, without_infinities(best - own))

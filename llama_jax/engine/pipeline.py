@@ -10,7 +10,7 @@ from llama_jax.decode.executor import Executor
 from llama_jax.decode.needs import together
 from llama_jax.decode.sampling import AnyArray
 from llama_jax.decode.state import Admission, DecodeState
-from llama_jax.decode.steps import MEASURES, Logprobs, StepOutputs
+from llama_jax.decode.steps import MEASURES, Logprobs, StepOutputs, with_infinities
 from llama_jax.engine.generation import Generation
 from llama_jax.engine.slots import Slot
 from llama_jax.jax_settings import copy_to_host_async, to_host
@@ -137,7 +137,8 @@ class Pipeline:
     def receive(self) -> InFlight:
         """Wait for the oldest results in flight; return them with what was drawn on the host."""
         oldest = self._in_flight.popleft()
-        oldest.tokens, oldest.measures = to_host(oldest.tokens), to_host(oldest.measures)
+        oldest.tokens = to_host(oldest.tokens)
+        oldest.measures = with_infinities(to_host(oldest.measures))
         return oldest
 
     def _send(
