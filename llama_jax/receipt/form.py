@@ -5,6 +5,7 @@ from typing import Any
 from llama_jax.engine.draw import Draw
 from llama_jax.engine.parameters import SCHEMAS
 from llama_jax.provenance.statement import BUILD_TYPE, PROVENANCE_TYPE, STATEMENT_TYPE
+from llama_jax.receipt.envelope import PAYLOAD_TYPE
 
 _SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _DIGEST = {
@@ -15,6 +16,7 @@ _DIGEST = {
 }
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
 _FLOATS = {"type": "array", "items": {"type": "string", "maxLength": 40}}
+_BASE64 = {"type": "string", "contentEncoding": "base64"}
 _SEED = {"type": "string", "pattern": "^[0-9]{1,20}$"}
 
 
@@ -105,3 +107,16 @@ STATEMENT = _object(
     }
 )
 """Of the whole statement."""
+
+ENVELOPE = _object(
+    {
+        "payload": _BASE64,
+        "payloadType": {"const": PAYLOAD_TYPE},
+        "signatures": {
+            "type": "array",
+            "items": _object({"keyid": {"type": "string"}, "sig": _BASE64}),
+            "minItems": 1,
+        },
+    }
+)
+"""Of a signed statement, which is the payload."""

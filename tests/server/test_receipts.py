@@ -448,30 +448,23 @@ def test_a_number_of_receipts_out_of_range_is_refused(count):
 # Its description, and its metrics.
 
 
-def test_receipts_are_as_described(client):
-    document = client.get("/openapi.json").json()
-    response = client.post(RUN, json=BODIES[RUN], headers={"x-receipt": "true"})
-    receipt_id = response.headers["x-receipt-id"]
+@pytest.mark.parametrize("signed", [False, True])
+def test_receipts_are_as_described(llm, tmp_path, signed):
+    signer = signing.Pair(tmp_path, "ours").signer if signed else None
+    with serving(llm, receipts=9, signer=signer) as client:
+        document = client.get("/openapi.json").json()
+        response = client.post(RUN, json=BODIES[RUN], headers={"x-receipt": "true"})
+        fetched = client.get(f"/receipts/{response.headers['x-receipt-id']}")
+        missing = client.get("/receipts/x")
+    assert ("payload" in fetched.json()) == signed
     native = "/client/v4/accounts/{account}/ai/run/{model}"
     for answer, method, path in (
         (response, "post", native),
-        (client.get(f"/receipts/{receipt_id}"), "get", "/receipts/{receipt_id}"),
-        (client.get("/receipts/x"), "get", "/receipts/{receipt_id}"),
+        (fetched, "get", "/receipts/{receipt_id}"),
+        (missing, "get", "/receipts/{receipt_id}"),
     ):
         described = document["paths"][path][method]["responses"][str(answer.status_code)]
         schema = described["content"]["application/json"]["schema"]
         schema |= {"components": document["components"]}
         assert Draft202012Validator(schema).is_valid(answer.json())
         assert not Draft202012Validator(schema).is_valid({})
-    parameters = document["paths"][native]["post"]["parameters"]
-    assert {"X-Receipt"} == {each["name"] for each in parameters if each["in"] == "header"}
-    assert "x-receipt-id" in document["paths"][CHAT]["post"]["responses"]["200"]["headers"]
-
-
-def test_metrics_count_receipts(client):
-    for _ in range(2):
-        client.post(RUN, json=BODIES[RUN])
-    text, receipts = client.get("/metrics").text, client.app.state.service.receipts
-    assert re.search(r"^llama_jax_num_receipts 2\.0$", text, re.M)
-    [held] = re.findall(r"^llama_jax_receipt_bytes (\S+)$", text, re.M)
-    assert float(held) == receipts.held > 0

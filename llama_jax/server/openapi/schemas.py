@@ -13,7 +13,7 @@ from pydantic_core import core_schema
 
 from llama_jax.card import schemas as card
 from llama_jax.engine.parameters import SCHEMAS
-from llama_jax.receipt.form import STATEMENT
+from llama_jax.receipt.form import ENVELOPE, STATEMENT
 from llama_jax.server.openai import types as openai
 from llama_jax.server.openai.parameters import PARAMETERS, REFUSED
 from llama_jax.server.openai.requests import ChatRequest, CompletionRequest
@@ -68,7 +68,10 @@ def schemas(models: Sequence[str]) -> dict[str, Schema]:
         by_name[name]["properties"] |= _parameters()
     by_name["RunResult"]["properties"]["receipt"] = {"$ref": "#/components/schemas/Receipt"}
     request = parse_json(card.INPUT_SCHEMA, "card/input.json")
-    return {"RunRequest": request, "Receipt": STATEMENT, **by_name}
+    forms = ("Statement", "Envelope")  # a signed receipt is an envelope
+    receipt = {"anyOf": [{"$ref": f"#/components/schemas/{form}"} for form in forms]}
+    receipts = {"Receipt": receipt, "Statement": STATEMENT, "Envelope": ENVELOPE}
+    return {"RunRequest": request, **receipts, **by_name}
 
 
 def _parameters() -> Schema:
