@@ -106,35 +106,44 @@ def printed_plain():
     return printed("never")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize(
-    "setting",
-    [
+OF_THE_PROCESS = {
+    "arithmetic": (
         "jax_enable_x64=True",
         "jax_numpy_dtype_promotion='strict'",
         "jax_numpy_rank_promotion='raise'",
         "jax_default_matmul_precision='highest'",
-        "jax_default_matmul_precision='tensorfloat32'",
-        "jax_debug_nans=True",
-        "jax_debug_infs=True",
-        "jax_disable_jit=True",
-        "jax_check_tracer_leaks=True",
-        "jax_transfer_guard='disallow'",
-        "jax_transfer_guard='log'",
-        "jax_default_device='cpu'",
-        "jax_default_device=jax.devices()[0]",
         "jax_threefry_partitionable=False",
         "jax_default_prng_impl='rbg'",
-        "jax_default_prng_impl='unsafe_rbg'",
         "jax_softmax_custom_jvp=True",
+    ),
+    "no jit": (
+        "jax_disable_jit=True",
+        "jax_default_matmul_precision='tensorfloat32'",
+        "jax_default_prng_impl='unsafe_rbg'",
+    ),
+    "checks": (
+        "jax_debug_nans=True",
+        "jax_debug_infs=True",
+        "jax_check_tracer_leaks=True",
+        "jax_transfer_guard='disallow'",
+        "jax_default_device='cpu'",
+    ),
+    "logs": (
+        "jax_transfer_guard='log'",
         "jax_log_compiles=True",
         "jax_explain_cache_misses=True",
         "jax_array_garbage_collection_guard='log'",
-    ],
-)
-def test_a_setting_of_the_process_changes_nothing(when, setting, printed_plain):
-    assert printed(when, setting) == printed_plain
+        "jax_default_device=jax.devices()[0]",
+    ),
+}
+"""Each set goes into one process, which takes several seconds."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("settings", OF_THE_PROCESS.values(), ids=OF_THE_PROCESS.keys())
+def test_settings_of_the_process_change_nothing(when, settings, printed_plain):
+    assert printed(when, *settings) == printed_plain
 
 
 @pytest.mark.slow
