@@ -10,7 +10,7 @@ from tests.helpers import ROOT
 
 PACKAGE = ROOT / "llama_jax"
 ORDER = [
-    {"errors", "version", "demo", "regular_file", "user_cache"},
+    {"errors", "version", "demo", "progress", "regular_file", "user_cache"},
     {"jax_settings", "strict_json"},
     {"config", "text"},
     {"nn"},
@@ -86,6 +86,9 @@ def test_outside_dependencies_are_imported_in_their_modules_only():
         "rfc8785": {"canonical"},
         "cryptography": {"keys"},
         "securesystemslib": {"keys"},
+        "tqdm": {"progress", "serve"},
+        "prompt_toolkit": {"reader"},
+        "rich": {"console"},
         "torch": set(),
         "transformers": set(),
         "convert": {"source"},  # in a function; see below
@@ -107,7 +110,10 @@ def test_the_converters_are_imported_on_demand_only():
         and any(isinstance(n, ast.ImportFrom) and n.module == "convert" for n in ast.walk(node))
     ]
     assert user.name == "_converted"
-    code = "import sys, llama_jax.cli.main; sys.exit('convert' in sys.modules)"
+    code = (
+        "import sys, llama_jax.cli.main;"
+        "sys.exit(bool({'convert', 'prompt_toolkit'} & sys.modules.keys()))"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -52,9 +54,29 @@ def writing_stdout() -> Iterator[None]:
             sys.exit(2)
 
 
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show a text with a spinner on stderr meanwhile, in a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console  # a tenth of a second, which only terminals need
+
+    with Console(stderr=True).status(text, spinner="dots"):
+        yield
+
+
 def note(text: str) -> None:
     """Print a line to stderr: stdout is for the generated text."""
     print(text, file=sys.stderr, flush=True)
+
+
+def indented_json(value: Any) -> str:
+    """Return JSON for a person to read: each list of numbers is one line."""
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    # No line break of the text is within a string.
+    numbers = re.compile(r"\[\n\s+([^\[\]{}\"]+)\n\s+\]")
+    return numbers.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
 
 
 def summary(llm: Llama, result: Result, repeat: str) -> str:

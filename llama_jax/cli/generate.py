@@ -1,8 +1,6 @@
 """No verb: answer one request."""
 
-import json
-
-from llama_jax.cli.console import note, summary
+from llama_jax.cli.console import indented_json, note, summary
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.model import checkpoint_path, load_model
 from llama_jax.cli.receipts import open_receipts
@@ -27,7 +25,7 @@ def generate() -> None:
         _print_prompt_tokens(request)
         return
     with open_receipts() as receipts:
-        llm = load_model()
+        llm = load_model(requests=[request])
         result = _answer(llm, request)
         if receipts is not None:
             receipts.append(result)
@@ -43,7 +41,7 @@ def _answer(llm: Llama, request: GenerationRequest) -> Result:
             print(piece, end="", flush=True)
     result = stream.result
     if FLAGS.output == "json":
-        print(json.dumps(result.to_dict(), ensure_ascii=False, indent=2))
+        print(indented_json(result.to_dict()))
     elif FLAGS.stream:
         print()
     else:

@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,12 +13,14 @@ from llama_jax.cli.processes import leader
 from llama_jax.cli.requests import parse_tokens
 from llama_jax.decode.compile_cache import use_compile_cache
 from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.engine.request import GenerationRequest
 from llama_jax.errors import InputError
 from llama_jax.hosts.leader import Leader
 from llama_jax.llama import Llama
 from llama_jax.source import default_checkpoint, find_checkpoint
 from llama_jax.weights.processes import OtherProcessError
 from llama_jax.weights.quiet import orbax_muted
+from llama_jax.weights.stored_tokenizer import load_tokenizer
 
 
 def checkpoint_path() -> pathlib.Path:
@@ -47,12 +49,19 @@ def parse_slots(usual: int) -> int:
     return usual * max(1, FLAGS.replicas) if FLAGS.slots is None else FLAGS.slots
 
 
-def load_model(slots: int = 1, *, checkpoint: pathlib.Path | None = None, **instead: Any) -> Llama:
+def load_model(
+    slots: int = 1,
+    *,
+    checkpoint: pathlib.Path | None = None,
+    requests: Sequence[GenerationRequest] = (),
+    **instead: Any,
+) -> Llama:
     """Load the checkpoint, in all processes.
 
     Args:
         slots: of each replica, unless --slots is given.
         checkpoint: None: what the flags or the environment name.
+        requests: whose prompts are encoded before the weights are read, which may take a minute.
         **instead: arguments of `Llama.load`, in place of those that the flags give.
     """
     if warning := use_compile_cache():
@@ -67,26 +76,31 @@ def load_model(slots: int = 1, *, checkpoint: pathlib.Path | None = None, **inst
         "eos_tokens": FLAGS.eos_tokens and parse_tokens("eos_tokens", FLAGS.eos_tokens),
         "verify": FLAGS.verify,
     } | instead
-    progress = sys.stderr.isatty()
     with contextlib.nullcontext() if FLAGS.debug else orbax_muted():
         path = find_checkpoint(
             checkpoint or checkpoint_path(),
             arguments["dtype"],
             convert=FLAGS.convert,
-            progress=progress,
+            progress=True,
         )
+        _check_prompts(path, requests)
         if (others := leader()) is None:
-            return Llama.load(path, **arguments, progress=progress)
-        return _load_in_all(others, path.absolute(), arguments, progress)
+            return Llama.load(path, **arguments, progress=True)
+        return _load_in_all(others, path.absolute(), arguments)
 
 
-def _load_in_all(
-    others: Leader, path: pathlib.Path, arguments: dict[str, Any], progress: bool
-) -> Llama:
+def _check_prompts(path: pathlib.Path, requests: Sequence[GenerationRequest]) -> None:
+    if requests:
+        tokenizer, vocab_size = load_tokenizer(path)
+        for request in requests:
+            request.encode(tokenizer, vocab_size)
+
+
+def _load_in_all(others: Leader, path: pathlib.Path, arguments: dict[str, Any]) -> Llama:
     """Load a checkpoint in this process and the others; the one that cannot says why."""
     others.load(path=path, **arguments)
     try:
-        llm = Llama.load(path, **arguments, progress=progress, lockstep=others)
+        llm = Llama.load(path, **arguments, progress=True, lockstep=others)
     except Exception as error:
         if isinstance(error, OtherProcessError) or not isinstance(error, InputError):
             others.fail(error)

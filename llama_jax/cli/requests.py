@@ -50,6 +50,11 @@ def read_request() -> tuple[GenerationRequest, str]:
         request["messages"] = _read_messages(FLAGS.messages)
     if FLAGS.prompt_tokens is not None:
         request["prompt_tokens"] = parse_tokens("prompt_tokens", FLAGS.prompt_tokens)
+    if not {"messages", "prompt_tokens"} & request.keys() and request["prompt"] is None:
+        raise InputError(
+            "no prompt given, expected --prompt=TEXT, --prompt_file=FILE, --messages=FILE or "
+            "--prompt_tokens=ID,...; or talk to the model with the verb chat; see --help"
+        )
     if FLAGS.output == "json" and FLAGS["stream"].present and FLAGS.stream:
         raise InputError("--stream is given with --output=json, which is printed whole; drop one")
     return make_request(**request), "--seed={}" if FLAGS.seed is None else ""

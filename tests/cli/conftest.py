@@ -12,6 +12,8 @@ from llama_jax.cli import flags
 from llama_jax.cli.main import main, parse_flags
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.source import CHECKPOINT_VARIABLE
+from llama_jax.weights.checkpoint import load_checkpoint, save_checkpoint
+from llama_jax.weights.shards import tensors
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +29,15 @@ def _flags():
 @pytest.fixture(scope="session")
 def demo():
     return Llama.load(DEMO_CHECKPOINT)
+
+
+@pytest.fixture(scope="session")
+def bare_checkpoint(tmp_path_factory):
+    """The demo model's checkpoint, without its tokenizer."""
+    demo = load_checkpoint(DEMO_CHECKPOINT)
+    folder = tmp_path_factory.mktemp("bare") / "checkpoint"
+    save_checkpoint(folder, tensors(demo.params), demo.config)
+    return folder
 
 
 @pytest.fixture

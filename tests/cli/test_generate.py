@@ -7,12 +7,11 @@ import re
 import pytest
 
 from llama_jax import Llama, Result
+from llama_jax.cli.console import indented_json
 from llama_jax.cli.verbs import PARAMETERS
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.source import CHECKPOINT_VARIABLE
 from llama_jax.text.chat import encode_dialog
-from llama_jax.weights import checkpoint
-from llama_jax.weights.shards import tensors
 from tests.helpers import ROOT
 from tests.helpers.commands import PARIS, PARIS_ANSWER, run_py
 
@@ -71,6 +70,14 @@ def test_json_has_the_whole_result_and_every_parameter_reaches_the_model(cli, de
     assert [len(entry["top"]) for entry in result["logprobs"]] == [2] * 30
 
 
+def test_json_has_a_list_of_numbers_on_one_line(cli, demo):
+    out = cli("--prompt=[\n1,\n2\n]", "--output=json", "--seed=1", "--logprobs=1")[1]
+    result = json.loads(out)
+    assert f'"tokens": [{", ".join(map(str, result["tokens"]))}],' in out
+    assert out == indented_json(result) + "\n"
+    assert out.count("\n") < 15 * len(result["tokens"])
+
+
 def test_prompt_tokens_are_printed_without_the_weights(cli, demo, monkeypatch):
     monkeypatch.setattr(Llama, "load", None)
     status, out, err = cli("--prompt=Hi", "--system=Be brief.", "--print_prompt_tokens")
@@ -80,15 +87,12 @@ def test_prompt_tokens_are_printed_without_the_weights(cli, demo, monkeypatch):
     assert "▁[ INST ]" in err
 
 
-def test_without_a_tokenizer_ids_are_printed(cli, tmp_path):
-    demo = checkpoint.load_checkpoint(DEMO_CHECKPOINT)
-    checkpoint.save_checkpoint(tmp_path / "bare", tensors(demo.params), demo.config)
-    bare = f"--checkpoint={tmp_path / 'bare'}"
+def test_without_a_tokenizer_ids_are_printed(cli, bare_checkpoint):
+    bare = f"--checkpoint={bare_checkpoint}"
     arguments = [bare, "--prompt_tokens=1,5", "--seed=1", "--max_tokens=3", "--ignore_eos"]
     whole = cli(*arguments, "--nostream")[1]
     assert len(whole.split(",")) == 3
     assert cli(*arguments)[1] == whole
-    assert "no tokenizer.model" in cli(bare, "--prompt=a")[2]
 
 
 def test_the_environment_names_a_checkpoint_and_the_flag_comes_first(cli, monkeypatch, tmp_path):

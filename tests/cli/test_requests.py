@@ -151,7 +151,8 @@ def test_a_request_to_stream_that_is_not_met_is_named(cli, flags, whole):
 @pytest.mark.parametrize(
     ("arguments", "stdin", "expected"),
     [
-        ([], "", "no prompt given, expected one of prompt, messages and prompt_tokens"),
+        ([], "", "no prompt given, expected --prompt=TEXT, "),
+        ([], "", "or talk to the model with the verb chat; see --help"),
         (["--prompt=a", "--messages=-"], "[]", "prompt, messages are given together"),
         (["--prompt=a", "--raw", "--system=s"], "", "system is given with raw"),
         (["--prompt=a", "--parse_control"], "", "parse_control is given without raw"),
