@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from convert import adapter, huggingface, meta, published, source, vocabulary
 from convert.console import report
 from convert.vocabulary import Vocabulary
 from llama_jax.errors import InputError
+from llama_jax.progress import progress_bar
 from llama_jax.text.tokenizer import EOS_ID, Tokenizer
 from llama_jax.weights.atomic_directory import check_absent, partial_folder
 from llama_jax.weights.checkpoint import save_checkpoint
@@ -196,9 +196,7 @@ def _with_progress(
     params: Iterable[Tensor], total: int, count: int, rounding: Counter[str], progress: bool
 ) -> Iterator[Tensor]:
     """Pass tensors on; show the progress and add up how their values changed."""
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="converting", disable=not progress
-    ) as bar:
+    with progress_bar(total=total, unit="B", label="converting", shown=progress) as bar:
         numbers = itertools.count(1)  # enumerate would hold on to the tensor
         for tensor in params:
             bar.set_postfix_str(f"{next(numbers)}/{count} {tensor.path}", refresh=False)

@@ -4,12 +4,11 @@ import hashlib
 import pathlib
 from collections.abc import Callable
 
-from tqdm import tqdm
-
 from convert.corruption import abbreviate, corrupted
 from convert.hf_files import is_file_name
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError
+from llama_jax.progress import progress_bar
 from llama_jax.regular_file import open_regular, read_regular
 
 _PRESETS = pathlib.Path(__file__).with_name("configs")  # in a checkout a link to ../configs
@@ -50,9 +49,7 @@ def check_list(path: pathlib.Path, *, progress: bool = False) -> int:
     problems = [f"{name} is missing" for name, file in files.items() if not file.exists()]
     there = {name: file for name, file in files.items() if file.exists()}
     total = sum(file.stat().st_size for file in there.values())
-    with tqdm(
-        total=total, desc="checking", unit="B", unit_scale=True, delay=1, disable=not progress
-    ) as bar:
+    with progress_bar(total=total, unit="B", label="checking", shown=progress) as bar:
         for name, file in there.items():
             bar.set_postfix_str(name, refresh=False)
             if _md5(file, bar.update) != sums[name]:

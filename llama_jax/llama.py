@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.typing import DTypeLike
-from tqdm import tqdm
 
 from llama_jax.config import check_sizes
 from llama_jax.decode.executor import Executor
@@ -27,6 +26,7 @@ from llama_jax.engine.score import Score, ScoreRequest, Text, make_score_request
 from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
 from llama_jax.nn.sharding import check_replicas, find_mesh, replicas_of
+from llama_jax.progress import progress_bar, say
 from llama_jax.source import find_checkpoint
 from llama_jax.text.tokenizer import Tokenizer, check_vocabulary
 from llama_jax.weights.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
@@ -133,7 +133,7 @@ class Llama:
             convert: take Hugging Face's or Meta's folder, or hf://ORG/NAME, too. It is converted
                 once, into the user's cache (docs/checkpoints.md).
             verify: first compare all weights with the checkpoint's digests.
-            progress: show bars on stderr if it takes over a second.
+            progress: say on stderr what memory it takes, if much, and how far it is, if slow.
             lockstep: tells other processes, which hold a part of the model, of each call; see
                 `hosts.Leader`. None: there are none, or they make the same calls by themselves.
 
@@ -152,7 +152,7 @@ class Llama:
         dtype = choose_dtype(dtype, manifest["dtype"])
         plan = choose_plan(config, dtype, determinism)
         mesh = find_mesh(config, devices, replicas)
-        check_fits(config, plan, slots, context or config.max_seq_len, mesh)
+        say(check_fits(config, plan, slots, context or config.max_seq_len, mesh), shown=progress)
         if eos_tokens is not None:
             config = dataclasses.replace(config, eos_tokens=tuple(eos_tokens))
         checkpoint = load_checkpoint(path, dtype, mesh=mesh, verify=verify, progress=progress)
@@ -259,7 +259,7 @@ class Llama:
         """
         request = self.score_request(text, continuation, stride=stride, parse_control=parse_control)
         streams = map(self.start, request.requests)
-        bar = tqdm(request.windows, unit="window", delay=1, disable=not progress)
+        bar = progress_bar(request.windows, unit="window", shown=progress)
         return request.score(_read(next(streams)) for _ in bar)
 
     def score_request(

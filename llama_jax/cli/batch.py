@@ -1,15 +1,12 @@
 """The verb batch: answer a file of requests."""
 
-import sys
-
-from tqdm import tqdm
-
 from llama_jax.batch import Batch
 from llama_jax.cli.console import note
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.model import load_model
 from llama_jax.cli.receipts import open_receipts
 from llama_jax.errors import InputError
+from llama_jax.progress import progress_bar
 
 
 def batch() -> None:
@@ -23,7 +20,7 @@ def batch() -> None:
         if work.done:
             note(f"{work.output} has {work.done:,} of {work.total:,} results already; resuming")
         llm = load_model(slots=8)
-        with tqdm(total=work.total, initial=work.done, unit="request", file=sys.stderr) as bar:
+        with progress_bar(total=work.total, initial=work.done, unit="request") as bar:
             for _ in work.run(llm):
                 bar.update()
     warn_of_ignored(work)

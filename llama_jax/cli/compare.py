@@ -1,18 +1,15 @@
 """The verb compare: two files of receipts, or models, over the same requests."""
 
-import json
 import pathlib
-import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from llama_jax.card import contract
 from llama_jax.cli.comparison_plot import plot_pairs
-from llama_jax.cli.console import note
+from llama_jax.cli.console import indented_json, note
 from llama_jax.cli.files import expand, read_bytes
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.keys import read_public_key
@@ -20,6 +17,7 @@ from llama_jax.cli.model import load_model
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
+from llama_jax.progress import progress_bar
 from llama_jax.receipt.reading import Receipt, read_receipts, read_statement
 from llama_jax.replay.compare import (
     Pair,
@@ -76,7 +74,7 @@ def compare(first: str, second: str) -> None:
     pairs = list(_pairs(*sides))
     found = figures(pairs)
     if FLAGS.output == "json":
-        print(json.dumps(found, indent=2))
+        print(indented_json(found))
     else:
         for name, value in found.items():
             if value is not None:
@@ -120,7 +118,7 @@ def _pairs(first: Side, second: Side) -> Iterator[Pair]:
         yield from _compare_models(first, second)
     elif second.is_model:
         receipts = list(read_receipts(first.path, key))
-        bar = tqdm(receipts, unit="run", file=sys.stderr, delay=1)
+        bar = progress_bar(receipts, unit="run")
         yield from compare_with_model(bar, second.load(), [None] * len(receipts))
     else:
         yield from compare_receipts(
@@ -135,12 +133,12 @@ def _compare_models(first: Side, second: Side) -> Iterator[Pair]:
         files = [pathlib.Path(folder) / f"{i}.npy" for i in range(len(requests))]
         receipts: list[Receipt] = []
         llm = first.load()
-        bar = tqdm(llm.generate_all(requests), total=len(requests), unit="run", file=sys.stderr)
+        bar = progress_bar(llm.generate_all(requests), total=len(requests), unit="run")
         for file, result in zip(files, bar, strict=True):
             receipts.append(read_statement(result.receipt(), "this run"))
             np.save(file, logits_of(receipts[-1], llm))
         del llm, bar
-        bar = tqdm(receipts, unit="run", file=sys.stderr)
+        bar = progress_bar(receipts, unit="run")
         yield from compare_with_model(bar, second.load(), map(np.load, files))
 
 

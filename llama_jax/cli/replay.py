@@ -6,13 +6,12 @@ import json
 import sys
 from typing import Any
 
-from tqdm import tqdm
-
 from llama_jax.cli.console import note
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.keys import read_public_key
 from llama_jax.cli.model import load_model
 from llama_jax.errors import InputError, printable
+from llama_jax.progress import progress_bar
 from llama_jax.receipt.reading import Receipt, read_receipts
 from llama_jax.replay import Verdict
 from llama_jax.replay import replay as run_again
@@ -31,7 +30,7 @@ def replay(path: str) -> None:
         raise InputError(f"--output is {FLAGS.output!r:.40}, expected text or json")
     receipts = list(read_receipts(path, read_public_key()))
     verdicts: list[Verdict] = []
-    with tqdm(total=len(receipts), unit="receipt", delay=1, file=sys.stderr) as bar:
+    with progress_bar(total=len(receipts), unit="receipt") as bar:
         # A model is loaded once for receipts in a row that can share it.
         for settings, group in itertools.groupby(receipts, key=_settings):
             verify = FLAGS.verify or not FLAGS["verify"].present

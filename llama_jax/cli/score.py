@@ -1,16 +1,13 @@
 """The verb score: the log-likelihood and perplexity of a text, or of each text in a file."""
 
-import json
 import sys
 import time
 from typing import Any
 
-from tqdm import tqdm
-
 from llama_jax.batch import Batch
 from llama_jax.batch.score import figures, read_total, score_figures, score_format
 from llama_jax.cli.batch import warn_of_ignored
-from llama_jax.cli.console import note
+from llama_jax.cli.console import indented_json, note
 from llama_jax.cli.files import read_prompt
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.model import load_model
@@ -18,6 +15,7 @@ from llama_jax.cli.refusals import refuse_flags
 from llama_jax.cli.requests import parse_tokens
 from llama_jax.engine.score import Text
 from llama_jax.errors import InputError
+from llama_jax.progress import progress_bar
 
 _TEXTS = ("prompt", "prompt_file", "prompt_tokens")
 
@@ -57,7 +55,7 @@ def _score_text() -> None:
         note(f"warning: {warning}")
     if FLAGS.output == "json":
         row = score_figures(result, logprobs=FLAGS.token_logprobs)
-        print(json.dumps(row, ensure_ascii=False, indent=2))
+        print(indented_json(row))
     else:
         _print_table(figures(result))
     note(f"scored in {time.perf_counter() - began:.2f} s | {llm.dtype} | {result.fingerprint}")
@@ -87,7 +85,7 @@ def _score_file() -> None:
         if work.done:
             note(f"{work.output} has {work.done:,} of {work.total:,} results already; resuming")
         llm = load_model()
-        with tqdm(total=work.total, initial=work.done, unit="text", file=sys.stderr) as bar:
+        with progress_bar(total=work.total, initial=work.done, unit="text") as bar:
             for _ in work.run(llm):
                 bar.update()
     warn_of_ignored(work)

@@ -4,14 +4,13 @@ import importlib.metadata
 import sys
 import time
 
-from tqdm import tqdm
-
 from llama_jax.cli.console import note
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.model import load_model
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.errors import printable
 from llama_jax.llama import Llama
+from llama_jax.progress import progress_bar
 from llama_jax.replay.selftest import num_runs
 from llama_jax.replay.selftest import selftest as run_parts
 
@@ -20,7 +19,7 @@ def selftest() -> None:
     """Print a line for each way to repeat the recorded runs, then PASS or FAIL; exit 0 or 1."""
     began = time.perf_counter()
     failures = []
-    with tqdm(total=num_runs(), unit="run", file=sys.stderr, leave=False) as bar:
+    with progress_bar(total=num_runs(), unit="run", leave=False) as bar:
 
         def load(slots: int) -> Llama:
             llm = load_model(slots, checkpoint=DEMO_CHECKPOINT, verify=True)

@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import re
-import sys
-
-from tqdm import tqdm
 
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.model import load_model
@@ -13,6 +10,7 @@ from llama_jax.cli.receipts import open_receipts
 from llama_jax.cli.requests import read_request
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.errors import InputError
+from llama_jax.progress import progress_bar
 
 _MOST = 2**64
 
@@ -22,9 +20,9 @@ def sweep() -> None:
     seeds = parse_seeds(FLAGS.seeds)
     request, _ = read_request()
     with open_receipts() as receipts:
-        llm = load_model(slots=8)
+        llm = load_model(slots=8, requests=[request])
         requests = (_with_seed(request, seed) for seed in seeds)
-        results = tqdm(llm.generate_all(requests), total=len(seeds), unit="seed", file=sys.stderr)
+        results = progress_bar(llm.generate_all(requests), total=len(seeds), unit="seed")
         for result in results:
             print(json.dumps(result.to_dict(), ensure_ascii=False), flush=True)
             if receipts is not None:

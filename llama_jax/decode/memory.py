@@ -15,6 +15,7 @@ from llama_jax.jax_settings import Device
 from llama_jax.nn.attention import BLOCK
 from llama_jax.nn.sharding import ONE_DEVICE, Shards, num_params, replicas_of, shards_of
 
+_MUCH = 10**9
 _STATE_BYTES = 9
 """For each token of the vocabulary: bias, count, and whether the prompt has it."""
 
@@ -104,7 +105,7 @@ def memory_fraction(platform: str) -> float:
     return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
 
 
-def check_fits(config: ModelConfig, plan: Plan, slots: int, context: int, mesh: Mesh) -> None:
+def check_fits(config: ModelConfig, plan: Plan, slots: int, context: int, mesh: Mesh) -> str:
     """Refuse a model that its devices have no room for.
 
     Args:
@@ -113,6 +114,9 @@ def check_fits(config: ModelConfig, plan: Plan, slots: int, context: int, mesh: 
         slots, context: see `needed_memory`; the slots of all replicas.
         mesh: its devices.
 
+    Returns:
+        What it needs, and what is available, if that is over a gigabyte; else empty.
+
     Raises:
         InputError: with the sum, and what is available.
     """
@@ -120,18 +124,19 @@ def check_fits(config: ModelConfig, plan: Plan, slots: int, context: int, mesh: 
     slots //= replicas_of(mesh)
     memory = needed_memory(config, plan, slots, context, shards_of(mesh))
     room = available_memory(device, count)
-    if room is None or memory.total <= room:
-        return
-    more = "" if device.platform == "cpu" else ", or more of it (XLA_PYTHON_CLIENT_MEM_FRACTION)"
     each = f" on each of {mesh.size} devices" if mesh.size > 1 else ""
-    if device.platform != "cpu":
-        more = f", more devices{more}"
-    raise InputError(
+    needs = (
         f"the model needs {in_units(memory.total)}{each}: {in_units(memory.weights)} of weights, "
-        f"{in_units(memory.caches)} of caches ({slots:,} slots of {context:,} tokens) and "
-        f"{in_units(memory.working)} to work with; the {device.platform.upper()} has "
-        f"{in_units(room)} left; choose fewer slots, a smaller context, a 16-bit dtype{more}"
+        f"{in_units(memory.caches)} of caches ({slots:,} slot{'s' * (slots > 1)} of {context:,} "
+        f"tokens) and {in_units(memory.working)} to work with"
     )
+    if room is not None:
+        needs += f"; the {device.platform.upper()} has {in_units(room)} left"
+    if room is None or memory.total <= room:
+        return needs if memory.total >= _MUCH else ""
+    more = ", more devices, or more of it (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+    more = "" if device.platform == "cpu" else more
+    raise InputError(f"{needs}; choose fewer slots, a smaller context, a 16-bit dtype{more}")
 
 
 def in_units(count: int) -> str:

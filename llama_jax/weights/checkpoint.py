@@ -22,6 +22,7 @@ from llama_jax.errors import InputError, one_line
 from llama_jax.jax_settings import find_devices, pinned_settings
 from llama_jax.nn.sharding import ONE_DEVICE, make_mesh, param_sharding, split_axis
 from llama_jax.nn.transformer import Params, param_shapes
+from llama_jax.progress import progress_bar
 from llama_jax.weights.array_sizes import check_arrays
 from llama_jax.weights.atomic_directory import atomic_directory
 from llama_jax.weights.dtypes import choose_dtype
@@ -38,7 +39,6 @@ from llama_jax.weights.shards import (
     by_path,
     group,
     nest,
-    progress_bar,
     read_shard,
     shard_rows,
     write_shard,
@@ -214,7 +214,7 @@ def verify_checkpoint(path: str | pathlib.Path, *, progress: bool = False) -> st
     path = checkpoint_folder(path)
     values, _ = open_checkpoint(path)
     total = sum(file["bytes"] for file in values["files"].values())
-    with progress_bar(total, "verifying files", progress) as bar:
+    with progress_bar(total=total, unit="B", label="verifying files", shown=progress) as bar:
         check_files(path, values, update=bar.update)
     problems: list[str] = []
     for _ in _read_stored(path, values, "verifying tensors", progress, problems):

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from tqdm import tqdm
 
 from llama_jax.errors import InputError, innermost_package
+from llama_jax.progress import progress_bar
 from llama_jax.weights.chunks import ChunkedHandler, WriteError
 
 _ORBAX_ERRORS = (KeyError, MemoryError, OSError, RuntimeError, ValueError)
@@ -173,12 +173,8 @@ def shard_rows(
         shard: sum(width * math.prod(row["shape"]) for row in rows.values())
         for shard, rows in shards.items()
     }
-    with progress_bar(sum(sizes.values()), label, progress) as bar:
+    total = sum(sizes.values())
+    with progress_bar(total=total, unit="B", label=label, shown=progress) as bar:
         for shard, rows in shards.items():
             yield path / "params" / shard, rows
             bar.update(sizes[shard])
-
-
-def progress_bar(total: int, label: str, progress: bool) -> tqdm:
-    """Return a progress bar of bytes, which shows after a second."""
-    return tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=1, disable=not progress)

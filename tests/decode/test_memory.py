@@ -1,6 +1,7 @@
 """What a model takes is what its arrays have, and what has no room is refused with the sum."""
 
 import pathlib
+import re
 import types
 
 import jax
@@ -40,6 +41,21 @@ def test_a_model_without_room_is_refused_before_its_weights_are_read(monkeypatch
     )
     with pytest.raises(InputError, match=expected):
         Llama.load(slots=256, context=128)
+
+
+def test_much_memory_is_said_before_it_is_taken(monkeypatch, capsys):
+    Llama.load(progress=True)
+    assert "needs" not in capsys.readouterr().err, "the demo model's is not worth a line"
+    monkeypatch.setattr(memory, "_MUCH", 10**6)
+    monkeypatch.setattr(memory, "free_memory", lambda: 10**9)
+    monkeypatch.setattr("llama_jax.llama.load_checkpoint", lambda *_, **__: pytest.fail("enough"))
+    with pytest.raises(pytest.fail.Exception):
+        Llama.load(progress=True, slots=2)
+    assert re.fullmatch(
+        r"the model needs \d+\.\d\d MB: .* of caches \(2 slots of 512 tokens\) and .* "
+        r"to work with; the CPU has 1\.00 GB left\n",
+        capsys.readouterr().err,
+    )
 
 
 def test_devices_of_a_cpu_share_its_memory(monkeypatch):
