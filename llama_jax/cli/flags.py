@@ -288,6 +288,12 @@ def _define_serve_flags() -> None:
         "Slots that one address may have while others are active, 1 or more: its answers then slow "
         "those of others less, and slots may be idle. Default: all but one.",
     )
+    flags.DEFINE_enum(
+        "log_format",
+        "auto",
+        ["auto", "json", "text"],
+        "Form of the access log; auto: short lines of text in a terminal, else JSON.",
+    )
     flags.DEFINE_float(
         "timeout_s", 600, "Seconds for a request, time in the queue included; above 0."
     )

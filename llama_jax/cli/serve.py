@@ -25,6 +25,7 @@ def serve() -> None:
         api_token=token if token is not None else os.environ.get("LLAMA_JAX_API_TOKEN"),
         allowed_origins=tuple(FLAGS.allowed_origins),
         insecure=FLAGS.insecure,
+        log_format=FLAGS.log_format,
         timeout_s=FLAGS.timeout_s,
         receipts=FLAGS.receipts,
         private_receipts=FLAGS.private,

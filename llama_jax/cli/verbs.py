@@ -32,7 +32,7 @@ OUTPUT = ("output", "stream", "logprobs", "print_prompt_tokens")
 BATCH = ("input",)
 SCORE = ("continuation", "stride", "token_logprobs")
 SERVE = (
-    *("host", "port", "api_token", "insecure", "allowed_origins"),
+    *("host", "port", "api_token", "insecure", "allowed_origins", "log_format"),
     *(
         "served_model_name",
         "max_queue",

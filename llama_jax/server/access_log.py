@@ -1,37 +1,85 @@
-"""Access log: one line of JSON per request, without prompts, responses and tokens."""
+"""Access log: one line per request, without prompts, responses and tokens.
+
+Programs read it as JSON. A person at a terminal reads a short line, and none for probes.
+"""
 
 import datetime
 import json
 import logging
 from typing import Any
 
+from llama_jax.errors import printable
 from llama_jax.server.request_log import RequestLog
 
 LOGGER = logging.getLogger("llama_jax.access")
 
+_PROBES = ("/healthz", "/readyz", "/metrics")
+
+
+class Entry:
+    """A request that has ended, as an argument of a log record; its text is JSON."""
+
+    def __init__(self, log: RequestLog):
+        self.log, self.time = log, datetime.datetime.now(datetime.UTC)
+
+    def __str__(self) -> str:
+        return json.dumps(self._fields())
+
+    def short(self) -> str:
+        """Return the line for a person."""
+        log, at = self.log, self.time.astimezone()
+        parts = [f"{at:%H:%M:%S} {log.status or '---'} {log.method} {printable(log.path)}"]
+        if log.prompt_tokens or log.completion_tokens:
+            parts.append(f"{log.prompt_tokens:,} + {log.completion_tokens:,} tokens")
+        parts.append(f"{log.duration_s:.2f} s")
+        if log.disconnected:
+            parts.append("the client disconnected")
+        if log.error is not None:
+            parts.append(f"error {log.error.kind.code}")
+        return "  ".join(parts)
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether it is one of those that monitors send all the time, answered as it should be."""
+        return self.log.path in _PROBES and self.log.status == 200
+
+    def _fields(self) -> dict[str, Any]:
+        log = self.log
+        return {
+            "time": self.time.isoformat(timespec="milliseconds"),
+            "request_id": log.id,
+            "method": log.method,
+            "path": log.path,
+            "route": log.route,
+            "status": log.status,
+            "error_code": log.error and log.error.kind.code,
+            "prompt_tokens": log.prompt_tokens,
+            "completion_tokens": log.completion_tokens,
+            "finish_reason": ",".join(sorted({r.finish_reason for r in log.results})) or None,
+            "ttft_s": _rounded(log.first_text_s),
+            "duration_s": _rounded(log.duration_s),
+            "client_disconnected": log.disconnected,
+        }
+
+
+class ShortFormatter(logging.Formatter):
+    """Formats requests for a person."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a request's short line."""
+        [entry] = record.args  # type: ignore[misc]  # `write` has one
+        return entry.short()
+
+
+def is_no_probe(record: logging.LogRecord) -> bool:
+    """Return whether a person wants to see a record."""
+    [entry] = record.args  # type: ignore[misc]
+    return not entry.is_probe
+
 
 def write(log: RequestLog) -> None:
     """Log a request that has ended."""
-    if LOGGER.isEnabledFor(logging.INFO):
-        LOGGER.info("%s", json.dumps(_line(log)))
-
-
-def _line(log: RequestLog) -> dict[str, Any]:
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
-        "request_id": log.id,
-        "method": log.method,
-        "path": log.path,
-        "route": log.route,
-        "status": log.status,
-        "error_code": log.error and log.error.kind.code,
-        "prompt_tokens": log.prompt_tokens,
-        "completion_tokens": log.completion_tokens,
-        "finish_reason": ",".join(sorted({r.finish_reason for r in log.results})) or None,
-        "ttft_s": _rounded(log.first_text_s),
-        "duration_s": _rounded(log.duration_s),
-        "client_disconnected": log.disconnected,
-    }
+    LOGGER.info("%s", Entry(log))
 
 
 def _rounded(seconds: float | None) -> float | None:

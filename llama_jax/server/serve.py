@@ -47,17 +47,19 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8787,
     insecure: bool = False,
+    log_format: str = "auto",
     **settings: Any,
 ) -> None:
     """Serve a model until SIGTERM, SIGINT or SIGHUP, then let running requests end, and return.
 
-    A line on stderr tells when it is ready; the access log goes there too.
+    A line on stderr says when it is ready; the access log goes there too.
 
     Args:
         load: loads the model; called once the port is taken, so that a mistake shows at once.
         host: address to listen on; beyond this machine only with a token.
         port: 0: any free one.
         insecure: without a token, listen beyond this machine and answer to any name of it.
+        log_format: of the access log: "json", "text", or "auto": text in a terminal.
         **settings: those of `Settings`.
 
     Raises:
@@ -73,7 +75,7 @@ def serve(
             )
         chosen = dataclasses.replace(chosen, local_only=True)
     limit = connection_limit()
-    with signals.ignored(), _listen(host, port) as listener, _access_log_on_stderr():
+    with signals.ignored(), _listen(host, port) as listener, _access_log_on_stderr(log_format):
         service = Service(load(), chosen, _Progress())
         try:
             asyncio.run(_Server(service, listener, limit).run_until_told())
@@ -229,8 +231,11 @@ def _ready_line(service: Service, listener: socket.socket) -> str:
 
 
 @contextlib.contextmanager
-def _access_log_on_stderr() -> Iterator[None]:
+def _access_log_on_stderr(log_format: str) -> Iterator[None]:
     handler = logging.StreamHandler(sys.stderr)
+    if log_format == "text" or (log_format == "auto" and sys.stderr.isatty()):
+        handler.setFormatter(access_log.ShortFormatter())
+        handler.addFilter(access_log.is_no_probe)
     level, propagate = access_log.LOGGER.level, access_log.LOGGER.propagate
     access_log.LOGGER.addHandler(handler)
     access_log.LOGGER.setLevel(logging.INFO)

@@ -15,7 +15,7 @@ from llama_jax import InputError, Llama
 from llama_jax.card import schemas as card
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.request import make_request
-from llama_jax.server import middleware, page
+from llama_jax.server import access_log, middleware, page
 from llama_jax.server.openapi import document as openapi
 from llama_jax.server.request_log import RequestLog
 from llama_jax.server.settings import Settings
@@ -916,6 +916,23 @@ def test_access_log_has_no_prompt_answer_or_secret(llm, caplog):
     assert (second["status"], second["error_code"], second["ttft_s"]) == (400, 5006, None)
     for secret in (QUESTION, "France", "Paris", "s3cret", "private", "hidden"):
         assert secret not in caplog.text
+
+
+def test_a_person_reads_a_short_line_and_none_for_probes(llm, caplog):
+    caplog.set_level(logging.INFO, "llama_jax.access")
+    with serving(llm) as client:
+        caplog.clear()
+        client.post(RUN, json={"prompt": QUESTION, "temperature": 0})
+        client.get("/healthz")
+        client.get("/readyz")
+        client.get("/metrics")
+        client.get("/no%1bsuch%0apath")
+    shown = filter(access_log.is_no_probe, caplog.records)
+    first, second = map(access_log.ShortFormatter().format, shown)
+    assert re.fullmatch(rf"[\d:]{{8}} 200 POST {RUN}  14 \+ 7 tokens  \d+\.\d\d s", first)
+    assert " 404 GET /no" in second
+    assert second.endswith("error 7000")
+    assert second.isprintable(), "a client cannot move the cursor of the terminal"
 
 
 # Its own description, and its page.
