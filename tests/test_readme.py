@@ -1,6 +1,6 @@
 """Every command of the README runs as it is written, one after the other, in one folder.
 
-The first two blocks install the package and run these tests, the fourth is the benchmark: `.ci/run`
+The first two blocks install the package and run these tests, the fifth is the benchmark: `.ci/run`
 runs those.
 """
 
@@ -15,6 +15,9 @@ import threading
 
 import pytest
 
+from llama_jax.config import ModelConfig
+from llama_jax.decode.memory import needed_memory
+from llama_jax.decode.plan import accelerator_plan
 from tests.helpers import ROOT, sources
 from tools.demo_corpus import read_corpus
 
@@ -60,7 +63,7 @@ def test_the_first_two_commands():
 
 @pytest.mark.slow
 def test_command_line(folder):
-    lines = shell(SHELL[6], folder).splitlines()
+    lines = shell(SHELL[7], folder).splitlines()
     story, japan, tale, *_ = lines
     assert story.startswith("Once upon a time a young llama")
     assert japan == "{"
@@ -76,7 +79,7 @@ def test_python(folder):
 @pytest.fixture(scope="module")
 def port():
     """Of the server that the README starts, which chooses a free one."""
-    install, command = SHELL[4].splitlines()
+    install, command = SHELL[5].splitlines()
     assert install == 'pip install -e ".[serve]"'
     program, *arguments = command.split()
     assert program == "python"
@@ -98,7 +101,7 @@ def port():
 
 @pytest.mark.slow
 def test_curl(folder, port):
-    answer = json.loads(shell(SHELL[5].replace("8787", str(port)), folder))
+    answer = json.loads(shell(SHELL[6].replace("8787", str(port)), folder))
     assert answer["result"]["response"] == "The capital of France is Paris."
     assert answer["result"]["seed"] == 7
 
@@ -111,6 +114,16 @@ def test_clients(folder, port, block):
     assert "The capital of France is Paris." in run([sys.executable, "-c", program], folder)
 
 
+def test_your_own_model(folder, hub):
+    """The commands for 7B, from a hub on loopback with a small model of that name."""
+    hub.name = "meta-llama/Llama-2-7b-chat-hf"
+    install, convert, chat = SHELL[2].splitlines()
+    assert install == 'pip install -e ".[hub]"'
+    shell(convert, folder)
+    assert "model.safetensors" in hub.downloaded
+    shell(chat, folder)
+
+
 @pytest.mark.parity
 def test_real_weights(folder, weights, tokenizer):
     """The commands for 7B, on folders of their names with small models in them."""
@@ -121,7 +134,20 @@ def test_real_weights(folder, weights, tokenizer):
     meta = write_meta(folder / "llama-2-7b-chat", meta_shards(weights, sources.GQA, 2))
     for source in (hf, meta):
         shutil.copy(tokenizer, source / "tokenizer.model")
-    shell(SHELL[2], folder)
+    shell(SHELL[3], folder)
+
+
+def test_the_memory_table():
+    rows = re.findall(
+        r"^\| (\d+B) \| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", README, re.MULTILINE
+    )
+    assert [row[0] for row in rows] == ["7B", "13B", "70B"]
+    for size, *figures in rows:
+        config = ModelConfig.load(ROOT / "configs" / f"llama-2-{size.lower()}.json")
+        plan = accelerator_plan("gpu", "float16", "strict")
+        one, eight = (needed_memory(config, plan, slots, 4096) for slots in (1, 8))
+        taken = (one.weights, one.caches, one.weights + one.caches, eight.weights + eight.caches)
+        assert figures == [f"{count / 1e9:.1f}" for count in taken]
 
 
 def test_the_corpus_is_as_large_as_it_says():
@@ -132,4 +158,4 @@ def test_the_corpus_is_as_large_as_it_says():
 
 
 def test_no_other_block_is_left_out():
-    assert (len(SHELL), len(PYTHON)) == (7, 3)
+    assert (len(SHELL), len(PYTHON)) == (8, 3)

@@ -19,7 +19,7 @@ class Hub:
     """One repository, a folder's files, and the faults that a test sets."""
 
     def __init__(self, folder: pathlib.Path):
-        self.folder = folder
+        self.folder, self.name = folder, NAME
         self.commit = COMMIT
         self.gated = False
         self.status: int | None = None
@@ -60,8 +60,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if hub.status:
             self._error(hub.status, "")
         elif path == "/api/models":
-            self._json([{"id": NAME}])
-        elif not path.removeprefix("/api/models").startswith(f"/{NAME}/"):
+            self._json([{"id": hub.name}])
+        elif not path.removeprefix("/api/models").startswith(f"/{hub.name}/"):
             self._error(404, "RepoNotFound")
         elif path.endswith("/refs"):
             refs = [{"name": "main", "ref": "refs/heads/main", "targetCommit": hub.commit}]
@@ -78,7 +78,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif what == "revision":
             names = [path.relative_to(hub.folder).as_posix() for path in hub.files()]
             self._json(
-                {"id": NAME, "sha": hub.commit, "siblings": [{"rfilename": n} for n in names]}
+                {"id": hub.name, "sha": hub.commit, "siblings": [{"rfilename": n} for n in names]}
             )
         elif what == "tree":
             self._json([self._entry(path) for path in hub.files()])
@@ -132,7 +132,7 @@ def _oid(path: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def serve(folder: pathlib.Path) -> Iterator[tuple[Hub, str]]:
-    """Serve a folder as the repository NAME; yield the hub and its address."""
+    """Serve a folder as the repository `hub.name`; yield the hub and its address."""
     hub = Hub(folder)
     handler = type("Handler", (_Handler,), {"hub": hub})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
