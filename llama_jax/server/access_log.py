@@ -67,19 +67,24 @@ class ShortFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a request's short line."""
-        [entry] = record.args  # type: ignore[misc]  # `write` has one
-        return entry.short()
+        return _entry(record).short()
 
 
 def is_no_probe(record: logging.LogRecord) -> bool:
     """Return whether a person wants to see a record."""
-    [entry] = record.args  # type: ignore[misc]
-    return not entry.is_probe
+    return not _entry(record).is_probe
 
 
 def write(log: RequestLog) -> None:
     """Log a request that has ended."""
     LOGGER.info("%s", Entry(log))
+
+
+def _entry(record: logging.LogRecord) -> Entry:
+    assert isinstance(record.args, tuple), "`write` gives one"
+    (entry,) = record.args
+    assert isinstance(entry, Entry)
+    return entry
 
 
 def _rounded(seconds: float | None) -> float | None:
