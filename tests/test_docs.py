@@ -80,9 +80,10 @@ BLOCKS = list(read_blocks())
 
 
 def case(block: Block):
-    """A parameter; what serves is slow, since it compiles all programs first."""
+    """A parameter. Many processes are slow, and so is a server, which compiles its programs."""
     first, *_ = block.text.splitlines()
-    marks = [pytest.mark.slow] if block.is_server else []
+    is_slow = not block.is_marked and (block.is_server or len(list(block.commands)) > 2)
+    marks = [pytest.mark.slow] if is_slow else []
     return pytest.param(block, id=f"{block.page}: {first}", marks=marks)
 
 
