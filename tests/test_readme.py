@@ -5,13 +5,8 @@ runs those.
 """
 
 import json
-import os
-import pathlib
-import re
 import shutil
-import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -19,32 +14,12 @@ from llama_jax.config import ModelConfig
 from llama_jax.decode.memory import needed_memory
 from llama_jax.decode.plan import accelerator_plan
 from tests.helpers import ROOT, sources
+from tests.helpers.documents import blocks, run, serving, shell
 from tools.demo_corpus import read_corpus
 
 README = (ROOT / "README.md").read_text("utf-8")
-SHELL = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-def run(command, folder):
-    environment = {k: v for k, v in os.environ.items() if k != "LLAMA_JAX_CHECKPOINT"}
-    environment["PYTHONPATH"] = str(ROOT)
-    environment["PATH"] = f"{pathlib.Path(sys.executable).parent}:{environment['PATH']}"
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{command}: {done.stderr}"
-    return done.stdout
-
-
-def shell(block, folder):
-    return run(["bash", "-euo", "pipefail", "-c", block], folder)
+SHELL = blocks(README)
+PYTHON = blocks(README, "python")
 
 
 @pytest.fixture
@@ -81,22 +56,8 @@ def port():
     """Of the server that the README starts, which chooses a free one."""
     install, command = SHELL[5].splitlines()
     assert install == 'pip install -e ".[serve]"'
-    program, *arguments = command.split()
-    assert program == "python"
-    server = subprocess.Popen(
-        [sys.executable, *arguments, "--port=0"], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        ready = next(line for line in server.stderr if "serving @cf/meta/" in line)
-        # The access log must not fill the pipe.
-        log = threading.Thread(target=server.stderr.read)
-        log.start()
-        yield int(re.search(r"127\.0\.0\.1:(\d+)", ready)[1])
-    finally:
-        server.terminate()
-        assert server.wait(timeout=60) == 0
-        log.join()
-        server.stderr.close()
+    with serving(command, ROOT) as port:
+        yield port
 
 
 @pytest.mark.slow

@@ -10,8 +10,11 @@ from llama_jax.decode.chips import CHIPS
 from llama_jax.decode.memory import needed_memory
 from llama_jax.decode.plan import accelerator_plan
 from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.errors import InputError
+from llama_jax.nn.sharding import choose_shards
 from tests.helpers import ROOT
 
+ACCELERATORS = (ROOT / "docs/accelerators.md").read_text("utf-8")
 CONFIGS = {size: ROOT / f"configs/llama-2-{size}.json" for size in ("7b", "13b", "70b")}
 
 
@@ -120,3 +123,51 @@ def test_the_tables_of_the_page_are_what_it_says():
             short = most_slots(config, plan, 1024, room)
             expected.append(f"{most or '–'} / {short or '–'}")
         assert slots == expected
+
+
+def needed(config, platform, slots, context, devices=1):
+    """Return the bytes that each of some devices needs; None: the model cannot be split so."""
+    try:
+        shards = choose_shards(config, devices)
+    except InputError:
+        return None
+    plan = accelerator_plan(platform, "bfloat16")
+    return needed_memory(config, plan, slots, context, shards).total
+
+
+def least_devices(config, chip, slots, context):
+    """Return the least number of chips that hold a model, as the page has it."""
+    room = int(chip.memory * (0.95 if chip.platform == "gpu" else 1))
+    for count in range(1, config.num_heads + 1):
+        total = needed(config, chip.platform, slots, context, count)
+        if total is not None and total <= room:
+            return str(count)
+    return "–"
+
+
+def test_the_table_of_devices_is_computed():
+    rows = re.findall(r"^\| (\d+b) \| ([\d,]+) \| (\d+) \| (.+) \|$", ACCELERATORS, re.MULTILINE)
+    assert {size for size, *_ in rows} == set(CONFIGS)
+    assert len(rows) == 12
+    for size, context, slots, cells in rows:
+        config, sizes = ModelConfig.load(CONFIGS[size]), (int(slots), int(context.replace(",", "")))
+        chips = [CHIPS[name] for name in ("a100-40", "h100", "v5e", "v5p", "v6e")]
+        counts = [least_devices(config, chip, *sizes) for chip in chips]
+        memory = f"{needed(config, 'gpu', *sizes) / 1e9:.1f} GB"
+        assert cells.split(" | ") == [memory, *counts]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    re.findall(r"^\| (\w+ .+) \| (\S+) \| (\d+b) \| `(.+)` \|$", ACCELERATORS, re.MULTILINE),
+)
+def test_a_recipe_fits(cli, monkeypatch, recipe):
+    hardware, chip, size, flags = recipe
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95")
+    arguments = [f"--config={CONFIGS[size]}", f"--chip={chip}", *flags.split()]
+    status, out, err = cli("serve", "--estimate", *arguments)
+    assert (status, err) == (0, "")
+    assert "fits; " in out.splitlines()[-1]
+    count = re.search(r"on each of (\d+) devices", out)
+    words = {None: "one", "2": "two", "4": "four", "8": "eight"}
+    assert hardware.startswith(f"{words[count and count[1]]} ")

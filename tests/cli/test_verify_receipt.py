@@ -2,9 +2,7 @@
 
 import json
 import os
-import pathlib
 import re
-import subprocess
 import sys
 import threading
 
@@ -14,6 +12,7 @@ from llama_jax import Llama
 from llama_jax.demo import DEMO_CHECKPOINT, SELFTEST
 from tests.helpers import ROOT, signing
 from tests.helpers.commands import PARIS, PARIS_ANSWER, run_py
+from tests.helpers.documents import run
 
 SHORT = (PARIS, "--seed=3", "--max_tokens=3")
 
@@ -230,24 +229,10 @@ def test_the_examples_of_the_documentation(openssl, tmp_path):
     blocks = re.findall(r"```(sh|python)\n(.*?)```", section, re.DOTALL)
     assert [kind for kind, _ in blocks] == ["sh", "sh", "python", "sh"]
     (tmp_path / "run.py").symlink_to(ROOT / "run.py")
-    python = pathlib.Path(sys.executable)
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{python.parent}:{os.environ['PATH']}",
-    }
     said = []
     for kind, block in blocks:
         command = ["bash", "-euo", "pipefail", "-c"] if kind == "sh" else [sys.executable, "-c"]
-        done = subprocess.run(
-            [*command, block],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, f"{block}: {done.stderr}"
-        said.append(done.stdout)
+        said.append(run([*command, block], tmp_path))
     assert re.search(r"^receipt.json: VALID \| run [-0-9a-f]{36} \| signed by key", said[1], re.M)
     assert said[2] == "https://slsa.dev/provenance/v1\n"
     assert said[3] == "Signature Verified Successfully\n"
