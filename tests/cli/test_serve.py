@@ -19,7 +19,7 @@ def test_flags_reach_the_server(cli, monkeypatch, environment, flags, token):
         monkeypatch.setenv("LLAMA_JAX_API_TOKEN", environment)
     flags = ["--host=::1", "--port=5", "--allowed_origins=https://a.b,*", "--timeout_s=9", *flags]
     flags += ["--max_queue_per_client=3", "--max_slots_per_client=2"]
-    flags += ["--receipts=100", "--private"]
+    flags += ["--receipts=100", "--private", "--log_format=json"]
     assert cli("serve", "--insecure", *flags) == (0, "", "")
     assert calls == [
         {
@@ -28,6 +28,7 @@ def test_flags_reach_the_server(cli, monkeypatch, environment, flags, token):
             "api_token": token,
             "allowed_origins": ("https://a.b", "*"),
             "insecure": True,
+            "log_format": "json",
             "timeout_s": 9.0,
             "max_queue_per_client": 3,
             "max_slots_per_client": 2,
