@@ -8,7 +8,6 @@ import stat
 import pytest
 
 from llama_jax import Llama
-from llama_jax.demo import DEMO_CHECKPOINT
 from tests.helpers.terminal import ALT_ENTER, CTRL_C, CTRL_D, READY, UP, Terminal, paste
 
 HELLO = "Hello! I am the llama_jax demo model."
@@ -290,19 +289,21 @@ def test_what_was_typed_comes_back_in_the_next_chat(terminal):
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(tmp_path):
-    long = ("--ignore_eos", "--max_tokens=400", "--temperature=0", "--checkpoint")
-    with Terminal("chat", *long, str(DEMO_CHECKPOINT), LLAMA_JAX_CACHE=str(tmp_path)) as terminal:
+    path = tmp_path / "talk.json"
+    cold = {"LLAMA_JAX_CACHE": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    with Terminal("chat", "--temperature=0", **cold) as terminal:
         terminal.read_until(READY)
-        terminal.type("Hello\r")
-        terminal.read_until("demo model")
+        terminal.type(f"{FRANCE}\r")
+        terminal.read_until("compiling and reading")  # which takes seconds
         terminal.type(CTRL_C)
-        assert "stopped: this question and its answer are dropped" in terminal.read_until(READY)
-        terminal.type("/retry\r")
-        assert "demo model" in terminal.read_until("demo model")
-        terminal.type(CTRL_C)
-        terminal.read_until(READY)
-        terminal.ask(f"/save {tmp_path / 'talk.json'}")
-        assert conversation_of(tmp_path / "talk.json") == []
+        shown = terminal.read_until(READY)
+        assert "stopped: this question and its answer are dropped" in shown
+        assert PARIS not in shown
+        terminal.ask(f"/save {path}")
+        assert conversation_of(path) == []
+        assert PARIS in terminal.ask("/retry")
+        terminal.ask(f"/save {path}")
+        assert conversation_of(path) == [FRANCE, PARIS]
         terminal.type("/exit\r")
         assert terminal.end() == 0
 
