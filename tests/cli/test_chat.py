@@ -98,7 +98,7 @@ def test_an_interrupted_turn_is_dropped_and_any_other_is_kept(cli, demo, monkeyp
     assert out.splitlines()[-1]
     dropped = answer is KeyboardInterrupt
     assert asked[1] == (["Hi"] if dropped else ["Hello", answer, "Hi"])
-    assert ("stopped: this question and its answer are dropped" in err) == dropped
+    assert ("stopped: the conversation is as it was before" in err) == dropped
 
 
 def test_control_tags_are_plain_text_where_allowed(cli):
@@ -187,6 +187,29 @@ def test_retry_takes_the_last_answer_back(cli, tmp_path):
     assert answers[0] != answers[1]
     assert answers[2] == answers[3]
     assert err.count("the seed is 3, so the answer will be the same; /seed N sets another") == 2
+
+
+def test_a_retry_that_is_stopped_leaves_the_answer_and_can_be_repeated(
+    cli, tmp_path, monkeypatch, demo
+):
+    class Stopped:
+        def __iter__(self):
+            raise KeyboardInterrupt
+
+    asked = []
+
+    def stream(llm, *, messages, **parameters):
+        asked.append([message["content"] for message in messages])
+        return Stopped() if len(asked) == 2 else original(llm, messages=messages, **parameters)
+
+    original = type(demo).stream
+    monkeypatch.setattr(type(demo), "stream", stream)
+    saves = [f"/save {tmp_path / name}" for name in "ab"]
+    lines = [FRANCE, "/retry", saves[0], "/retry", saves[1]]
+    err = cli("chat", "--temperature=0", stdin="\n".join(lines))[2]
+    assert "stopped: the conversation is as it was before; /retry asks again" in err
+    assert asked == [[FRANCE]] * 3, "each time in place of the answer, not after it"
+    assert conversation_of(tmp_path / "a") == conversation_of(tmp_path / "b") == [FRANCE, PARIS]
 
 
 def test_drop_makes_room_for_the_question_that_had_none(cli, tmp_path):
@@ -297,7 +320,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(tmp_path):
         terminal.read_until("compiling and reading")  # which takes seconds
         terminal.type(CTRL_C)
         shown = terminal.read_until(READY)
-        assert "stopped: this question and its answer are dropped" in shown
+        assert "stopped: the conversation is as it was before" in shown
         assert PARIS not in shown
         terminal.ask(f"/save {path}")
         assert conversation_of(path) == []
