@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llama_jax.decode import sampling
 from llama_jax.decode.needs import Needs
 from llama_jax.decode.sampling import AnyArray, SamplingParams
-from llama_jax.decode.steps import measures_of, without_infinities
+from llama_jax.decode.steps import MEASURES, measures_of, without_infinities
 from llama_jax.nn import cache as kv
 from llama_jax.nn.transformer import Params, Transformer, forward
 
@@ -72,6 +72,9 @@ def check_draws(
 ) -> tuple[kv.KVCache, CheckedDraws]:
     """Draw again at every position of one chunk of a text, whose tokens stay what they are.
 
+    One position after the other, as a decode step draws: on a CPU in an eighth of the time of all
+    at once, whose intermediate values are of [T, V].
+
     Args:
         model, attend_len: static; see `Transformer.__call__`.
         params: the model's parameters.
@@ -89,20 +92,27 @@ def check_draws(
     """
     cache, logits = logits_of_text(model, params, cache, start, tokens, attend_len=attend_len)
     logits = lax.optimization_barrier(logits)
-    size, vocab_size = logits.shape
-    positions = start + jnp.arange(size, dtype=jnp.int32)
-    is_new = (tokens[:, None] == jnp.arange(vocab_size)[None]) & (positions >= num_prompt)[:, None]
-    so_far = counts[None] + jnp.cumsum(is_new.astype(jnp.int32), axis=0)
-    rows = [jnp.broadcast_to(a[None], (size, vocab_size)) for a in (law.bias, law.in_prompt)]
-    drawn = sampling.sample(
-        logits[:, :drawable],
-        jax.tree.map(lambda a: jnp.repeat(a, size, axis=0), law.sampling),
-        jnp.maximum(positions + 1 - num_prompt, 0),
-        *(array[:, :drawable] for array in (*rows, so_far)),
-        noise=needs.noise,
-        filters=needs.filters,
+
+    def draw(i: Array, carry: tuple[Array, CheckedDraws]) -> tuple[Array, CheckedDraws]:
+        counts, checked = carry
+        index = start + i + 1 - num_prompt
+        counts = counts.at[tokens[i]].add((index > 0).astype(counts.dtype))
+        drawn = sampling.sample(
+            logits[i, None, :drawable],
+            law.sampling,
+            index[None],
+            *(array[None, :drawable] for array in (law.bias, law.in_prompt, counts)),
+            noise=needs.noise,
+            filters=needs.filters,
+        )
+        deficit = jnp.max(drawn.scores) - drawn.scores[0, following[i]]
+        measures = measures_of(logits[i, None], following[i, None], drawn)
+        row = CheckedDraws(drawn.tokens, measures, without_infinities(deficit[None]))
+        return counts, jax.tree.map(lambda rows, new: rows.at[i].set(new[0]), checked, row)
+
+    size = len(tokens)
+    rows = CheckedDraws(
+        jnp.zeros(size, jnp.int32), jnp.zeros((size, len(MEASURES))), jnp.zeros(size)
     )
-    best = jnp.max(drawn.scores, axis=-1)
-    own = jnp.take_along_axis(drawn.scores, following[:, None], axis=-1)[:, 0]
-    measures = measures_of(logits, following, drawn)
-    return cache, CheckedDraws(drawn.tokens, measures, without_infinities(best - own))
+    first = jnp.clip(num_prompt - 1 - start, 0, size)
+    return cache, lax.fori_loop(first, size, draw, (counts, rows))[1]
