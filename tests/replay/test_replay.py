@@ -13,6 +13,7 @@ from llama_jax.receipt.file import ReceiptFile
 from llama_jax.replay import replay
 from llama_jax.replay.compare import compare_receipts, compare_with_model, figures, logits_of
 from llama_jax.replay.verdict import Outcome
+from llama_jax.text.tokenizer import BOS_ID
 from tests.helpers import forgery
 from tests.helpers.commands import run_py
 from tests.helpers.serving import RUN, serving
@@ -127,6 +128,22 @@ def test_runs_are_repeated_in_another_process(receipts):
         expected = {"EXACT"} if invariant else {"EXACT", "TOKENS"}
         assert len(outcomes) == 40
         assert set(outcomes) <= expected, how
+
+
+@pytest.mark.parametrize("prompt", [60, 200])
+def test_one_pass_counts_what_was_drawn_in_all_chunks(llm, prompt):
+    """Penalties are of the output alone: of the chunk's tokens and of the chunks before it."""
+    words = [BOS_ID, *[300 + i % 40 for i in range(prompt)]]
+    penalties = {"frequency_penalty": 0.7, "presence_penalty": 0.3, "repetition_penalty": 1.1}
+    request = {"prompt_tokens": words, "max_tokens": 250, "ignore_eos": True, "seed": 3}
+    request["logit_bias"] = {words[-1]: 20}
+    whole = llm.generate(**request, **penalties, temperature=2)
+    assert len(list(llm.executor.sizes.chunks(prompt + 250))) > 1
+    assert words[-1] in whole.tokens
+    (verdict,) = replay(llm, [forgery.read(whole.receipt())], prefill=True)
+    assert verdict.outcome.status == 0, str(verdict)
+    if llm.executor.plan.batch_invariant:
+        assert verdict.outcome is Outcome.EXACT
 
 
 # Continued.
