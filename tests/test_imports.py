@@ -10,7 +10,7 @@ from tests.helpers import ROOT
 
 PACKAGE = ROOT / "llama_jax"
 ORDER = [
-    {"errors", "version", "demo", "regular_file", "user_cache"},
+    {"errors", "version", "demo", "notices", "regular_file", "user_cache"},
     {"jax_settings", "strict_json"},
     {"config", "text"},
     {"nn"},
