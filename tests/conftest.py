@@ -81,6 +81,7 @@ _PACKAGES = {
         *("cloudflare", "langchain_openai", "litellm", "lm_eval", "openai", "schemathesis"),
         *("model_signing", "sigstore", "OpenSSL"),
     ),
+    "notebook": ("huggingface_hub", "matplotlib", "openai", "uvicorn"),
     "parity": ("peft", "torch", "transformers"),
 }
 """What the tests of each marker need: the extra of that name."""
