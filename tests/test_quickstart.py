@@ -71,7 +71,7 @@ def test_installation_has_the_kernels(outputs):
 
 
 def test_7b_does_not_fit_a_t4_by_default(outputs):
-    default, more = outputs["estimate"].split("\n\n\n")[:2]
+    default, more = outputs["estimate"].split("\n\n")[:2]
     assert "does not fit; no slots of 1,024 tokens do (75% of it" in default
     assert " fits; 1 slots of 1,024 tokens do (95% of it" in more
 

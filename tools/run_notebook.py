@@ -101,7 +101,10 @@ def _kernels_of(python: pathlib.Path) -> type[AsyncKernelManager]:
     spec = KernelSpec(argv=argv, display_name="Python 3", language="python")
 
     class Manager(AsyncKernelManager):
-        kernel_spec = spec  # in place of looking for one that is installed
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            """In place of one that is installed."""
+            return spec
 
     return Manager
 
