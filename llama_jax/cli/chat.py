@@ -37,10 +37,7 @@ def chat() -> None:
         except InputError as error:
             note(f"error: {error}")
         except KeyboardInterrupt:
-            note(
-                "\nstopped: this question and its answer are dropped from the conversation; "
-                "/retry asks again"
-            )
+            note("\nstopped: the conversation is as it was before; /retry asks again")
 
 
 class Command(NamedTuple):
@@ -150,6 +147,7 @@ class Session:
             self._answer(question)
         except (InputError, KeyboardInterrupt):
             self._talk.turns = turns
+            self._forget_question()  # it has its first answer still
             raise
 
     def _drop(self, _: str) -> None:

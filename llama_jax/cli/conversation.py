@@ -142,7 +142,8 @@ class Conversation:
             raise InputError(f"got {messages!r:.40}, expected a list of messages")
         question = Message(role="user", content="x")
         request = make_request(messages=[*messages, question], **self.parameters)
-        earlier = (request.messages or ())[:-1]
+        assert request.messages is not None
+        earlier = list(request.messages)[:-1]
         has_system = bool(earlier) and earlier[0]["role"] == "system"
         self.system = earlier[0]["content"] if has_system else None
-        self.turns = list(earlier[has_system:])
+        self.turns = earlier[has_system:]

@@ -22,6 +22,7 @@ from llama_jax.demo import is_demo
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
 from llama_jax.nn.sharding import replicas_of, shards_of
+from llama_jax.progress import say
 from llama_jax.server import access_log, signals
 from llama_jax.server.acceptor import Acceptor, connection_limit
 from llama_jax.server.admission import Admission
@@ -126,7 +127,7 @@ class _Progress:
         if self._bar is None:
             terminal = sys.stderr.isatty()
             if not terminal:
-                _note(f"warming up: {total} programs")
+                say(f"warming up: {total} programs")
             self._bar = tqdm.tqdm(
                 total=total,
                 desc="warming up",
@@ -217,7 +218,7 @@ class _Server(uvicorn.Server):
             # full collection would halt all requests for some 0.2 s.
             gc.collect()
             gc.freeze()
-            _note(_ready_line(self._service, self._listener))
+            say(_ready_line(self._service, self._listener))
         while not self._service.failed:
             await asyncio.sleep(_WATCH_S)
         self.should_exit = True
@@ -256,8 +257,3 @@ def _access_log_on_stderr(log_format: str) -> Iterator[None]:
         access_log.LOGGER.removeHandler(handler)
         access_log.LOGGER.setLevel(level)
         access_log.LOGGER.propagate = propagate
-
-
-def _note(text: str) -> None:
-    """Say something to the person."""
-    print(text, file=sys.stderr, flush=True)

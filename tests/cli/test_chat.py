@@ -8,7 +8,6 @@ import stat
 import pytest
 
 from llama_jax import Llama
-from llama_jax.demo import DEMO_CHECKPOINT
 from tests.helpers.terminal import ALT_ENTER, CTRL_C, CTRL_D, READY, UP, Terminal, paste
 
 HELLO = "Hello! I am the llama_jax demo model."
@@ -99,7 +98,7 @@ def test_an_interrupted_turn_is_dropped_and_any_other_is_kept(cli, demo, monkeyp
     assert out.splitlines()[-1]
     dropped = answer is KeyboardInterrupt
     assert asked[1] == (["Hi"] if dropped else ["Hello", answer, "Hi"])
-    assert ("stopped: this question and its answer are dropped" in err) == dropped
+    assert ("stopped: the conversation is as it was before" in err) == dropped
 
 
 def test_control_tags_are_plain_text_where_allowed(cli):
@@ -188,6 +187,29 @@ def test_retry_takes_the_last_answer_back(cli, tmp_path):
     assert answers[0] != answers[1]
     assert answers[2] == answers[3]
     assert err.count("the seed is 3, so the answer will be the same; /seed N sets another") == 2
+
+
+def test_a_retry_that_is_stopped_leaves_the_answer_and_can_be_repeated(
+    cli, tmp_path, monkeypatch, demo
+):
+    class Stopped:
+        def __iter__(self):
+            raise KeyboardInterrupt
+
+    asked = []
+
+    def stream(llm, *, messages, **parameters):
+        asked.append([message["content"] for message in messages])
+        return Stopped() if len(asked) == 2 else original(llm, messages=messages, **parameters)
+
+    original = type(demo).stream
+    monkeypatch.setattr(type(demo), "stream", stream)
+    saves = [f"/save {tmp_path / name}" for name in "ab"]
+    lines = [FRANCE, "/retry", saves[0], "/retry", saves[1]]
+    err = cli("chat", "--temperature=0", stdin="\n".join(lines))[2]
+    assert "stopped: the conversation is as it was before; /retry asks again" in err
+    assert asked == [[FRANCE]] * 3, "each time in place of the answer, not after it"
+    assert conversation_of(tmp_path / "a") == conversation_of(tmp_path / "b") == [FRANCE, PARIS]
 
 
 def test_drop_makes_room_for_the_question_that_had_none(cli, tmp_path):
@@ -290,19 +312,21 @@ def test_what_was_typed_comes_back_in_the_next_chat(terminal):
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(tmp_path):
-    long = ("--ignore_eos", "--max_tokens=400", "--temperature=0", "--checkpoint")
-    with Terminal("chat", *long, str(DEMO_CHECKPOINT), LLAMA_JAX_CACHE=str(tmp_path)) as terminal:
+    path = tmp_path / "talk.json"
+    cold = {"LLAMA_JAX_CACHE": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    with Terminal("chat", "--temperature=0", **cold) as terminal:
         terminal.read_until(READY)
-        terminal.type("Hello\r")
-        terminal.read_until("demo model")
+        terminal.type(f"{FRANCE}\r")
+        terminal.read_until("compiling and reading")  # which takes seconds
         terminal.type(CTRL_C)
-        assert "stopped: this question and its answer are dropped" in terminal.read_until(READY)
-        terminal.type("/retry\r")
-        assert "demo model" in terminal.read_until("demo model")
-        terminal.type(CTRL_C)
-        terminal.read_until(READY)
-        terminal.ask(f"/save {tmp_path / 'talk.json'}")
-        assert conversation_of(tmp_path / "talk.json") == []
+        shown = terminal.read_until(READY)
+        assert "stopped: the conversation is as it was before" in shown
+        assert PARIS not in shown
+        terminal.ask(f"/save {path}")
+        assert conversation_of(path) == []
+        assert PARIS in terminal.ask("/retry")
+        terminal.ask(f"/save {path}")
+        assert conversation_of(path) == [FRANCE, PARIS]
         terminal.type("/exit\r")
         assert terminal.end() == 0
 

@@ -279,8 +279,10 @@ def test_other_dtypes_are_refused_with_the_list(saved, dtype):
         load_checkpoint(saved, dtype)
 
 
-def test_orbax_is_muted_only_while_it_works():
+def test_orbax_is_muted_only_while_it_works(monkeypatch):
     """A server's threads and log are shown after it has loaded."""
+    for name in ("absl", "asyncio"):  # an error before, in this process, leaves them muted
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.WARNING)
 
     def settings():
         levels = [logging.getLogger(name).level for name in ("absl", "asyncio")]
