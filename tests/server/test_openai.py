@@ -505,7 +505,7 @@ def test_a_model_is_the_demo_by_its_weights_and_its_path_is_not_told(tmp_path):
     shutil.copytree(DEMO_CHECKPOINT, copy)
     found = load_checkpoint(DEMO_CHECKPOINT)
     arrays = {name: np.array(array) for name, array in by_path(found.params).items()}
-    arrays["norm"][0] += 1
+    arrays["final_norm"][0] += 1
     save_checkpoint(other, [Tensor(*each) for each in arrays.items()], found.config)
     for path, dtype, is_demo in ((copy, "bfloat16", True), (other, "float32", False)):
         llm = Llama.load(path / ".." / path.name, dtype=dtype, context=64)
