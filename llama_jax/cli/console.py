@@ -34,6 +34,13 @@ def lose_what_stderr_refuses() -> None:
         sys.stderr = io.TextIOWrapper(raw, encoding, errors, line_buffering=True)  # type: ignore[arg-type]
 
 
+def log_once(handler: logging.Handler) -> None:
+    """Let the root logger write to stderr by one handler; importing Orbax gives it another."""
+    for other in list(logging.root.handlers):
+        if other is not handler and type(other) is logging.StreamHandler:
+            logging.root.removeHandler(other)
+
+
 class LineFormatter(logging.Formatter):
     """Formats log records as the other lines on stderr are: no time, thread or source line."""
 
