@@ -82,6 +82,7 @@ _PACKAGES = {
         *("model_signing", "sigstore", "OpenSSL"),
     ),
     "docs": ("material", "mkdocs"),
+    "notebook": ("huggingface_hub", "matplotlib", "openai", "uvicorn"),
     "parity": ("peft", "torch", "transformers"),
 }
 """What the tests of each marker need: the extra of that name."""

@@ -1,118 +1,45 @@
-"""The notebooks run from the first cell to the last, and say what they should."""
+"""The notebooks run from the first cell to the last, and say what they should.
+
+The quickstart is in test_quickstart.py.
+"""
 
 import ast
 import inspect
-import json
-import os
 import re
 
-import nbclient
 import nbformat
 import pytest
 
 from llama_jax import Llama
 from tests.helpers import ROOT
+from tests.helpers.notebooks import NOTEBOOKS, QUICKSTART, RECEIPTS, TPU, printed
 from tools.demo_corpus import read_corpus
+from tools.run_notebook import dump, execute
 
 pytestmark = pytest.mark.slow
 
-NOTEBOOKS = QUICKSTART, RECEIPTS, TPU = [
-    ROOT / "notebooks" / f"{name}.ipynb" for name in ("quickstart", "receipts", "tpu")
-]
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-
-
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    """What the quickstart prints."""
-    return execute(QUICKSTART, tmp_path_factory.mktemp("quickstart"))
+each_other = pytest.mark.parametrize("path", [RECEIPTS, TPU], ids=lambda path: path.stem)
 
 
 @pytest.fixture(scope="module")
 def receipts_outputs(tmp_path_factory):
     """What the notebook of receipts prints."""
-    return execute(RECEIPTS, tmp_path_factory.mktemp("receipts"))
+    return outputs_of(RECEIPTS, tmp_path_factory.mktemp("receipts"))
 
 
 @pytest.fixture(scope="module")
 def tpu_outputs(tmp_path_factory):
     """What the notebook for a TPU prints on eight simulated devices."""
     flags = "--xla_force_host_platform_device_count=8"
-    return execute(TPU, tmp_path_factory.mktemp("tpu"), XLA_FLAGS=flags)
+    return outputs_of(TPU, tmp_path_factory.mktemp("tpu"), XLA_FLAGS=flags)
 
 
-def execute(path, folder, **variables):
+def outputs_of(path, folder, **variables):
     """Run a notebook in an empty folder, on the demo model; return what each cell prints."""
     notebook = nbformat.read(path, as_version=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("LLAMA_JAX_CHECKPOINT", raising=False)
-        for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
-            patch.setenv(name, str(folder / name.lower()))
-        environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
-        client = nbclient.NotebookClient(
-            notebook, timeout=300, resources={"metadata": {"path": str(folder)}}
-        )
-        client.execute(env=environment)
-    return {cell.id: printed(cell) for cell in notebook.cells if cell.cell_type == "code"}
-
-
-def printed(cell):
-    """Its standard output; on the other there may be a warning, as that kernels are missing."""
-    return "".join(o.text for o in cell.outputs if o.get("name") == "stdout")
-
-
-def test_generate(outputs):
-    answer, ending = outputs["generate"].splitlines()
-    assert answer == "The capital of France is Paris."
-    assert ending.startswith("stop Usage(prompt_tokens=14,")
-
-
-def test_parameters(outputs):
-    sentence, error = outputs["parameters"].splitlines()
-    assert sentence.startswith("Once upon a time a young llama")
-    assert "." not in sentence
-    assert error == "unknown parameter 'temprature', did you mean temperature?"
-
-
-def test_stream(outputs):
-    tale, count = outputs["stream"].split("\n\n")
-    assert tale in read_corpus().tales
-    assert re.fullmatch(r"\d+ tokens\n", count)
-
-
-def test_the_same_seed_is_the_same_text(outputs):
-    one, again, other = outputs["seeds"].splitlines()
-    assert one == again
-    assert one.startswith("1 '")
-    assert one[2:] != other[2:]
-    assert outputs["replay"].endswith("the same tokens: True\n")
-
-
-def test_a_batch_is_in_order_and_as_if_alone(outputs):
-    *answers, comparison = outputs["batch"].splitlines()
-    countries = ["Italy", "Japan", "Norway", "Peru", "Spain", "Sweden"]
-    assert [country in answer for country, answer in zip(countries, answers, strict=True)] == [
-        True
-    ] * 6
-    assert comparison == "as if alone: True"
-
-
-def test_logprobs(outputs):
-    """The demo is sure of what it learnt, and of nothing else."""
-    learnt, unheard = outputs["logprobs"].split("Tell me about the sea.\n")
-    sure, unsure = (
-        [float(percent) for percent in re.findall(r" (\d+\.\d)% ", part)]
-        for part in (learnt, unheard)
-    )
-    assert min(sure) > 95
-    assert min(unsure) < 80
-    assert (len(sure), len(unsure)) == (8, 8)
-
-
-def test_chat(outputs):
-    assert "🦙 Nice to meet you, Sam!" in outputs["chat"]
-    assert "🦙 Your name is Sam." in outputs["chat"]
-    assert "(0 of " in outputs["chat"]
+    execute(notebook, folder, **variables)
+    return printed(notebook)
 
 
 def test_a_receipt_is_replayed_on_another_machine(receipts_outputs):
@@ -211,22 +138,29 @@ def test_the_call_for_llama_2_7b_names_parameters_that_there_are():
     inspect.signature(Llama.load).bind(ast.literal_eval(call.args[0]), **arguments)
 
 
-@each_notebook
+@each_other
 def test_it_is_kept_without_outputs(path):
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
-    for cell in notebook.cells:
+    for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "code":
             assert (cell.outputs, cell.execution_count) == ([], None)
-    text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-    assert path.read_text("utf-8") == text  # as `json` writes it: a change is a small diff
+
+
+@each_notebook
+def test_its_file_is_as_json_writes_it(path):
+    """So that a change is a small diff."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert path.read_text("utf-8") == dump(notebook)
 
 
 @each_notebook
 def test_only_the_installation_is_left_out(path):
+    """The quickstart's is run, and is the same."""
     notebook = nbformat.read(path, as_version=4)
     skipped = [c.id for c in notebook.cells if "skip-execution" in c.metadata.get("tags", [])]
-    assert skipped == ["install"]
+    assert skipped == ([] if path == QUICKSTART else ["install"])
+    (install,) = (cell.source for cell in notebook.cells if cell.id == "install")
+    assert re.search(r"^%pip install --quiet -e [\"']\.\[[^ ]*\][\"']$", install, re.MULTILINE)
 
 
 @each_notebook

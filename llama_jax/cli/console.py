@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import sys
@@ -31,6 +32,21 @@ def lose_what_stderr_refuses() -> None:
         encoding, errors = sys.stderr.encoding, sys.stderr.errors
         # io.TextIOWrapper takes an unbuffered file; its type says otherwise.
         sys.stderr = io.TextIOWrapper(raw, encoding, errors, line_buffering=True)  # type: ignore[arg-type]
+
+
+def log_once(handler: logging.Handler) -> None:
+    """Let the root logger write to stderr by one handler; importing Orbax gives it another."""
+    for other in list(logging.root.handlers):
+        if other is not handler and type(other) is logging.StreamHandler:
+            logging.root.removeHandler(other)
+
+
+class LineFormatter(logging.Formatter):
+    """Formats log records as the other lines on stderr are: no time, thread or source line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return `warning: ...`, and a traceback if there is one."""
+        return f"{record.levelname.lower()}: {super().format(record)}"
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from llama_jax.cli.verbs import (
     BATCH,
     COMPARE,
     ESTIMATE,
+    HOSTS,
     KEPT_RECEIPTS,
     MODEL,
     OUTPUT,
@@ -30,20 +31,22 @@ _WIDTH = 80
 _TEXT_COLUMN = 28
 
 _GROUPS = {
-    "Model": MODEL,
-    "Memory": ESTIMATE,
     "Prompt": PROMPT,
     "Sampling": SAMPLING,
     "Output": OUTPUT,
-    "Receipt": tuple(
-        dict.fromkeys(("receipt", *KEPT_RECEIPTS, *RECEIPT, *VERIFY, *REPLAY, *RESUME))
-    ),
+    "Serve": SERVE,
     "Sweep": SWEEP,
     "Compare": COMPARE,
     "Files of lines": BATCH,
     "Score": SCORE,
-    "Serve": SERVE,
+    "Model": tuple(name for name in MODEL if name not in HOSTS),
+    "Memory": ESTIMATE,
+    "Receipt": tuple(
+        dict.fromkeys(("receipt", *KEPT_RECEIPTS, *RECEIPT, *VERIFY, *REPLAY, *RESUME))
+    ),
+    "Several hosts": HOSTS,
 }
+"""What one verb alone has comes before what all have."""
 
 _VALUES = {
     "checkpoint": "DIR",

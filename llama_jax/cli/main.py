@@ -13,7 +13,13 @@ from llama_jax.cli import flags
 from llama_jax.cli.batch import batch
 from llama_jax.cli.chat import chat
 from llama_jax.cli.compare import compare
-from llama_jax.cli.console import lose_what_stderr_refuses, note, writing_stdout
+from llama_jax.cli.console import (
+    LineFormatter,
+    log_once,
+    lose_what_stderr_refuses,
+    note,
+    writing_stdout,
+)
 from llama_jax.cli.estimate import estimate
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.generate import generate
@@ -73,6 +79,9 @@ def main(argv: list[str]) -> None:
     """Run what a parsed command line asks for; a mistake in it is one line and exit 2."""
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.DEBUG if FLAGS.debug else logging.WARNING)
+    log_once(logging.get_absl_handler())
+    if not FLAGS.debug:
+        logging.get_absl_handler().setFormatter(LineFormatter())
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):  # invalid UTF-8 must not end in a traceback
             stream.reconfigure(errors=errors)

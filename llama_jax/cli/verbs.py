@@ -2,11 +2,13 @@
 
 import dataclasses
 
-MODEL = (
-    *("checkpoint", "dtype", "context", "slots", "determinism", "devices", "replicas"),
-    *("eos_tokens", "verify", "convert"),
+HOSTS = (
     *("distributed", "coordinator_address", "num_processes", "process_id"),
     *("initialization_timeout_s", "heartbeat_timeout_s"),
+)
+MODEL = (
+    *("checkpoint", "dtype", "context", "slots", "determinism", "devices", "replicas"),
+    *("eos_tokens", "verify", "convert", *HOSTS),
 )
 ESTIMATE = ("estimate", "config", "chip")
 PROMPT = (

@@ -39,6 +39,8 @@ class Environment:
     """The weights were compared with their digests when they were loaded."""
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Slots, context, devices and replicas: they decide a token only where `parts` has them."""
+    checkpoint: str | None = None
+    """The name of the checkpoint's folder, for people; no part of a fingerprint or a receipt."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -90,7 +92,8 @@ def describe(checkpoint: Checkpoint, executor: Executor) -> Environment:
     }
     sizes = {"slots": executor.batch, "context": executor.context, "devices": executor.mesh.size}
     sizes["replicas"] = executor.sizes.replicas
-    return Environment(json.loads(json.dumps(parts)), checkpoint.verified, sizes)
+    values = json.loads(json.dumps(parts))
+    return Environment(values, checkpoint.verified, sizes, checkpoint.folder)
 
 
 def _invariance(executor: Executor) -> str:

@@ -11,7 +11,6 @@ import importlib.util
 import logging
 import math
 import pathlib
-import platform
 from typing import Any
 
 import jax
@@ -20,14 +19,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt16
 
 from llama_jax.jax_settings import pinned_settings
+from llama_jax.nn import missing_kernels
 
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2")
 """What cpu_kernels.cc is compiled for, best first."""
 
 INTERFACE = 2
 """What cpu_kernels.cc must say; both change when the arguments of a kernel do."""
-
-REMEDY = "install llama_jax again to have them"
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +92,8 @@ def has_kernels() -> bool:
         with pinned_settings(jax.local_devices(backend="cpu")[0]):
             return bool(linears(jnp.ones((1, 1)), jnp.ones((1, 1)))[0][0, 0] == 1)
     except jax.errors.JaxRuntimeError as error:
-        _log.warning("the CPU kernels do not run with this jaxlib (%s); %s", error, REMEDY)
+        problem = f"the CPU kernels do not run with this jaxlib ({error})"
+        _log.warning("%s: %s", problem, missing_kernels.remedy())
         return False
 
 
@@ -116,28 +115,44 @@ def library_digest() -> str | None:
 
 @functools.cache
 def _register() -> str | None:
-    """Register the best kernels that were built and that this CPU runs; return their name."""
-    found = False
+    """Register the best kernels that were built and that this CPU runs; return their name.
+
+    Where there are none, or some are broken, one line says why and what to do.
+    """
+    chosen, built, problems = None, False, []
     for name in INSTRUCTION_SETS:
         spec = importlib.util.find_spec(f"llama_jax.nn._cpu_kernels_{name}")
         if spec is None or spec.origin is None:
             continue
-        found = True
-        try:
-            library = ctypes.CDLL(spec.origin)
-            interface = library.LlamaJaxInterface()
-            if interface == INTERFACE:
-                for kernel in ("Linear", "Attention", "Norm"):
-                    handler = jax.ffi.pycapsule(getattr(library, f"LlamaJax{kernel}"))
-                    jax.ffi.register_ffi_target(
-                        f"llama_jax_{kernel}_{name}", handler, platform="cpu"
-                    )
-                return name
-            problem = f"interface {interface}, expected {INTERFACE}"
-        except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
-            interface, problem = None, str(error)
-        if interface != 0:  # 0: this CPU lacks an instruction, which is no fault
-            _log.warning("the CPU kernels for %s cannot be used (%s); %s", name, problem, REMEDY)
-    if not found and platform.machine() in ("x86_64", "AMD64"):
-        _log.warning("the CPU kernels were not built, for want of a C++ compiler? %s", REMEDY)
+        built, problem = True, _load(name, spec.origin)
+        if problem is None:
+            chosen = name
+            break
+        if problem:
+            problems.append(f"{name}: {problem}")
+    if problems:
+        remedy = missing_kernels.remedy()
+        _log.warning("the CPU kernels cannot be used (%s): %s", "; ".join(problems), remedy)
+    elif chosen is None and built:
+        _log.warning("%s", missing_kernels.explain_instructions())
+    elif chosen is None:
+        _log.warning("%s", missing_kernels.explain_absence())
+    return chosen
+
+
+def _load(name: str, path: str) -> str | None:
+    """Register the kernels of a library; return what is wrong with it.
+
+    None: nothing is. Empty: this CPU lacks an instruction, which is no fault.
+    """
+    try:
+        library = ctypes.CDLL(path)
+        interface = library.LlamaJaxInterface()
+        if interface != INTERFACE:
+            return f"interface {interface}, expected {INTERFACE}" if interface else ""
+        for kernel in ("Linear", "Attention", "Norm"):
+            handler = jax.ffi.pycapsule(getattr(library, f"LlamaJax{kernel}"))
+            jax.ffi.register_ffi_target(f"llama_jax_{kernel}_{name}", handler, platform="cpu")
+    except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
+        return str(error)
     return None

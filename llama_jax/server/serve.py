@@ -17,8 +17,11 @@ from typing import Any
 import tqdm
 import uvicorn
 
+from llama_jax.decode.memory import in_units, needed_memory
+from llama_jax.demo import is_demo
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
+from llama_jax.nn.sharding import replicas_of, shards_of
 from llama_jax.progress import say
 from llama_jax.server import access_log, signals
 from llama_jax.server.acceptor import Acceptor, connection_limit
@@ -224,10 +227,17 @@ class _Server(uvicorn.Server):
 def _ready_line(service: Service, listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    llm = service.llm
+    llm, executor = service.llm, service.llm.executor
+    environment, mesh = llm.engine.environment, executor.mesh
+    is_embedded = is_demo(environment.parts.get("weights"))
+    name = "the embedded demo model" if is_embedded else environment.checkpoint
+    slots, shards = executor.batch // replicas_of(mesh), shards_of(mesh)
+    memory = needed_memory(llm.config, executor.plan, slots, llm.context, shards)
+    each = f" on each of {mesh.size} devices" if mesh.size > 1 else ""
     return (
-        f"serving {service.settings.models[0]} at http://{host}:{port} "
-        f"({llm.executor.batch} slots, context {llm.context})"
+        f"serving {service.settings.models[0]}: {name or 'unnamed weights'}, {llm.dtype}, "
+        f"{executor.batch} slots, context {llm.context:,}, {in_units(memory.total)}{each}; open "
+        f"http://{host}:{port} in a browser"
     )
 
 

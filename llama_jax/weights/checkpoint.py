@@ -8,6 +8,7 @@ DST/manifest.json     what all this is, by digest; see manifest.py
 
 import dataclasses
 import itertools
+import os
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -66,6 +67,8 @@ class Checkpoint:
     """The devices that hold `params`; None: one does."""
     verified: bool = False
     """All of it was compared with its digests when it was loaded."""
+    folder: str | None = None
+    """The name of its folder, without the path; None: made up."""
 
 
 def save_checkpoint(
@@ -161,6 +164,7 @@ def load_checkpoint(
         values["files"].get("tokenizer.model", {}).get("sha256"),
         mesh,
         verify,
+        pathlib.Path(os.path.normpath(path)).name or None,
     )
 
 

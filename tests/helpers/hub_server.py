@@ -30,6 +30,8 @@ class Hub:
         """How many more times."""
         self.log: list[tuple[str, str, str | None]] = []
         """Method, path and Range of each request."""
+        self.authorizations: set[str | None] = set()
+        """Headers of that name, of all requests."""
 
     @property
     def downloaded(self) -> list[str]:
@@ -57,6 +59,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self) -> None:
         hub, path = self.hub, urllib.parse.unquote(self.path.partition("?")[0])
         hub.log.append((self.command, path, self.headers.get("Range")))
+        hub.authorizations.add(self.headers.get("Authorization"))
         if hub.status:
             self._error(hub.status, "")
         elif path == "/api/models":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.nn import cpu_kernels, ops
+from llama_jax.nn import cpu_kernels, missing_kernels, ops
 
 
 @pytest.fixture
@@ -33,8 +33,9 @@ def test_library_that_does_not_load_is_reported_and_not_used(anew, monkeypatch, 
     )
     with caplog.at_level(logging.WARNING):
         assert not cpu_kernels.has_kernels()
-    assert "cannot be used" in caplog.text
-    assert cpu_kernels.REMEDY in caplog.text
+    [line] = caplog.messages
+    assert line.startswith("the CPU kernels cannot be used (avx512bf16: ")
+    assert line.endswith(missing_kernels.remedy())
 
 
 def test_library_of_another_version_is_reported_and_not_used(anew, monkeypatch, caplog):
@@ -46,11 +47,32 @@ def test_library_of_another_version_is_reported_and_not_used(anew, monkeypatch, 
 
 def test_missing_library_is_reported_once(anew, monkeypatch, caplog):
     monkeypatch.setattr(cpu_kernels.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(cpu_kernels.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(missing_kernels, "explain_absence", lambda: "the reason")
     with caplog.at_level(logging.WARNING):
         assert not cpu_kernels.has_kernels()
         assert not cpu_kernels.has_kernels()
-    assert caplog.text.count("not built") == 1
+    assert caplog.messages == ["the reason"]
+
+
+def test_cpu_without_the_instructions_is_reported_once(anew, monkeypatch, caplog):
+    monkeypatch.setattr(cpu_kernels, "_load", lambda name, path: "")
+    with caplog.at_level(logging.WARNING):
+        assert not cpu_kernels.has_kernels()
+        assert not cpu_kernels.has_kernels()
+    [line] = caplog.messages
+    assert line.startswith("the CPU kernels are for x86-64 CPUs with AVX2, which this one lacks")
+
+
+def test_broken_library_is_reported_where_a_lesser_one_is_used(anew, monkeypatch, caplog):
+    load, (best, *_) = cpu_kernels._load, cpu_kernels.INSTRUCTION_SETS
+
+    def broken(name, path):
+        return "it is broken" if name == best else load(name, path)
+
+    monkeypatch.setattr(cpu_kernels, "_load", broken)
+    with caplog.at_level(logging.WARNING):
+        assert cpu_kernels.has_kernels()
+    assert f"({best}: it is broken)" in caplog.text
 
 
 @pytest.mark.parametrize("name", cpu_kernels.INSTRUCTION_SETS)

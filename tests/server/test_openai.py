@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -14,7 +15,8 @@ from llama_jax.engine.request import make_request
 from llama_jax.server.openai import requests as openai_requests
 from llama_jax.server.openai.logprobs import token_text
 from llama_jax.server.openai.parameters import REFUSED
-from llama_jax.weights.checkpoint import load_checkpoint
+from llama_jax.weights.checkpoint import Tensor, load_checkpoint, save_checkpoint
+from llama_jax.weights.shards import by_path
 from tests.helpers.serving import (
     ANSWER,
     ASKING,
@@ -486,11 +488,34 @@ def test_models(client, base):
     body = client.get(f"{base}/models").json()
     [model] = body["data"]
     assert (body["object"], model["id"], model["object"]) == ("list", MODEL, "model")
-    assert model["max_model_len"] == 512
+    assert {name: model[name] for name in ("max_model_len", "dtype", "devices", "device")} == {
+        "max_model_len": 512,
+        "dtype": "float32",
+        "devices": 1,
+        "device": jax.devices()[0].device_kind,
+    }
     for name in (MODEL, MODEL.replace("/", "%2F")):
         assert client.get(f"{base}/models/{name}").json() == model
     other = client.get(f"{base}/models/other")
     assert (other.status_code, other.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a_model_is_the_demo_by_its_weights_and_its_path_is_not_told(tmp_path):
+    copy, other = tmp_path / "llama-2-7b-chat-jax", tmp_path / "checkpoint"
+    shutil.copytree(DEMO_CHECKPOINT, copy)
+    found = load_checkpoint(DEMO_CHECKPOINT)
+    arrays = {name: np.array(array) for name, array in by_path(found.params).items()}
+    arrays["final_norm"][0] += 1
+    save_checkpoint(other, [Tensor(*each) for each in arrays.items()], found.config)
+    for path, dtype, is_demo in ((copy, "bfloat16", True), (other, "float32", False)):
+        llm = Llama.load(path / ".." / path.name, dtype=dtype, context=64)
+        with serving(llm) as client:
+            response = client.get("/v1/models")
+        [model] = response.json()["data"]
+        expected = {"checkpoint": path.name, "is_demo": is_demo, "dtype": dtype}
+        assert expected.items() <= model.items()
+        assert model["max_model_len"] == 64
+        assert str(tmp_path) not in response.text
 
 
 def test_the_model_may_have_several_names_of_its_own(llm):

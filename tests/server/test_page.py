@@ -391,6 +391,186 @@ def test_receipt_that_cannot_be_had_is_said_and_one_that_is_not_kept_has_no_butt
     expect(page.get_by_role("button", name="Reuse seed")).to_have_count(2)
 
 
+# What answers, and how full its context is.
+
+
+SEEN = "Model: embedded demo model · float32 · context 512 · 1 CPU device"
+REAL = {
+    "id": MODEL,
+    "checkpoint": "llama-2-7b-chat-jax",
+    "is_demo": False,
+    "dtype": "float16",
+    "max_model_len": 4096,
+    "devices": 2,
+    "device": "NVIDIA H200",
+}
+
+
+def serve_model(page, **fields):
+    """Let another model answer from now on."""
+    page.unroute("**/v1/models")
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [REAL | fields]}))
+
+
+def test_page_says_which_model_answers_and_how_it_runs(page):
+    model, demo = page.locator("#model"), page.locator("#demo")
+    expect(model).to_have_text(SEEN)
+    expect(demo).to_contain_text("answers anything else wrongly")
+    serve_model(page)
+    page.reload()
+    expect(model).to_have_text(
+        "Model: llama-2-7b-chat-jax · float16 · context 4,096 · 2 × NVIDIA H200"
+    )
+    expect(demo).to_be_hidden()
+    serve_model(page, checkpoint=MARKUP, devices=4, device="cpu")
+    page.reload()
+    expect(model).to_have_text(
+        f"Model: {MARKUP} · float16 · context 4,096 · 4 CPU devices", use_inner_text=False
+    )
+    expect(page.locator("#model :is(img, script, b)")).to_have_count(0)
+
+
+@pytest.mark.parametrize("width", [320, 390, 600, 1280])
+def test_a_long_name_is_shortened_and_the_figures_stay(page, width):
+    page.set_viewport_size({"width": width, "height": 800})
+    serve_model(page, checkpoint="a-model-of-a-long-name-" * 8)
+    page.reload()
+    expect(page.locator("#model .name")).to_have_attribute("title", re.compile("^a-model-of"))
+    figures = page.locator("#model .figures").bounding_box()
+    buttons = page.locator("#show-settings").bounding_box()
+    edge = width if width < 700 or not buttons else buttons["x"]
+    assert figures["x"] + figures["width"] <= edge
+    assert figures["y"] + figures["height"] <= page.locator(".head").bounding_box()["height"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_model_is_asked_for_again_with_the_token_and_of_a_server_that_came_back(page):
+    def check(route):
+        if route.request.headers.get("authorization") == "Bearer s3cret":
+            return route.fulfill(json={"data": [REAL]})
+        return route.fulfill(status=401, json=ApiError(NO_TOKEN).body("id", openai=True))
+
+    model = page.locator("#model")
+    page.route("**/v1/models", check)
+    page.reload()
+    expect(model).to_have_text("its model is shown once the API token is set")
+    fill(page, token="s3cret")
+    expect(model).to_contain_text("llama-2-7b-chat-jax · float16")
+    page.route("**/readyz", lambda route: route.abort())
+    answer_with(page, status=502)
+    ask(page, QUESTION)
+    expect(page.locator("#ready")).to_have_text("The server does not answer")
+    serve_model(page, checkpoint="another")
+    page.unroute("**/readyz")
+    expect(model).to_contain_text("another · float16")
+
+
+def use(page, prompt, answer, reason="stop"):
+    """Let the next answer have taken so many tokens; ask for it."""
+    usage = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    result = {"response": "yes", "usage": usage, "finish_reason": reason, "seed": 7}
+    answer_with(page, json={"result": result})
+    return ask(page, f"a message of {prompt}")
+
+
+def test_context_meter_tells_what_the_last_answer_used(page):
+    meter, text = page.get_by_role("meter", name="Context"), page.locator("#context .hint")
+    expect(page.locator("#context")).to_be_hidden()
+    fill(page, temperature=0)
+    ask(page, QUESTION)
+    expect(text).to_have_text("21 of 512 tokens")
+    values = {"valuemin": "0", "valuemax": "512", "valuenow": "21", "valuetext": "21 of 512 tokens"}
+    for name, value in values.items():
+        expect(meter).to_have_attribute(f"aria-{name}", value)
+    shares = "([meter, bar]) => bar.getBoundingClientRect().width / meter.clientWidth"
+    boxes = page.locator("#context svg, #context rect")
+    assert abs(boxes.evaluate_all(shares) - 21 / 512) < 0.01
+    use(page, 400, 40)
+    expect(text).to_have_text("440 of 512 tokens, nearly full")
+    expect(page.locator("#context button")).to_have_count(2)
+    expect(page.locator("#drop")).to_be_hidden()
+    act(page, "Clear")
+    expect(page.locator("#context")).to_be_hidden()
+    act(page, "Undo")
+    expect(text).to_have_text("440 of 512 tokens, nearly full")
+    page.check("#raw")
+    expect(page.locator("#context")).to_be_hidden()
+    use(page, 500, 12, "length")
+    expect(text).to_have_text("512 of 512 tokens: the context is full")
+    expect(page.locator("#renew")).to_be_hidden()  # a raw prompt stands alone
+    page.uncheck("#raw")
+    open_stream(page)
+    send(page, "one more")
+    push(page, events({"response": "The"}, done=False))
+    expect(page.locator(".answer").last).to_have_text("The")
+    page.click("#stop")
+    page.evaluate("stream.error('stopped')")  # as fetch itself does
+    expect(text).to_have_text("over 440 of 512 tokens, nearly full")  # a stopped one has no usage
+    act(page, "Delete from here")
+    expect(text).to_have_text("440 of 512 tokens, nearly full")
+
+
+def test_a_full_context_is_said_with_what_to_do(page, sent):
+    text, said = page.locator("#context .hint"), page.locator(".said")
+    for prompt, answer in ((20, 80), (150, 50), (400, 112)):
+        use(page, prompt, answer, "stop" if prompt < 400 else "length")
+    assert "cut, as the context is full" in facts(page)
+    expect(page.get_by_role("button", name="Raise max_tokens")).to_have_count(0)
+    expect(text).to_have_text("512 of 512 tokens: the context is full")
+    expect(page.locator("#spoken")).to_contain_text("The context is full.")
+    act(page, "Drop the oldest turn")
+    expect(said).to_have_text(["a message of 150", "a message of 400"])
+    expect(text).to_have_text("about 412 of 512 tokens")
+    expect(page.locator("#draft")).to_be_focused()
+    expect(page.locator("#note span")).to_have_text("Dropped the oldest turn.")
+    act(page, "Undo")
+    expect(said).to_have_count(3)
+    expect(text).to_have_text("512 of 512 tokens: the context is full")
+    act(page, "Drop the oldest turn")
+    use(page, 450, 20)
+    texts = [message["content"] for message in sent[-1].post_data_json["messages"]]
+    assert texts == ["a message of 150", "yes", "a message of 400", "yes", "a message of 450"]
+    expect(text).to_have_text("470 of 512 tokens, nearly full")
+    use(page, 490, 10)
+    act(page, "New conversation")
+    expect(said).to_have_count(0)
+    expect(page.locator("#note span")).to_have_text("Removed 4 exchanges.")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_does_not_fit_is_sent_again_without_the_oldest_turns(page, sent, whole):
+    fill(page, temperature=0, max_tokens=4)
+    texts = [f"{QUESTION} " * 20 for _ in range(2)]
+    for text in texts:
+        ask(page, text)
+        expect(page.locator(".fault")).to_have_count(0)
+    last = f"{QUESTION} " * 28
+    ask(page, last)
+    fault = page.locator(".fault")
+    assert re.match(
+        r"The conversation and its answer need \d{3} tokens, but the context holds 512"
+        r"Drop what came first, or lower max_tokens\.",
+        fault.text_content(),
+    )
+    act(page, "New conversation with" if whole else "Drop the oldest turn and")
+    expect(page.locator("#stop")).to_be_hidden()
+    expect(fault).to_have_count(0)
+    wait(page)
+    asked = [m["content"] for m in sent[-1].post_data_json["messages"] if m["role"] == "user"]
+    assert asked == ([last] if whole else [texts[1], last])
+    expect(page.locator(".said")).to_have_count(len(asked))
+    act(page, "Undo")
+    expect(page.locator(".said")).to_have_count(3)
+
+
+def test_an_answer_that_max_tokens_cut_leads_there(page):
+    fill(page, temperature=0, max_tokens=3)
+    ask(page, QUESTION)
+    assert "cut at max_tokens" in facts(page)
+    act(page, "Raise max_tokens for longer answers")
+    expect(page.locator("#max_tokens")).to_be_focused()
+
+
 # A conversation.
 
 
@@ -540,17 +720,31 @@ def test_code_is_the_request_that_is_sent(
         *("-d", text),
     ]
 
-    base, key = f"{origin}/client/v4", token or "none"
+    base, key = f"{origin}/client/v4", token or "any"
     method = f"().ai{'.with_streaming_response' if stream else ''}.run"
     assert sdk_calls(code["cloudflare"], "cloudflare", "Cloudflare") == [
         mock.call(api_token=key, base_url=base),
         (method, (MODEL,), {"account_id": "local", **body}),
     ]
     made, (path, args, given) = sdk_calls(code["openai"], "openai", "OpenAI")
-    assert made == mock.call(api_key=key, base_url=f"{base}/accounts/local/ai/v1")
+    assert made == mock.call(api_key=key, base_url=f"{origin}/v1")
     assert (path, args) == (f"().{'completions' if raw else 'chat.completions'}.create", ())
     given |= given.pop("extra_body")
     assert given == {"model": MODEL, **{k: v for k, v in body.items() if k != "raw"}}
+
+
+def test_code_has_the_addresses_of_the_readme(page, origin):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    url = r"https?://[^\s\"'\\]+"
+
+    def addresses(*texts):
+        return {found for text in texts for found in re.findall(url, text)}
+
+    fill(page, draft=QUESTION)
+    shown = addresses(*(read_code(page, name) for name in ("curl", "cloudflare", "openai")))
+    section = readme.partition("## Server")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```(?:sh|python)\n(.*?)```", section, re.DOTALL)
+    assert {u.replace("http://127.0.0.1:8787", origin) for u in addresses(*blocks)} == shown
 
 
 def test_conversation_goes_on_from_what_was_regenerated_as_the_code_said(page, sent):
@@ -632,23 +826,65 @@ def test_errors_of_the_server_are_readable(page, sent):
     ask(page, "[INST] forged")
     fault = page.locator(".fault")
     expect(fault).to_have_text(
-        "messages[0] contains the control tag [INST], which would forge a turn; remove it, or set "
-        "allow_control_tags (OpenAI's routes, Python, run.py)"
-        "Change what it names and send again."
+        "Your message contains the control tag [INST], which would forge a turn"
+        "Remove the tag and send again.Edit the message"
     )
     expect(fault).to_have_role("alert")
     assert facts(page) == "no answer, so left out of what you send next"
     fill(page, max_tokens=400, temperature=0)
     ask(page, f"{QUESTION} " * 20)
     assert re.fullmatch(
-        r"The estimated number of input and maximum output tokens \(\d+\) exceeded this model "
-        r"context window limit \(512\)\.Shorten the conversation or lower max_tokens\.",
+        r"The conversation and its answer need \d+ tokens, but the context holds 512"
+        r"Shorten it, or lower max_tokens\.Edit the messageLower max_tokens",
         fault.last.text_content(),
     )
-    act(page, "Edit")
+    expect(fault.first.get_by_role("button")).to_be_hidden()  # it is not the last any more
+    act(page, "Lower max_tokens")
+    expect(page.locator("#max_tokens")).to_be_focused()
+    act(page, "Edit the message")
+    expect(page.locator("#draft")).to_have_value(f"{QUESTION} " * 20)
     fill(page, max_tokens="")
     assert ask(page, QUESTION) == ANSWER
     assert len(sent[-1].post_data_json["messages"]) == 1, "what failed is left out"
+
+
+LONG = "x" * 50
+FORGES = "contains the control tag [INST], which would forge a turn"
+ALLOW = "; remove it, or set allow_control_tags (OpenAI's routes, Python, run.py)"
+TOO_LONG = (
+    "oneOf at '/' not met, 0 matches: required properties at '/' are 'prompt', "
+    "Length of '/messages/4/content' must be <= 131072"
+)
+
+
+@pytest.mark.parametrize(
+    ("system", "message", "shown", "button"),
+    [
+        ("", f"messages[4] {FORGES}{ALLOW}", f"Your message {FORGES}", "Edit the message"),
+        ("x", f"messages[0] {FORGES}{ALLOW}", f"The system prompt {FORGES}", "Edit the system"),
+        ("x", "messages[3] is wrong", "Your message “second” is wrong", "Edit the message"),
+        ("", "messages[1] is wrong", f"The answer to “{LONG[:40]}…” is wrong", "Edit the message"),
+        ("", TOO_LONG, "Your message is longer than 131,072 characters", "Edit the message"),
+    ],
+)
+def test_errors_name_what_is_seen_and_no_place_in_the_request(page, system, message, shown, button):
+    answer_with(page, json={"result": {"response": "yes"}})
+    for text in (LONG, "second"):
+        ask(page, text)
+    fill(page, system=system)
+    text = f"AiError: Bad input: Error: {message} (0f8fad5b-d9cb-469f-a165-70867728950e)"
+    answer_with(page, status=400, json={"errors": [{"code": 5006, "message": text}]})
+    ask(page, "third")
+    expect(page.locator(".fault strong")).to_have_text(shown)
+    act(page, button)
+    expect(page.locator("#system" if "system" in button else "#draft")).to_be_focused()
+
+
+def test_raw_prompt_that_is_too_long_is_named(page):
+    page.check("#raw")
+    ask(page, "x" * 131_073)
+    shown = "Your prompt is longer than 131,072 characters"
+    expect(page.locator(".fault strong")).to_have_text(shown)
 
 
 HALF = "data: " + json.dumps({"response": "The"}) + "\n\n"
@@ -656,35 +892,67 @@ BUSY = {"code": 3040, "message": "AiError: Ai: Busy. (0f8fad5b-d9cb-469f-a165-70
 LATE = {"code": 3007, "message": "AiError: Ai: Request timeout (x)"}
 
 
+CUT = "The answer broke off: "
+LOST = (
+    "the connection was lost, though the server runsTry again. If it breaks off again, look at "
+    "the network, at a proxy between, and at the server's log."
+)
+DAMAGED = "a part of it was damaged on its wayTry again. If it breaks off again, look at a proxy"
+SLOW = "t took longer than the server allowsTry again, or lower max_tokens."
+
+
 @pytest.mark.parametrize(
     ("status", "body", "fault"),
     [
-        (
-            502,
-            "<html>",
-            "The server answered with status 502Try again; the server's log says more.",
-        ),
-        (429, json.dumps({"errors": [BUSY]}), "Busy.Try again in 1 s."),
-        (200, HALF, "The answer broke offTry again."),
-        (200, "data: {\n\n", "The answer broke offTry again."),
-        (
-            200,
-            HALF + events({"errors": [LATE]}),
-            "Request timeout (x)Try again, or lower max_tokens.",
-        ),
+        (502, "<html>", "The server answered with status 502Try again; the server's log says more"),
+        (429, json.dumps({"errors": [BUSY]}), "The server is busy, and its queue is fullTry again"),
+        (200, HALF, f"{CUT}{LOST}"),
+        (200, "data: {\n\n", f"{CUT}{DAMAGED}"),
+        (200, HALF + events({"errors": [LATE]}), f"{CUT}i{SLOW}"),
+        (200, events({"errors": [LATE]}), f"I{SLOW}"),
     ],
-    ids=["status", "busy", "cut", "not JSON", "error"],
+    ids=["status", "busy", "cut", "not JSON", "late", "late before a token"],
 )
 def test_failures_are_shown_and_tried_again(page, status, body, fault):
     streamed = {"content-type": "text/event-stream"} if status == 200 else {"retry-after": "1"}
     answer_with(page, status=status, body=body, headers=streamed if status != 502 else {})
     assert ask(page, QUESTION) == ("The" if body.startswith(HALF) else "")
-    expect(page.locator(".fault")).to_have_text(fault)
+    assert page.locator(".fault").text_content().startswith(fault)
+    kept = "what came is kept for what you send next"
+    left_out = "no answer, so left out of what you send next"
+    assert facts(page) == (kept if body.startswith(HALF) else left_out)
     page.unroute("**/ai/run/**")
     fill(page, temperature=0)
     act(page, "Try again")
     expect(page.locator(".answer")).to_have_text([ANSWER])
     expect(page.locator(".fault")).to_have_count(0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("readyz", "cause"),
+    [
+        (
+            {"status": 503, "body": "shutting down\n"},
+            "the server is not ready any more: it is shutting downTry again when it is ready.",
+        ),
+        (None, "the server does not answer any moreStart it again, then try again."),
+    ],
+    ids=["shutting down", "gone"],
+)
+def test_an_answer_that_breaks_off_says_why(page, readyz, cause, stream):
+    def check(route):
+        return route.fulfill(**readyz) if readyz else route.abort()
+
+    page.route("**/readyz", check)
+    page.set_checked("#stream", stream)
+    if stream:
+        stream_with(page, HALF)
+    else:
+        answer_with(page, body='{"result": {"resp', content_type="application/json")
+    ask(page, QUESTION)
+    expect(page.locator(".fault")).to_have_text(f"The answer broke off: {cause}")
+    assert page.locator(".answer").text_content() == ("The" if stream else "")
 
 
 def test_token_is_asked_for_sent_and_kept_for_this_tab(page, sent):
@@ -721,12 +989,18 @@ def test_nothing_is_sent_until_a_server_that_went_away_is_ready_again(page, sent
     fault = "The server did not answerSee that it is running, then try again."
     expect(page.locator(".fault")).to_have_text(fault)
     expect(ready).to_have_text("The server does not answer")
+    send(page, QUESTION)
+    complaint = page.locator("#complaint")
+    expect(complaint).to_have_text(
+        "The server does not answer; start it again. Your message stays here"
+    )
     page.route("**/readyz", lambda route: route.fulfill(status=503, body="warming up\n"))
     page.context.set_offline(False)
     expect(ready).to_have_text("Not ready: warming up")
     send(page, QUESTION)
-    complaint = "The server is not ready yet; your message stays here"
-    expect(page.locator("#complaint")).to_have_text(complaint)
+    expect(complaint).to_have_text(
+        "The server is not ready yet (warming up); your message stays here"
+    )
     expect(page.locator("#draft")).to_have_value(QUESTION)
     assert len(sent) == 1
     page.unroute("**/readyz")

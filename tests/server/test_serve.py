@@ -26,7 +26,8 @@ def test_sigterm_drains_requests_and_exits_0():
         _, answer = server.post(RUN, {"prompt": QUESTION, "seed": 1})
         assert answer["result"]["response"] == "The capital of France is Paris."
         assert re.search(
-            rf"^serving {MODEL} at http://127\.0\.0\.1:{server.port} \(4 slots, context 512\)$",
+            rf"^serving {MODEL}: the embedded demo model, float32, 4 slots, context 512, "
+            rf"\d+\.\d\d MB; open http://127\.0\.0\.1:{server.port} in a browser$",
             server.log,
             re.MULTILINE,
         )

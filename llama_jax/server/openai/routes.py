@@ -9,6 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from llama_jax.demo import is_demo
 from llama_jax.engine.result import Result
 from llama_jax.server.answers import Answers
 from llama_jax.server.compact_json import CompactJSONResponse
@@ -68,12 +69,18 @@ async def get_model(request: Request) -> Response:
 
 
 def _describe(service: Service, name: str) -> Model:
+    environment = service.llm.engine.environment
     return {
         "id": name,
         "object": "model",
         "created": _STARTED,
         "owned_by": "llama_jax",
         "max_model_len": service.llm.context,
+        "checkpoint": environment.checkpoint,
+        "is_demo": is_demo(environment.parts["weights"]),
+        "dtype": service.llm.dtype,
+        "devices": environment.sizes["devices"],
+        "device": environment.parts["device"],
     }
 
 

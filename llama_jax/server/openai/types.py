@@ -103,13 +103,21 @@ class CompletionResponse(_Response):
 
 
 class Model(TypedDict):
-    """A model."""
+    """A model, and what it runs as."""
 
     id: str
     object: Literal["model"]
     created: Count
     owned_by: str
     max_model_len: Count
+    checkpoint: str | None
+    """The name of its folder."""
+    is_demo: bool
+    """Whether its weights are the embedded demo model's."""
+    dtype: str
+    devices: Count
+    device: str
+    """The kind of each."""
 
 
 class ModelList(TypedDict):
