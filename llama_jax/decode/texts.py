@@ -101,7 +101,7 @@ def check_draws(
             logits[i, None, :drawable],
             law.sampling,
             index[None],
-            *(array[None, :drawable] for array in (law.bias, law.in_prompt, counts)),
+            *(jnp.asarray(array)[None, :drawable] for array in (law.bias, law.in_prompt, counts)),
             noise=needs.noise,
             filters=needs.filters,
         )
