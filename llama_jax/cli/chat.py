@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from llama_jax.cli.console import note, summary, waiting
+from llama_jax.cli.console import keeping_interrupts, note, summary, waiting
 from llama_jax.cli.conversation import Conversation
 from llama_jax.cli.files import expand, read_bytes
 from llama_jax.cli.flags import FLAGS
@@ -100,10 +100,12 @@ class Session:
         """Print an answer as it comes, then a line about it; keep both turns."""
         self._unanswered, self._too_long = question, None
         pieces = iter(stream)
-        with waiting("reading" if self._talk.last else "compiling and reading"):
-            first = next(pieces, "")
-        for piece in itertools.chain([first], pieces):
-            print(piece, end="", flush=True)
+        with keeping_interrupts() as check:
+            with waiting("reading" if self._talk.last else "compiling and reading"):
+                first = next(pieces, "")
+            for piece in itertools.chain([first], pieces):
+                check()
+                print(piece, end="", flush=True)
         print()
         self._unanswered = None
         self._talk.keep(question, stream.result)

@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llama_jax.engine.result import Result
@@ -80,6 +82,31 @@ def waiting(text: str) -> Iterator[None]:
 
     with Console(stderr=True).status(text, spinner="dots"):
         yield
+
+
+@contextlib.contextmanager
+def keeping_interrupts() -> Iterator[Callable[[], None]]:
+    """Yield a function that raises KeyboardInterrupt again if there was one meanwhile.
+
+    Python drops an exception in a callback that C++ or the garbage collector calls, and a
+    compilation calls many: there Ctrl-C may have no effect.
+    """
+    was_interrupted = False
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        nonlocal was_interrupted
+        was_interrupted = True
+        signal.default_int_handler(number, frame)
+
+    def raise_again() -> None:
+        if was_interrupted:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield raise_again
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def note(text: str) -> None:

@@ -1,6 +1,6 @@
 """No verb: answer one request."""
 
-from llama_jax.cli.console import indented_json, note, summary
+from llama_jax.cli.console import indented_json, keeping_interrupts, note, summary
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.model import checkpoint_path, load_model
 from llama_jax.cli.receipts import open_receipts
@@ -36,9 +36,11 @@ def _answer(llm: Llama, request: GenerationRequest) -> Result:
     """Print the answer; return its result."""
     _note_warnings(request, llm.tokenizer)
     stream = llm.start(request)
-    for piece in stream:
-        if FLAGS.output == "text" and FLAGS.stream:
-            print(piece, end="", flush=True)
+    with keeping_interrupts() as check:
+        for piece in stream:
+            check()
+            if FLAGS.output == "text" and FLAGS.stream:
+                print(piece, end="", flush=True)
     result = stream.result
     if FLAGS.output == "json":
         print(indented_json(result.to_dict()))

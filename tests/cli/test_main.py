@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from llama_jax.cli.console import keeping_interrupts
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.help import help_text
 from llama_jax.cli.verbs import PARAMETERS, VERBS
@@ -166,3 +167,14 @@ def test_ctrl_c_while_compiling_exits_130():
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in err
+
+
+def test_an_interrupt_that_was_lost_is_raised_again():
+    before = signal.getsignal(signal.SIGINT)
+    with keeping_interrupts() as check:
+        check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            check()
+    assert signal.getsignal(signal.SIGINT) is before
