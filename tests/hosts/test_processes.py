@@ -85,7 +85,7 @@ class Served:
         self.running, self._stack = running, stack
         self.lines = []
         wait_until(self._is_ready, 120)
-        self.port = int(re.search(r"serving .* at http://[^:]*:(\d+)", self.lines[-1])[1])
+        self.port = int(re.search(r"serving .* open http://[^:]*:(\d+)", self.lines[-1])[1])
 
     def _is_ready(self):
         self.lines.append(line := self.running[0].stderr.readline())
