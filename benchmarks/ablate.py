@@ -33,11 +33,12 @@ from llama_jax.decode.plan import Plan, choose_plan
 from llama_jax.nn import attention, projection
 from llama_jax.nn.cpu_kernels import has_kernels
 
-CHOICES = ("steps", "prefill", "attention", "projection", "hlo", "plan")
+CHOICES = ("steps", "prefill", "attention", "projection", "determinism", "hlo", "plan")
 FLAGS = command.make_flags(
     "1b",
     only=(list(CHOICES[:-1]), f"Choices to measure: {', '.join(CHOICES)}."),
     dtype=("bfloat16", "Of weights and cache."),
+    batch=(1, "Slots that decode at once."),
     context=(1024, "Tokens in the cache when decoding."),
     prompt_len=(512, "Tokens of a prompt."),
     new_tokens=(64, "Tokens to decode."),
@@ -46,7 +47,7 @@ FLAGS = command.make_flags(
 Figures = dict[str, Any]
 
 
-def make_plans(choice: str, plan: Plan) -> dict[str, Plan]:
+def make_plans(choice: str, plan: Plan, config: ModelConfig, dtype: str) -> dict[str, Plan]:
     """Return the ways of a choice by name; the plan's own comes first."""
     ways = {"the plan": plan}
     if choice == "steps":
@@ -58,6 +59,8 @@ def make_plans(choice: str, plan: Plan) -> dict[str, Plan]:
         sizes = (16, 32, 64, 128, 256, 512)
         for count in range(2, len(sizes) + 1):
             ways[f"chunks of {sizes[count - 1]}"] = plan._replace(prefill_sizes=sizes[:count])
+    elif choice == "determinism":
+        ways["fast"] = choose_plan(config, dtype, "fast")
     elif choice in ("attention", "projection"):
         on_cpu = jax.default_backend() == "cpu"
         unfit = () if on_cpu and has_kernels() else ("native",)
@@ -73,7 +76,7 @@ def time_plans(config: ModelConfig, choice: str) -> list[Figures]:
     """Time the model under each plan of a choice, in turns; each is run once untimed before."""
     dtype = FLAGS.dtype
     params = make_weights(config, dtype, None).params
-    plans = make_plans(choice, choose_plan(config, dtype))
+    plans = make_plans(choice, choose_plan(config, dtype), config, dtype)
     context = max(FLAGS.context + FLAGS.new_tokens, FLAGS.prompt_len)
     prompt = protocol.prompt(FLAGS.prompt_len, config.vocab_size)
     rows = {name: Figures(choice=choice, way=name, prefill_s=[], decode_s=[]) for name in plans}
@@ -84,7 +87,8 @@ def time_plans(config: ModelConfig, choice: str) -> list[Figures]:
             row = rows[name]
             try:
                 if name not in runs:
-                    runs[name] = Executor(config, params, dtype, context=context, plan=plans[name])
+                    shape = {"batch": FLAGS.batch, "context": context}
+                    runs[name] = Executor(config, params, dtype, plan=plans[name], **shape)
                 state, prefill_s = time_prefill(runs[name], None, prompt)
                 _, decode_s = time_decode(runs[name], state, FLAGS.context, FLAGS.new_tokens)
                 del state
@@ -118,7 +122,8 @@ def count_operations(compiled: jax.stages.Compiled) -> Figures:
 
 def add_rates(row: Figures, config: ModelConfig, limits: Limits) -> None:
     """Add the figures of prefill and decode to a row, from the medians of its timed rounds."""
-    cases = (Case("prefill", FLAGS.prompt_len), Case("decode", FLAGS.context, 1, FLAGS.new_tokens))
+    decode = Case("decode", FLAGS.context, FLAGS.batch, FLAGS.new_tokens)
+    cases = (Case("prefill", FLAGS.prompt_len), decode)
     for case in cases:
         if timed := row.get(f"{case.op}_s", [])[1:]:
             seconds = statistics.median(timed)

@@ -231,11 +231,14 @@ def test_against_llamacpp(tmp_path):
 
 @pytest.mark.parametrize("choice", ablate.CHOICES)
 def test_the_ways_of_a_choice_differ_and_begin_with_the_plan(choice):
-    plan = choose_plan(load_shape("demo"), "bfloat16")
-    plans = ablate.make_plans(choice, plan)
+    config = load_shape("demo")
+    plan = choose_plan(config, "bfloat16")
+    plans = ablate.make_plans(choice, plan, config, "bfloat16")
     assert next(iter(plans.items())) == ("the plan", plan)
     assert len(set(plans.values())) == len(plans)
-    assert (len(plans) > 1) == (choice not in ("hlo", "plan"))
+    # The kernels' only plan is strict.
+    alone = {"hlo", "plan"} | ({"determinism"} if plan.batch_invariant else set())
+    assert (len(plans) > 1) == (choice not in alone)
 
 
 def test_operations_of_a_program_are_counted():
@@ -250,13 +253,14 @@ def test_operations_of_a_program_are_counted():
 def test_the_script_for_gpus(tmp_path):
     done = subprocess.run(
         ["bash", str(ROOT / "benchmarks" / "gpu.sh")],
-        env={**os.environ, "SMALL": "1", "STEPS": "one ablate wrong", "OUT": str(tmp_path)},
+        env={**os.environ, "SMALL": "1", "STEPS": "one strict ablate wrong", "OUT": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=600,
     )
-    one, ablated, wrong = done.stdout.splitlines()
+    one, *strict, ablated, wrong = done.stdout.splitlines()
     assert one.startswith("one: status 0, ")
+    assert [line[:20] for line in strict] == ["strict-1: status 0, ", "strict-8: status 0, "]
     assert ablated.startswith("ablate: status 0, ")
     assert wrong == "wrong: no such step"
     for name in ("e2e-one.json", "ablate.json", "one.log", "summary.txt"):
