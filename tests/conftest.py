@@ -142,6 +142,14 @@ def openssl() -> str:
 
 
 @pytest.fixture(scope="session")
+def _flags() -> None:
+    """The flags of the command line, which absl lets a process define once."""
+    from llama_jax.cli import flags
+
+    flags.define()
+
+
+@pytest.fixture(scope="session")
 def native_kernels() -> None:
     """The CPU kernels, which are built where there is a compiler."""
     from llama_jax.nn.cpu_kernels import has_kernels
