@@ -44,7 +44,7 @@ for name in ${STEPS:-selftest bits strict one}; do
   case $name in
     selftest) step selftest 120 python run.py selftest ;;
     bits)
-      step bits 200 python -m tools.compare_bits --shape="$shape" --dtype="$dtype" "${bits[@]}"
+      step bits 200 python -m benchmarks.bits "${common[@]}" --name=bits "${bits[@]}"
       ;;
     strict)
       for batch in 1 8; do

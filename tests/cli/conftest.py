@@ -8,7 +8,6 @@ import pytest
 from absl.testing import flagsaver
 
 from llama_jax import Llama
-from llama_jax.cli import flags
 from llama_jax.cli.main import main, parse_flags
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.source import CHECKPOINT_VARIABLE
@@ -19,11 +18,6 @@ from llama_jax.weights.shards import tensors
 @pytest.fixture(autouse=True)
 def _no_checkpoint_variable(monkeypatch):
     monkeypatch.delenv(CHECKPOINT_VARIABLE, raising=False)
-
-
-@pytest.fixture(scope="session")
-def _flags():
-    flags.define()
 
 
 @pytest.fixture(scope="session")

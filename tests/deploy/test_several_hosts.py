@@ -1,4 +1,4 @@
-"""The manifests of deploy/: their flags are the program's, and their counts agree.
+"""The manifests for several hosts: their flags are the program's, and their counts agree.
 
 No cluster runs them here. What is held is what a reader of the files could get wrong.
 """
@@ -10,26 +10,21 @@ import shlex
 import subprocess
 
 import pytest
-import yaml
 
-from llama_jax.cli.flags import FLAGS
-from llama_jax.cli.verbs import VERBS
 from llama_jax.server.auth import OPEN_PATHS
-from tests.helpers import ROOT
+from tests.helpers.manifests import DEPLOY, check_ports, container_of, documents, read_command
 
 pytestmark = pytest.mark.usefixtures("_flags")
 
-DEPLOY = ROOT / "deploy"
 SLURM = DEPLOY / "slurm.sh"
 DIRECTIVES = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", SLURM.read_text(), re.MULTILINE))
-CONFIG = f"--config={ROOT / 'configs/llama-2-70b.json'}"
 
 
 def load(name, kind):
     """Return the documents of a manifest: the one of a kind, and its Service."""
-    documents = {each["kind"]: each for each in yaml.safe_load_all((DEPLOY / name).read_text())}
-    assert set(documents) == {kind, "Service"}
-    return documents[kind], documents["Service"]
+    found = documents(name)
+    assert set(found) == {kind, "Service"}
+    return found[kind], found["Service"]
 
 
 @pytest.fixture(scope="module")
@@ -47,48 +42,7 @@ def lws():
     return document["spec"], document["spec"]["leaderWorkerTemplate"], service
 
 
-def container_of(template):
-    (container,) = template["spec"]["containers"]
-    return container
-
-
-def parsed(command, environment=()):
-    """Check a command line against the program's flags; return its verb and values."""
-    program, verb, *arguments = command
-    assert program == "llama-jax"
-    values = {}
-    for argument in arguments:
-        for name, value in dict(environment).items():
-            argument = argument.replace(f"$({name})", value)
-        name, _, value = argument.removeprefix("--").partition("=")
-        values[name] = value
-        assert name in VERBS[verb].takes, argument
-        FLAGS[name].parser.parse(value or "true")
-        assert "$" not in value
-    assert len(values) == len(arguments), "a flag is given twice"
-    return verb, values
-
-
-def check_fits(cli, chip, values):
-    """Check that 70B fits that many of these chips, with the manifest's slots."""
-    names = ("dtype", "devices", "slots")
-    flags = [f"--{name}={values[name]}" for name in names if name in values]
-    status, out, err = cli("serve", "--estimate", CONFIG, f"--chip={chip}", *flags)
-    assert (status, err) == (0, "")
-    assert "fits; " in out.splitlines()[-1]
-    assert f"on each of {values['devices']} devices" in out
-
-
-@pytest.mark.parametrize("path", sorted(DEPLOY.iterdir()), ids=lambda path: path.name)
-def test_a_manifest_says_that_it_was_not_run(path):
-    text = path.read_text()
-    first, second = [line for line in text.splitlines() if line != "#!/usr/bin/env bash"][:2]
-    assert first.startswith("# NOT RUN ON A CLUSTER. ")
-    assert second.startswith("#")
-    assert path.name in (ROOT / "docs/scaling.md").read_text()
-
-
-def test_the_jobset_has_a_process_a_host_and_all_chips(cli, jobset):
+def test_the_jobset_has_a_process_a_host_and_all_chips(check_fits, jobset):
     _, replicated, _ = jobset
     job = replicated["template"]["spec"]
     pod = job["template"]["spec"]
@@ -101,9 +55,9 @@ def test_the_jobset_has_a_process_a_host_and_all_chips(cli, jobset):
     topology = selector["cloud.google.com/gke-tpu-topology"]
     assert math.prod(map(int, topology.split("x"))) == chips
     assert selector["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5-lite-podslice"
-    verb, values = parsed([*container["command"], *container["args"]])
+    verb, values = read_command([*container["command"], *container["args"]])
     assert (verb, values["devices"], values["dtype"]) == ("serve", str(chips), "bfloat16")
-    check_fits(cli, "v5e", values)
+    check_fits("70b", "v5e", values)
 
 
 def test_the_jobset_restarts_as_a_whole(jobset):
@@ -141,8 +95,10 @@ def test_only_process_0_of_the_jobset_is_asked_whether_it_is_ready(jobset, index
     assert ("Connection refused" in done.stderr) == (index == "0")
 
 
-def test_the_leaderworkerset_has_a_process_a_host_and_all_gpus(cli, lws):
+def test_the_leaderworkerset_has_a_process_a_host_and_all_gpus(check_fits, lws):
     _, group, _ = lws
+    leader = container_of(group["leaderTemplate"])
+    ports = {each["name"]: each["containerPort"] for each in leader["ports"]}
     commands = []
     for index, name in enumerate(("leaderTemplate", "workerTemplate")):
         container = container_of(group[name])
@@ -153,21 +109,16 @@ def test_the_leaderworkerset_has_a_process_a_host_and_all_gpus(cli, lws):
             "LWS_WORKER_INDEX": str(index),
         }
         command = [*container["command"], *container["args"]]
-        verb, values = parsed(command, environment)
+        verb, values = read_command(command, environment)
         assert verb == "serve"
         assert values["num_processes"] == str(group["size"])
         assert values["process_id"] == str(index)
-        _, _, port = values["coordinator_address"].partition(":")
+        assert values["coordinator_address"].endswith(f":{ports['coordinator']}")
         gpus = container["resources"]["limits"]["nvidia.com/gpu"]
         assert values["devices"] == str(group["size"] * gpus)
+        check_fits("70b", "a100-40", values)
         commands.append(command)
     assert commands[0] == commands[1]
-    ports = {
-        each["name"]: each["containerPort"]
-        for each in container_of(group["leaderTemplate"])["ports"]
-    }
-    assert ports["coordinator"] == int(port)
-    check_fits(cli, "a100-40", values)
 
 
 def test_the_leaderworkerset_restarts_as_a_whole(lws):
@@ -197,17 +148,7 @@ def test_only_the_leader_has_the_service_and_probes(lws):
     assert patience > 2 * int(values["initialization_timeout_s"])
 
 
-def check_ports(service, container):
-    """Check that the Service leads to the port that the server listens on."""
-    (port,) = service["spec"]["ports"]
-    named = {each["name"]: each["containerPort"] for each in container["ports"]}
-    arguments = [argument for argument in container["args"] if argument.startswith("--port=")]
-    assert arguments == [f"--port={named[port['targetPort']]}"]
-    assert "--host=0.0.0.0" in container["args"]
-    assert "LLAMA_JAX_API_TOKEN" in [each["name"] for each in container["env"]]
-
-
-def test_the_slurm_script_starts_a_process_a_node_with_all_gpus(cli, tmp_path):
+def test_the_slurm_script_starts_a_process_a_node_with_all_gpus(check_fits, tmp_path):
     nodes, gpus = int(DIRECTIVES["nodes"]), int(DIRECTIVES["gpus-per-node"])
     assert DIRECTIVES["ntasks-per-node"] == "1"
     srun = tmp_path / "srun"
@@ -233,10 +174,10 @@ def test_the_slurm_script_starts_a_process_a_node_with_all_gpus(cli, tmp_path):
         assert "--kill-on-bad-exit=1" in options
         command = options[options.index("llama-jax") :]
         assert command[1:-1] == arguments
-        verb, values = parsed(command)
+        verb, values = read_command(command)
         assert verb == arguments[0]
         assert values["devices"] == str(nodes * gpus)
-        check_fits(cli, "a100-40", values)
+        check_fits("70b", "a100-40", values)
     done = run_script(environment)
     assert done.returncode == 1
     assert "arguments of llama-jax, such as serve" in done.stderr

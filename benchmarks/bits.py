@@ -1,25 +1,28 @@
-"""What else must be equal for equal bits on this machine: `python -m tools.compare_bits`.
+"""Measure what else must be equal for equal bits on this machine.
+
+  python -m benchmarks.bits --shape=7b --dtype=bfloat16
 
 A model of random weights answers mixed requests in 8 slots at once. Then it answers them again with
-something changed: alone, in another number of slots, with a larger cache, from the prefix cache. A
-line of JSON says for each change how many requests have other bits in a log-probability, how many
-have other tokens, and the first draw that differs; the prefill program computes draw 0. --save in
-one process and --against in another compare two processes. docs/design.md, "Exactness", has the
-figures.
+something changed: alone, in another number of slots, with a larger cache, from the prefix cache.
+The table says for each change how many requests have other bits in a log-probability, how many have
+other tokens, and the first draw that differs; the prefill program computes draw 0. --save in one
+process and --against in another compare two processes. docs/design.md, "Exactness", has figures.
 """
 
 import dataclasses
 import json
 import pathlib
 import random
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import tqdm
-from absl import app, flags, logging
+from tqdm import tqdm
 
+from benchmarks import command
+from benchmarks.report import table
 from benchmarks.shapes import SHAPES, load_shape
 from benchmarks.weights import filled
 from llama_jax import use_compile_cache
@@ -30,16 +33,17 @@ from llama_jax.engine.engine import Engine
 from llama_jax.engine.request import GenerationRequest, make_request
 from llama_jax.nn.transformer import param_shapes
 
-FLAGS = flags.FLAGS
-flags.DEFINE_enum("shape", "7b", SHAPES, "The model's width.")
-flags.DEFINE_integer("layers", 2, "The model's layers.", lower_bound=1)
-flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.")
-flags.DEFINE_enum("determinism", "strict", DETERMINISM, "The plan.")
-flags.DEFINE_bool("mixed", True, "Some requests are greedy, some filter; else all draw alike.")
-flags.DEFINE_integer("requests", 24, "How many.", lower_bound=2)
-flags.DEFINE_integer("context", 1024, "Positions of a slot; an answer takes 32.", lower_bound=128)
-flags.DEFINE_string("save", "", "File for the answers.")
-flags.DEFINE_string("against", "", "File of --save: the answers of another process.")
+FLAGS = command.make_flags(
+    "7b",
+    layers=(2, "Of the shape's layers, how many."),
+    dtype=("bfloat16", "Of weights and cache."),
+    determinism=("strict", f"{' or '.join(DETERMINISM)}; see run.py --help."),
+    mixed=(True, "Some requests are greedy, some filter; otherwise all draw alike."),
+    requests=(24, "How many."),
+    context=(1024, "Positions of a slot; an answer takes 32."),
+    save=("", "File for the answers."),
+    against=("", "File of --save: the answers of another process."),
+)
 
 CHANGES: dict[str, dict[str, Any]] = {
     "nothing: run again": {},
@@ -117,48 +121,53 @@ def _bits(result) -> Answer:
     return list(result.tokens), np.asarray(numbers, np.float32).view(np.int32).tolist()
 
 
-def report(changed: str, answers: Iterable[Answer], expected: Sequence[Answer]) -> None:
-    """Print how many answers are not those expected, and the first draw that any differs at."""
+def compare(changed: str, answers: Iterable[Answer], expected: Sequence[Answer]) -> dict[str, Any]:
+    """Return how many answers are not those expected, and the first draw that any differs at."""
     pairs = list(zip(answers, expected, strict=True))
     firsts = [
         next(i for i, (one, other) in enumerate(zip(got[1], want[1], strict=True)) if one != other)
         for got, want in pairs
         if got[1] != want[1]
     ]
-    figures = {
-        "dtype": FLAGS.dtype,
+    return {
         "changed": changed,
         "requests": len(pairs),
         "other bits": len(firsts),
         "other tokens": sum(got[0] != want[0] for got, want in pairs),
         "first at": min(firsts, default=None),
     }
-    tqdm.tqdm.write(json.dumps(figures))
 
 
-def main(_: list[str]) -> None:
-    """Print a line for each change."""
-    logging.set_verbosity(logging.WARNING)
+def run() -> int:
+    """Compare what the flags say; return the exit status."""
+    command.check_choices("--shape", [FLAGS.shape], SHAPES)
+    command.check_dtypes([FLAGS.dtype])
+    command.check_choices("--determinism", [FLAGS.determinism], DETERMINISM)
     use_compile_cache()
-    positions = 2 * FLAGS.context
-    config = dataclasses.replace(
-        load_shape(FLAGS.shape), num_layers=FLAGS.layers, max_seq_len=positions
-    )
+    whole = load_shape(FLAGS.shape)
+    longest = max(how.get("longer", 1) for how in CHANGES.values()) * FLAGS.context
+    command.check_room(whole, longest)
+    config = dataclasses.replace(whole, num_layers=FLAGS.layers, max_seq_len=longest)
     weights = choose_plan(config, FLAGS.dtype, FLAGS.determinism).weights
     params = jax.tree.map(lambda a: filled(a.shape, a.dtype), param_shapes(config, weights))
     requests = make_requests(FLAGS.requests, FLAGS.context, config.vocab_size)
+    path = command.output_path(FLAGS, "bits", FLAGS.shape)
+    record = command.start_record("benchmarks.bits", FLAGS.shape, None) | {"rows": []}
     expected = answer(config, params, requests)
     if FLAGS.save:
         pathlib.Path(FLAGS.save).write_text(json.dumps(expected))
     if FLAGS.against:
-        saved = [
-            (tokens, bits) for tokens, bits in json.loads(pathlib.Path(FLAGS.against).read_text())
-        ]
-        report("the process", expected, saved)
-        return
-    for changed, how in tqdm.tqdm(CHANGES.items(), desc="compare"):
-        report(changed, answer(config, params, requests, **how), expected)
+        text = pathlib.Path(FLAGS.against).read_text()
+        saved = [(tokens, bits) for tokens, bits in json.loads(text)]
+        record["rows"].append(compare("the process", expected, saved))
+    else:
+        for changed, how in tqdm(CHANGES.items(), desc="compare"):
+            answers = answer(config, params, requests, **how)
+            record["rows"].append(compare(changed, answers, expected))
+    command.write_record(record, path, plot=False)
+    print(table(record["rows"]))
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.execute(run, FLAGS, sys.argv)
