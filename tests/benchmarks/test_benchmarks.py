@@ -186,7 +186,7 @@ def check_rows(record):
         assert row["fraction_of_limit"] == pytest.approx(share)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_end_to_end(tmp_path):
     done = run("benchmarks", *SMALL, f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -248,7 +248,7 @@ def test_operations_of_a_program_are_counted():
     assert counts["bytes"]["argument"] == 8 * 4 * 4
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("timeout") is None, reason="needs bash and coreutils' timeout")
 def test_the_script_for_gpus(tmp_path):
     done = subprocess.run(

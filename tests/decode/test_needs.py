@@ -50,6 +50,7 @@ def test_what_covers_needs_is_themselves_first_and_everything_last():
         assert found == [other for other in EVERY_NEEDS if all(map(int.__ge__, other, needs))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab_size", [97, pytest.param(3000, marks=pytest.mark.exhaustive)])
 def test_a_program_for_more_needs_gives_the_same_tokens(vocab_size):
     rng = np.random.default_rng(0)
@@ -73,7 +74,7 @@ def test_a_program_for_more_needs_gives_the_same_tokens(vocab_size):
 @pytest.mark.parametrize(
     "plan",
     [
-        pytest.param(NATIVE, marks=pytest.mark.slow),
+        pytest.param(NATIVE, marks=pytest.mark.exhaustive),
         pytest.param(PURE, marks=pytest.mark.exhaustive),
         pytest.param(ON_A_GPU, marks=pytest.mark.exhaustive),
         pytest.param(ON_A_TPU, marks=pytest.mark.exhaustive),
