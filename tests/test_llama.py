@@ -187,7 +187,10 @@ def test_a_tokenizer_of_another_model(tmp_path):
         Llama.load(tmp_path / "odd")
 
 
-@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.exhaustive)]
+)
 def test_half_precision_runs_give_the_same_answer(dtype):
     half = Llama.load(DEMO_CHECKPOINT, dtype=dtype)
     assert half.generate(**QUESTION, temperature=0).response == "The capital of France is Paris."

@@ -124,8 +124,9 @@ def test_a_reader_that_closes_stdout_is_no_error():
 
 
 @FULL
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("arguments", [[PARIS], [PARIS, "--output=json"], ["--help"]])
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"), [([PARIS], ""), ([PARIS, "--output=json"], "1"), (["--help"], "")]
+)
 def test_a_full_disk_under_stdout_is_one_line_and_exit_2(arguments, unbuffered):
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:

@@ -178,8 +178,8 @@ def test_a_folder_made_meanwhile_is_not_overwritten(tmp_path):
     ("command", "source", "limit", "file"),
     [
         ("hf", "hf", 1000, "/params/00000"),
-        ("hf", "hf", 100_000, "/params/00000"),
-        ("export-hf", "saved", 9000, ""),
+        pytest.param("hf", "hf", 100_000, "/params/00000", marks=pytest.mark.slow),
+        pytest.param("export-hf", "saved", 9000, "", marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing(

@@ -66,7 +66,7 @@ def test_every_config_field_changes_something(name):
         assert float(jnp.abs(a - b).max()) > 1e-2
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.bfloat16])
 def test_half_precision_is_close(dtype):
     """Bounds: twice what was measured (float16 0.0038, bfloat16 0.039 of the logits' spread)."""
     params = random_params(SMALL, dtype)
@@ -76,7 +76,12 @@ def test_half_precision_is_close(dtype):
 
 
 @pytest.mark.parametrize(
-    "dtype", [jnp.float32, pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.bfloat16]
+    "dtype",
+    [
+        jnp.float32,
+        pytest.param(jnp.float16, marks=pytest.mark.exhaustive),
+        pytest.param(jnp.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 def test_cached_equals_uncached_at_every_split(dtype):
     params, model = random_params(SMALL, dtype), Transformer(SMALL, dtype)
@@ -142,7 +147,7 @@ def test_one_row_of_many():
         np.testing.assert_array_equal(layer.v[::2], old.v[::2])
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_output_layer_can_be_applied_to_some_positions(tied):
     config = dataclasses.replace(SMALL, tie_embeddings=tied)
     params, model = random_params(config), Transformer(config)
