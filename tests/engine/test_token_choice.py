@@ -193,9 +193,14 @@ def padded():
     return dataclasses.replace(demo, config=config, params=params)
 
 
+@pytest.fixture(scope="module")
+def padded_llm(padded):
+    return Llama(padded)
+
+
 @pytest.mark.parametrize("token", [1024, 1029, 1030, 10**9])
-def test_ids_that_cannot_be_drawn_are_refused_by_name(padded, token):
-    llm = Llama(padded)
+def test_ids_that_cannot_be_drawn_are_refused_by_name(padded_llm, token):
+    llm = padded_llm
     expected = f"has the token id {token}, expected ids from 0 to 1023"
     for parameters in (
         {"logit_bias": {5: 1, token: 1}},
