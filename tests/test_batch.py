@@ -240,6 +240,7 @@ def comparable(body):
     return {name: value for name, value in body.items() if name not in ("id", "created")}
 
 
+@pytest.mark.slow
 def test_openai_s_format_gives_what_the_server_gives(tmp_path, llm):
     lines = [openai_line(f"row-{i}", url, **body) for i, (url, body) in enumerate(BODIES)]
     rows = run_lines(tmp_path, llm, *lines)
