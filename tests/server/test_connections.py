@@ -266,7 +266,7 @@ def test_refused_request_after_a_good_one(server):
 
 def test_bytes_after_the_last_request_are_ignored(server):
     """They come while the answer is under way, as the line break that old clients add."""
-    with connected(server, request(endless(8), COMPLETIONS, "Connection: close")) as client:
+    with connected(server, request(endless(1), COMPLETIONS, "Connection: close")) as client:
         assert client.recv(1, socket.MSG_PEEK)
         client.sendall(b"\r\n\r\n")
         assert events_of(Answer(client).text)[-1] == "[DONE]"
@@ -394,6 +394,7 @@ def test_limit_follows_the_descriptors(monkeypatch):
         connection_limit()
 
 
+@pytest.mark.slow
 def test_busy_connections_are_kept_and_others_refused():
     """16 connections: of these 14 for requests, and two for health checks and refusals."""
     body = endless(1) | {"max_tokens": 200}
