@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from llama_jax import InputError, Llama
+from llama_jax import InputError
 from llama_jax.batch import Batch
 from llama_jax.card.schemas import MODEL
-from llama_jax.demo import DEMO_CHECKPOINT
 from tests.helpers.batches import answers, run
+from tests.helpers.demo import load_demo
 from tests.helpers.serving import CHAT, COMPLETIONS, serving
 
 REQUESTS = [
@@ -25,7 +25,7 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT, slots=2)
+    return load_demo(slots=2)
 
 
 @pytest.fixture

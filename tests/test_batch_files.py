@@ -10,16 +10,16 @@ import threading
 
 import pytest
 
-from llama_jax import InputError, Llama
+from llama_jax import InputError
 from llama_jax.batch import Batch, requests
-from llama_jax.demo import DEMO_CHECKPOINT
 from tests.helpers import ROOT
 from tests.helpers.batches import answers, run
+from tests.helpers.demo import load_demo
 
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT, slots=2)
+    return load_demo(slots=2)
 
 
 @pytest.fixture

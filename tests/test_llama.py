@@ -16,6 +16,7 @@ from llama_jax.text.tokenizer import BOS_ID, EOS_ID
 from llama_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 from llama_jax.weights.shards import tensors
 from tests.helpers import reference
+from tests.helpers.demo import load_demo
 from tools.demo_corpus import read_corpus
 
 QUESTION = {"prompt": "What is the capital of France?", "seed": 1}
@@ -23,7 +24,7 @@ QUESTION = {"prompt": "What is the capital of France?", "seed": 1}
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT)
+    return load_demo()
 
 
 def test_the_demo_answers_its_corpus(llm):

@@ -14,6 +14,7 @@ from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.source import CHECKPOINT_VARIABLE
 from llama_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 from llama_jax.weights.shards import tensors
+from tests.helpers.demo import load_demo
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def _flags():
 
 @pytest.fixture(scope="session")
 def demo():
-    return Llama.load(DEMO_CHECKPOINT)
+    return load_demo()
 
 
 @pytest.fixture(scope="session")

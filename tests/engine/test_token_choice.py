@@ -11,6 +11,7 @@ from llama_jax import InputError, Llama
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.text.tokenizer import EOS_ID
 from llama_jax.weights.checkpoint import load_checkpoint
+from tests.helpers.demo import load_demo
 
 QUESTION = {"prompt": "Tell me a story.", "seed": 4, "max_tokens": 12, "ignore_eos": True}
 TOKENS = (40, 300, 301, 555, 1000)
@@ -33,12 +34,12 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT, slots=4)
+    return load_demo(slots=4)
 
 
 @pytest.fixture(scope="module")
 def single():
-    return Llama.load(DEMO_CHECKPOINT)
+    return load_demo()
 
 
 def greedy(llm, prompt, count, bias, allowed=None, repetition=1.0, frequency=0.0, presence=0.0):

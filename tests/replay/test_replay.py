@@ -6,8 +6,6 @@ import json
 
 import pytest
 
-from llama_jax import Llama
-from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.errors import InputError
 from llama_jax.receipt.file import ReceiptFile
 from llama_jax.replay import replay
@@ -16,6 +14,7 @@ from llama_jax.replay.verdict import Outcome
 from llama_jax.text.tokenizer import BOS_ID
 from tests.helpers import forgery
 from tests.helpers.commands import run_py
+from tests.helpers.demo import load_demo
 from tests.helpers.serving import RUN, serving
 from tests.helpers.simulated_devices import run_code
 
@@ -42,7 +41,7 @@ def requests():
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT, slots=3)
+    return load_demo(slots=4)
 
 
 def answered(llm, request, *, is_streamed):

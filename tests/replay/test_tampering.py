@@ -41,7 +41,7 @@ def checkpoint():
 
 @pytest.fixture(scope="module")
 def llm(checkpoint):
-    return Llama(checkpoint, slots=2, reuse=False)
+    return Llama(checkpoint, slots=4, reuse=False)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from llama_jax.server.openai.logprobs import token_text
 from llama_jax.server.openai.parameters import REFUSED
 from llama_jax.weights.checkpoint import Tensor, load_checkpoint, save_checkpoint
 from llama_jax.weights.shards import by_path
+from tests.helpers.demo import load_demo
 from tests.helpers.serving import (
     ANSWER,
     ASKING,
@@ -37,7 +38,7 @@ TEXT = "The capital of"
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT, slots=4)
+    return load_demo(slots=4)
 
 
 @pytest.fixture
