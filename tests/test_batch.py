@@ -165,6 +165,7 @@ def test_custom_id_and_metadata_come_back(tmp_path, llm):
     assert not any(row.get("ignored") for row in rows)
 
 
+@pytest.mark.slow
 def test_parameters_of_this_project_are_honoured(tmp_path, llm):
     ours = {"stop": "Paris", "logprobs": 2, "prompt_logprobs": True, "seed": 2**64 - 1}
     paris = llm.generate(**PARIS).tokens

@@ -30,6 +30,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_first_two_commands():
     install, test, *_ = SHELL
     assert install.startswith("pip install -e . && python run.py --prompt=")

@@ -43,7 +43,7 @@ def run(module, *arguments):
 
 
 @pytest.mark.parametrize(
-    "shape", [pytest.param(s, marks=[pytest.mark.slow] * (s in ("13b", "70b"))) for s in SHAPES]
+    "shape", [pytest.param(s, marks=[pytest.mark.slow] * s.endswith("b")) for s in SHAPES]
 )
 def test_parameters_are_the_models(shape):
     config = load_shape(shape)
@@ -216,7 +216,7 @@ def against(peer, tmp_path):
         assert row["ours_over_this"] == {"ours:float32": ratio}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parity
 def test_against_hugging_face(tmp_path):
     against("hf", tmp_path)

@@ -114,6 +114,7 @@ def test_debug_shows_the_traceback(cli):
         cli("--prompt=", "--debug")
 
 
+@pytest.mark.slow
 def test_a_reader_that_closes_stdout_is_no_error():
     read, write = os.pipe()
     os.close(read)
@@ -139,6 +140,7 @@ def test_a_full_disk_under_stdout_is_one_line_and_exit_2(arguments, unbuffered):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @FULL
 def test_a_full_disk_under_stderr_costs_what_is_said_there_alone():
     with open("/dev/full", "w") as full:

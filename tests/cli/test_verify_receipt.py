@@ -224,6 +224,7 @@ def test_a_signed_run_is_continued_and_compared(cli, mistake, path, ours, theirs
         assert f"{path}: signed by another key: {ours.key_id}, expected {theirs.key_id}" in said
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_documentation(openssl, tmp_path):
     """Every block of the section on signatures, in order, in one folder."""
     texts = ["\n" + file.read_text("utf-8") for file in (ROOT / "docs").glob("receipts*.md")]

@@ -103,6 +103,7 @@ def kill_while_writing(big: pathlib.Path, folder: pathlib.Path, shards: int, del
     return process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.exhaustive)])
 def test_a_killed_conversion_leaves_a_whole_checkpoint_or_none(big, tmp_path, monkeypatch, kills):
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", SHARD)

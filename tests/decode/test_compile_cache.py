@@ -58,6 +58,7 @@ def first(home):
     return generate(XDG_CACHE_HOME=str(home))
 
 
+@pytest.mark.slow
 def test_a_second_run_compiles_nothing(home, first):
     _, misses, tokens, warning = first
     folder = home / "llama_jax" / "compiled"

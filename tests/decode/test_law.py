@@ -443,7 +443,7 @@ def test_a_repetition_penalty_that_is_no_normal_number_is_off(penalty):
     assert tokens[0] == tokens[1]
 
 
-@pytest.mark.parametrize("size", [12, 1999])
+@pytest.mark.parametrize("size", [pytest.param(12, marks=pytest.mark.exhaustive), 1999])
 def test_min_p_1_keeps_the_tokens_that_equal_the_best(size):
     logits = np.full((1, size), 1.0, np.float32)
     logits[0, [2, 5, 11]] = 1.25
@@ -464,6 +464,7 @@ def test_greedy_rows_have_no_filters():
         assert draw(rows)[::2] == logits.argmax(axis=1)[::2].tolist()
 
 
+@pytest.mark.slow
 def test_an_idle_slot_emits_nothing_whatever_its_logits():
     """Nor does its NaN end it, or reach another slot."""
     size, state = SMALL.vocab_size, init_state(SMALL, 4, 16, "float32")

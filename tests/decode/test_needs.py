@@ -137,7 +137,10 @@ def test_few_programs_are_compiled_before_an_accelerator_serves():
     assert len(programs) == len(set(programs)) == 20
 
 
-@pytest.mark.parametrize("needs", [Needs(), ALL_NEEDS], ids=["greedy", "all"])
+@pytest.mark.parametrize(
+    "needs",
+    [pytest.param(Needs(), id="greedy"), pytest.param(ALL_NEEDS, marks=pytest.mark.slow, id="all")],
+)
 def test_the_token_loop_asks_the_device_of_filters_alone(needs):
     """The rest between, `test_every_program_of_a_plan_gives_the_same_tokens_and_bits` compiles."""
     ex = Executor(CONFIG, random_params(CONFIG), "float32", context=256, plan=ON_A_GPU)

@@ -20,6 +20,7 @@ from llama_jax.engine.engine import Engine
 from llama_jax.nn.cache import init_cache
 from llama_jax.nn.kernel_choice import KernelChoice
 from llama_jax.nn.transformer import Transformer, forward, param_shapes
+from tests.helpers.models import PURE_MARKS
 
 CONFIG = ModelConfig(
     vocab_size=1000,
@@ -156,7 +157,10 @@ def loop_instructions(hlo):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
-@pytest.mark.parametrize(("dtype", "plan"), CPU_PLANS)
+@pytest.mark.parametrize(
+    ("dtype", "plan"),
+    [pytest.param(*each, marks=PURE_MARKS) for each in CPU_PLANS[:4]] + CPU_PLANS[4:],
+)
 def test_the_token_loop_copies_and_converts_no_weight_and_no_cache(dtype, plan, batch, request):
     """The compiled program itself: XLA would widen 16-bit weights, and copy bfloat16 caches."""
     if jax.default_backend() != "cpu":

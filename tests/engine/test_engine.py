@@ -1070,6 +1070,7 @@ def test_a_failure_between_results_is_no_failure_of_the_device(ex, monkeypatch):
     engine.run(stopping)
 
 
+@pytest.mark.slow
 def test_warm_up_and_a_request_compile_each_program_once():
     plan = choose_plan(CONFIG, "float32")._replace(prefill_sizes=(32,))
     ex = Executor(CONFIG, random_params(CONFIG), "float32", context=256, plan=plan)

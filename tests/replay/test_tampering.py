@@ -21,6 +21,8 @@ from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.checkpoint import load_checkpoint
 from tests.helpers import forgery
 
+pytestmark = pytest.mark.slow
+
 REQUESTS = (
     {"prompt": "Tell me a story.", "temperature": 3.0, "seed": 5, "max_tokens": 40},
     {

@@ -175,7 +175,10 @@ def joined(events, key):
         {"stop": "cap"},
         {"stop": ["zzz", " of France"], "n": 3},
         {"n": 3, "max_tokens": 30},
-        {"logprobs": True, "top_logprobs": 2, "n": 2, "stop": [" i", "apple"]},
+        pytest.param(
+            {"logprobs": True, "top_logprobs": 2, "n": 2, "stop": [" i", "apple"]},
+            marks=pytest.mark.slow,
+        ),
         {"max_tokens": 0, "n": 2},
     ],
 )
