@@ -206,6 +206,7 @@ def test_a_platform_that_is_not_there_is_one_line_and_exit_2(platforms):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_line_works_in_64_bits():
     done = run_py(PARIS, "--temperature=0", env=os.environ | {"JAX_ENABLE_X64": "1"})
     assert done.stdout == PARIS_ANSWER, done.stderr

@@ -166,6 +166,7 @@ def test_sizes_out_of_range(name, most, value, monkeypatch):
         Llama.load(DEMO_CHECKPOINT, **{name: value})
 
 
+@pytest.mark.slow
 def test_end_tokens_of_the_load_take_the_place_of_the_checkpoints(llm):
     whole = llm.generate(**QUESTION, temperature=0)
     end = whole.tokens[3]

@@ -215,6 +215,7 @@ def test_ids_that_cannot_be_drawn_are_refused_by_name(padded_llm, token):
     assert llm.generate(**QUESTION, allowed_tokens=[1023]).tokens == [1023] * 12
 
 
+@pytest.mark.slow
 def test_without_a_tokenizer_every_id_of_the_vocabulary_can_be_drawn(padded):
     llm = Llama(dataclasses.replace(padded, tokenizer=None))
     request = {"prompt_tokens": [1, 5], "max_tokens": 3}

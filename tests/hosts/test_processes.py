@@ -197,6 +197,7 @@ def test_a_mistake_ends_all_by_one_line():
     assert (second, others) == (2, ["", ""])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_who_finds_nobody_says_so_in_time(process):
     timeout = "--initialization_timeout_s=1"
@@ -209,6 +210,7 @@ def test_who_finds_nobody_says_so_in_time(process):
     )
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken():
     with socket.create_server(("", 0)) as listener:
         port = listener.getsockname()[1]

@@ -303,6 +303,7 @@ def test_upgrade_is_ignored_without_a_word(server):
 # Larger bodies than there is room for.
 
 
+@pytest.mark.slow
 def test_stalled_large_bodies_do_not_shut_out_small_requests():
     largest = 1 << 18
     with served(max_body_bytes=largest) as server, contextlib.ExitStack() as stack:

@@ -946,6 +946,7 @@ def test_text_offsets_point_into_the_text(client):
                     assert text[start:end] == expected
 
 
+@pytest.mark.slow
 def test_a_model_without_a_tokenizer_accepts_ids(llm):
     bare = Llama(dataclasses.replace(load_checkpoint(DEMO_CHECKPOINT), tokenizer=None), slots=4)
     with serving(bare) as client:

@@ -164,6 +164,7 @@ def never():
     raise LoadedError
 
 
+@pytest.mark.slow
 def test_an_engine_that_fails_ends_the_process():
     code = (
         "from llama_jax import Llama; from llama_jax.server.serve import serve\n"

@@ -658,6 +658,7 @@ def test_disconnected_client_frees_its_slot(llm, caplog):
     assert 0 < streamed["completion_tokens"] < 500
 
 
+@pytest.mark.slow
 def test_a_thousand_disconnects_leave_no_slot_in_use(llm, caplog):
     """At any moment of a request's life: after none, one, two ... turns of the event loop."""
     caplog.set_level(logging.INFO, "llama_jax.access")
