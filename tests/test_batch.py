@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from llama_jax import InputError, Llama
+from llama_jax import InputError
 from llama_jax.batch import Batch
 from llama_jax.card.schemas import MODEL
-from llama_jax.demo import DEMO_CHECKPOINT
 from tests.helpers.batches import answers, run
+from tests.helpers.demo import load_demo
 from tests.helpers.serving import CHAT, COMPLETIONS, serving
 
 REQUESTS = [
@@ -25,7 +25,7 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT, slots=2)
+    return load_demo(slots=2)
 
 
 @pytest.fixture
@@ -165,6 +165,7 @@ def test_custom_id_and_metadata_come_back(tmp_path, llm):
     assert not any(row.get("ignored") for row in rows)
 
 
+@pytest.mark.slow
 def test_parameters_of_this_project_are_honoured(tmp_path, llm):
     ours = {"stop": "Paris", "logprobs": 2, "prompt_logprobs": True, "seed": 2**64 - 1}
     paris = llm.generate(**PARIS).tokens
@@ -240,6 +241,7 @@ def comparable(body):
     return {name: value for name, value in body.items() if name not in ("id", "created")}
 
 
+@pytest.mark.slow
 def test_openai_s_format_gives_what_the_server_gives(tmp_path, llm):
     lines = [openai_line(f"row-{i}", url, **body) for i, (url, body) in enumerate(BODIES)]
     rows = run_lines(tmp_path, llm, *lines)

@@ -10,16 +10,16 @@ import threading
 
 import pytest
 
-from llama_jax import InputError, Llama
+from llama_jax import InputError
 from llama_jax.batch import Batch, requests
-from llama_jax.demo import DEMO_CHECKPOINT
 from tests.helpers import ROOT
 from tests.helpers.batches import answers, run
+from tests.helpers.demo import load_demo
 
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT, slots=2)
+    return load_demo(slots=2)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_pipe_is_read_as_a_file_is_and_resumed(files, fifo, llm):
     assert run(files, llm)[1] == 0
 
 
-@pytest.mark.parametrize("verb", ["batch", "score"])
+@pytest.mark.parametrize("verb", ["batch", pytest.param("score", marks=pytest.mark.slow)])
 def test_both_verbs_read_stdin_from_a_pipe(tmp_path, verb):
     line = {"batch": {"prompt": "Hi", "max_tokens": 1}, "score": {"text": "Hello there"}}[verb]
     command = [sys.executable, ROOT / "run.py", verb, "--input=/dev/stdin", "--output=out"]

@@ -82,7 +82,7 @@ BLOCKS = list(read_blocks())
 def case(block: Block):
     """A parameter. Many processes are slow, and so is a server, which compiles its programs."""
     first, *_ = block.text.splitlines()
-    is_slow = not block.is_marked and (block.is_server or len(list(block.commands)) > 2)
+    is_slow = not block.is_marked and (block.is_server or len(list(block.commands)) > 1)
     marks = [pytest.mark.slow] if is_slow else []
     return pytest.param(block, id=f"{block.page}: {first}", marks=marks)
 

@@ -13,7 +13,6 @@ from tests.helpers import ROOT
     "count",
     [
         200,
-        pytest.param(2_000, marks=pytest.mark.slow),
         pytest.param(20_000, marks=[pytest.mark.exhaustive, pytest.mark.long]),
     ],
 )

@@ -67,6 +67,7 @@ def together(*contexts):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 def test_a_setting_made_before_loading_changes_nothing(setting, plain):
     with setting():
@@ -140,7 +141,7 @@ OF_THE_PROCESS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.exhaustive), "after"])
 @pytest.mark.parametrize("settings", OF_THE_PROCESS.values(), ids=OF_THE_PROCESS.keys())
 def test_settings_of_the_process_change_nothing(when, settings, printed_plain):
     assert printed(when, *settings) == printed_plain
@@ -191,7 +192,7 @@ def test_a_device_that_is_not_there_is_one_line():
     "platforms",
     [
         pytest.param("cuda", marks=pytest.mark.slow),
-        pytest.param("tpu", marks=pytest.mark.slow),
+        pytest.param("tpu", marks=pytest.mark.exhaustive),
         "x",
     ],
 )
@@ -205,6 +206,7 @@ def test_a_platform_that_is_not_there_is_one_line_and_exit_2(platforms):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_line_works_in_64_bits():
     done = run_py(PARIS, "--temperature=0", env=os.environ | {"JAX_ENABLE_X64": "1"})
     assert done.stdout == PARIS_ANSWER, done.stderr

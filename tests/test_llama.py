@@ -16,6 +16,7 @@ from llama_jax.text.tokenizer import BOS_ID, EOS_ID
 from llama_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 from llama_jax.weights.shards import tensors
 from tests.helpers import reference
+from tests.helpers.demo import load_demo
 from tools.demo_corpus import read_corpus
 
 QUESTION = {"prompt": "What is the capital of France?", "seed": 1}
@@ -23,7 +24,7 @@ QUESTION = {"prompt": "What is the capital of France?", "seed": 1}
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT)
+    return load_demo()
 
 
 def test_the_demo_answers_its_corpus(llm):
@@ -165,6 +166,7 @@ def test_sizes_out_of_range(name, most, value, monkeypatch):
         Llama.load(DEMO_CHECKPOINT, **{name: value})
 
 
+@pytest.mark.slow
 def test_end_tokens_of_the_load_take_the_place_of_the_checkpoints(llm):
     whole = llm.generate(**QUESTION, temperature=0)
     end = whole.tokens[3]
@@ -187,7 +189,10 @@ def test_a_tokenizer_of_another_model(tmp_path):
         Llama.load(tmp_path / "odd")
 
 
-@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.exhaustive)]
+)
 def test_half_precision_runs_give_the_same_answer(dtype):
     half = Llama.load(DEMO_CHECKPOINT, dtype=dtype)
     assert half.generate(**QUESTION, temperature=0).response == "The capital of France is Paris."

@@ -16,7 +16,7 @@ from tests.helpers.notebooks import QUICKSTART, images, printed
 from tools.demo_corpus import read_corpus
 from tools.run_notebook import OFFLINE, copy_checkout, execute, make_environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.notebook]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.notebook]
 
 CAPITALS = ["Rome", "Tokyo", "Oslo", "Lima", "Madrid", "Stockholm"]
 

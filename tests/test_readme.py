@@ -30,6 +30,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_first_two_commands():
     install, test, *_ = SHELL
     assert install.startswith("pip install -e . && python run.py --prompt=")
@@ -47,6 +48,7 @@ def test_command_line(folder):
     assert lines.count("The capital of Italy is Rome.") == 2
 
 
+@pytest.mark.slow
 def test_python(folder):
     output = run([sys.executable, "-W", "error", "-c", PYTHON[2]], folder)
     assert output.startswith("The capital of France is Paris. stop Usage(prompt_tokens=14,")
@@ -76,6 +78,7 @@ def test_clients(folder, port, block):
     assert "The capital of France is Paris." in run([sys.executable, "-c", program], folder)
 
 
+@pytest.mark.slow
 def test_your_own_model(folder, hub):
     """The commands for 7B, from a hub on loopback with a small model of that name."""
     hub.name = "meta-llama/Llama-2-7b-chat-hf"

@@ -4,20 +4,15 @@ import pytest
 
 from tests.helpers.simulated_devices import run_cases
 
-MORE = "test_a_batch or a_slot_that_fails"
-FEW = "read_at_the_same_time or mistake or holds_a_model"
-
-
-def test_a_few_cases_on_eight_devices():
-    run_cases("replica_cases", "-k", FEW)
+SOME = "test_a_batch or a_slot_that_fails or read_at_the_same_time or mistake or holds_a_model"
 
 
 @pytest.mark.slow
-def test_more_cases_on_eight_devices():
-    assert " passed" in run_cases("replica_cases", "-k", MORE)
+def test_some_cases_on_eight_devices():
+    assert " passed" in run_cases("replica_cases", "-k", SOME)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.long
 def test_every_case_on_eight_devices():
-    assert " passed" in run_cases("replica_cases", "-k", f"not ({FEW} or {MORE})")
+    assert " passed" in run_cases("replica_cases", "-k", f"not ({SOME})")

@@ -55,7 +55,7 @@ def check_decode(found, config, batch, context, bound):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["v5e", "h100"])
+@pytest.mark.parametrize("chip", [pytest.param("v5e", marks=pytest.mark.exhaustive), "h100"])
 def test_a_small_model(compiled, chip):
     config = load_shape("demo")
     programs = compiled(chip, "--shape=demo", "--context=512", "--batch=1,2")
@@ -111,7 +111,10 @@ def check(programs, config, batch, bound, chip):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("chip", "batches"), [("v5e", "1,8"), ("h100", "8")])
+@pytest.mark.parametrize(
+    ("chip", "batches"),
+    [("v5e", "1,8"), pytest.param("h100", "8", marks=pytest.mark.exhaustive)],
+)
 def test_a_small_model_on_four_devices(compiled, chip, batches):
     config = dataclasses.replace(load_shape("demo"), num_layers=2)
     flags = ("--shape=demo", "--layers=2", "--context=512", "--devices=4")

@@ -43,7 +43,7 @@ def run(module, *arguments):
 
 
 @pytest.mark.parametrize(
-    "shape", [pytest.param(s, marks=[pytest.mark.slow] * (s in ("13b", "70b"))) for s in SHAPES]
+    "shape", [pytest.param(s, marks=[pytest.mark.slow] * s.endswith("b")) for s in SHAPES]
 )
 def test_parameters_are_the_models(shape):
     config = load_shape(shape)
@@ -186,7 +186,7 @@ def check_rows(record):
         assert row["fraction_of_limit"] == pytest.approx(share)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_end_to_end(tmp_path):
     done = run("benchmarks", *SMALL, f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -216,7 +216,7 @@ def against(peer, tmp_path):
         assert row["ours_over_this"] == {"ours:float32": ratio}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parity
 def test_against_hugging_face(tmp_path):
     against("hf", tmp_path)
@@ -248,7 +248,7 @@ def test_operations_of_a_program_are_counted():
     assert counts["bytes"]["argument"] == 8 * 4 * 4
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("timeout") is None, reason="needs bash and coreutils' timeout")
 def test_the_script_for_gpus(tmp_path):
     done = subprocess.run(

@@ -179,7 +179,7 @@ def test_a_mistake_is_one_line_and_exit_2(cli, arguments, expected):
     assert line.startswith(f"error: {expected}")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_prediction_is_compared_with_the_engine(cli):
     sizes = ["--dtype=float32", "--requests=4", "--rounds=1", "--slots=2", "--mix=20:9:1,40:4:1"]
     status, out, _ = cli(capacity_check, "--shape=demo", *sizes)

@@ -230,7 +230,7 @@ def test_serving_end_to_end(tmp_path):
     assert batch["ours_over_this"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_prefill_interference_end_to_end(tmp_path):
     record = measure("prefill_interference", tmp_path, "--slots=3", "--prompt_len=100")
     figures = record["prefill_interference"][0]["median"]

@@ -272,7 +272,7 @@ BODIES = VALUES | st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(BODIES)
 def test_any_json_is_a_request_or_an_input_error(body):
     payload = parse_body(json.dumps(body).encode())
@@ -288,7 +288,7 @@ def test_any_json_is_a_request_or_an_input_error(body):
         request.request()
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(BODIES.map(json.dumps), st.data())
 def test_corrupt_json_is_parsed_as_python_does_or_refused(text, data):
     start = data.draw(st.integers(0, len(text)))

@@ -13,6 +13,7 @@ from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.source import CHECKPOINT_VARIABLE
 from llama_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 from llama_jax.weights.shards import tensors
+from tests.helpers.demo import load_demo
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,7 @@ def _no_checkpoint_variable(monkeypatch):
 
 @pytest.fixture(scope="session")
 def demo():
-    return Llama.load(DEMO_CHECKPOINT)
+    return load_demo()
 
 
 @pytest.fixture(scope="session")

@@ -311,6 +311,7 @@ def test_what_was_typed_comes_back_in_the_next_chat(terminal):
         assert later.end() == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(tmp_path):
     path = tmp_path / "talk.json"
     cold = {"LLAMA_JAX_CACHE": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "false"}

@@ -12,7 +12,7 @@ from tests.helpers.hub_server import NAME
 PROMPT = ("--prompt=the fox", "--raw", "--max_tokens=2", "--ignore_eos", "--temperature=0")
 
 
-@pytest.mark.parametrize("place", ["folder", "hub"])
+@pytest.mark.parametrize("place", [pytest.param("folder", marks=pytest.mark.slow), "hub"])
 def test_the_second_run_converts_and_downloads_nothing(cli, hub, hf, tmp_path, monkeypatch, place):
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
     checkpoint = f"--checkpoint={hf if place == 'folder' else f'hf://{NAME}'}"

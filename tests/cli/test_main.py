@@ -114,6 +114,7 @@ def test_debug_shows_the_traceback(cli):
         cli("--prompt=", "--debug")
 
 
+@pytest.mark.slow
 def test_a_reader_that_closes_stdout_is_no_error():
     read, write = os.pipe()
     os.close(read)
@@ -124,8 +125,9 @@ def test_a_reader_that_closes_stdout_is_no_error():
 
 
 @FULL
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("arguments", [[PARIS], [PARIS, "--output=json"], ["--help"]])
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"), [([PARIS], ""), ([PARIS, "--output=json"], "1"), (["--help"], "")]
+)
 def test_a_full_disk_under_stdout_is_one_line_and_exit_2(arguments, unbuffered):
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:
@@ -138,6 +140,7 @@ def test_a_full_disk_under_stdout_is_one_line_and_exit_2(arguments, unbuffered):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @FULL
 def test_a_full_disk_under_stderr_costs_what_is_said_there_alone():
     with open("/dev/full", "w") as full:

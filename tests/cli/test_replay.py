@@ -34,6 +34,7 @@ def test_a_receipt_is_replayed_and_appended(cli, receipt):
     assert "1 EXACT, 1 NOT_REPLAYABLE" in err
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (block,) = re.findall(r"```sh\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
@@ -50,6 +51,7 @@ def test_the_commands_of_the_page(cli, tmp_path, monkeypatch):
     assert "token agreement" in outputs[-1]
 
 
+@pytest.mark.slow
 def test_a_run_with_other_ends_is_replayed_with_them(cli, tmp_path):
     path = tmp_path / "receipt.jsonl"
     arguments = ("--prompt=What is the capital of France?", "--temperature=0", "--eos_tokens=664")

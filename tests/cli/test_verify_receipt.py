@@ -74,11 +74,13 @@ def test_a_run_signs_its_receipt(cli, findings, path, ours, theirs):
     assert (status, err) == (1, "1 VALID, 1 ANOTHER_KEY, 1 NOT_SIGNED\n")
 
 
+@pytest.mark.slow
 def test_a_sweep_signs_each(cli, findings, path, ours):
     assert cli("sweep", "--seeds=0:3", PARIS, "--max_tokens=2", *sign(path, ours))[0] == 0
     assert findings(path, f"--key={ours.public}") == (0, ["VALID"] * 3)
 
 
+@pytest.mark.slow
 def test_a_batch_signs_each_and_is_continued_by_its_key_alone(
     cli, mistake, findings, path, ours, theirs, tmp_path
 ):
@@ -196,6 +198,7 @@ def test_a_key_may_come_through_a_pipe(cli, findings, path, ours, tmp_path):
     assert findings(path, f"--key={ours.public}") == (0, ["VALID"])
 
 
+@pytest.mark.slow
 def test_a_replay_takes_envelopes_and_verifies_them_first(
     cli, mistake, monkeypatch, path, ours, theirs
 ):
@@ -221,6 +224,7 @@ def test_a_signed_run_is_continued_and_compared(cli, mistake, path, ours, theirs
         assert f"{path}: signed by another key: {ours.key_id}, expected {theirs.key_id}" in said
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_documentation(openssl, tmp_path):
     """Every block of the section on signatures, in order, in one folder."""
     texts = ["\n" + file.read_text("utf-8") for file in (ROOT / "docs").glob("receipts*.md")]

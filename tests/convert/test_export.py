@@ -60,6 +60,7 @@ def corrupted(path: pathlib.Path) -> pathlib.Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_export_converts_back_to_the_same_checkpoint(tmp_path, tokenizer, config, dtype):

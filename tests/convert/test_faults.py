@@ -103,6 +103,7 @@ def kill_while_writing(big: pathlib.Path, folder: pathlib.Path, shards: int, del
     return process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.exhaustive)])
 def test_a_killed_conversion_leaves_a_whole_checkpoint_or_none(big, tmp_path, monkeypatch, kills):
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", SHARD)
@@ -178,8 +179,8 @@ def test_a_folder_made_meanwhile_is_not_overwritten(tmp_path):
     ("command", "source", "limit", "file"),
     [
         ("hf", "hf", 1000, "/params/00000"),
-        ("hf", "hf", 100_000, "/params/00000"),
-        ("export-hf", "saved", 9000, ""),
+        pytest.param("hf", "hf", 100_000, "/params/00000", marks=pytest.mark.slow),
+        pytest.param("export-hf", "saved", 9000, "", marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing(

@@ -29,8 +29,10 @@ def read_meta(folder):
 
 
 @pytest.mark.parametrize("config", [MHA, GQA], ids=["mha", "gqa"])
-@pytest.mark.parametrize("shards", [1, 2, 4])
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shards", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(np.float32, marks=pytest.mark.slow), ml_dtypes.bfloat16]
+)
 def test_meta_shards_give_the_same_tree(tmp_path, config, shards, dtype):
     weights = random_weights(config, dtype)
     ranks = meta_shards(weights, config, shards)

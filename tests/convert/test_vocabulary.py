@@ -274,6 +274,7 @@ def source(tmp_path, tokenizer):
     return folder
 
 
+@pytest.mark.slow
 def test_rows_without_a_piece_are_never_generated(tmp_path, source, capsys):
     assert main(["hf", str(source), str(tmp_path / "out")]) == 0
     assert "the last 1 ids have no text: they are never generated" in capsys.readouterr().err

@@ -58,6 +58,7 @@ def first(home):
     return generate(XDG_CACHE_HOME=str(home))
 
 
+@pytest.mark.slow
 def test_a_second_run_compiles_nothing(home, first):
     _, misses, tokens, warning = first
     folder = home / "llama_jax" / "compiled"
@@ -79,6 +80,7 @@ def test_jax_own_settings_win(tmp_path):
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.slow
 def test_corrupt_entries_are_removed_with_one_line_and_written_again(home, first):
     _, misses, tokens, _ = first
     folder = home / "llama_jax" / "compiled"
@@ -113,6 +115,7 @@ def test_a_folder_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     assert jax.config.values["jax_compilation_cache_dir"] is None
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_costs_no_line_for_each_program(tmp_path):
     """By a limit on the size of a file, which fails a write much as a full disk does."""
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"

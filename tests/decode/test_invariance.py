@@ -24,12 +24,12 @@ from tests.helpers.models import random_params
 
 CONFIG = dataclasses.replace(SMALL, vocab_size=500, dim=128, ffn_dim=352, num_layers=1)
 
-slow = pytest.mark.slow
+exhaustive = pytest.mark.exhaustive
 EVERY_PLAN = [
-    pytest.param("float32", 2**40, marks=slow),
-    pytest.param("float16", 2**40, marks=pytest.mark.exhaustive),
-    pytest.param("float16", 0, marks=slow),  # too little memory for float32 weights
-    ("bfloat16", 2**40),
+    pytest.param("float32", 2**40, marks=exhaustive),
+    pytest.param("float16", 2**40, marks=exhaustive),
+    pytest.param("float16", 0, marks=exhaustive),  # too little memory for float32 weights
+    pytest.param("bfloat16", 2**40, marks=pytest.mark.slow),
 ]
 
 
@@ -92,7 +92,6 @@ def test_a_logit_depends_on_its_own_sequence_alone(strict, dtype, memory):
         np.testing.assert_array_equal(got[: 8 - first], expected[first:last])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "memory"), EVERY_PLAN)
 def test_tokens_and_logprobs_do_not_depend_on_slots_or_neighbours(strict, dtype, memory):
     """One slot, two and eight; prompts of all buckets at once; read anew or from the cache."""

@@ -213,6 +213,7 @@ def llm():
     return Llama(DEMO, slots=8, reuse=False)
 
 
+@pytest.mark.slow
 def test_the_engine_generates_what_the_page_says(llm):
     """Prompts and decode steps on the device against the page's law over `Llama.logits`."""
     ex, vocab_size, count = llm.executor, DEMO.config.vocab_size, 24
@@ -255,7 +256,7 @@ def run(engine, *generations):
     assert not any(generation.error for generation in generations)
 
 
-@pytest.mark.parametrize("neighbours", [1, 7])
+@pytest.mark.parametrize("neighbours", [pytest.param(1, marks=pytest.mark.exhaustive), 7])
 def test_neighbours_change_no_token_and_no_bit_of_a_logprob(llm, neighbours):
     """In version 1 the second token of this request was 301 beside seven others, and 276 alone."""
     prompt = [1, 981, 886, 973, 872, 60, 96, 89, 372, 858, 176, 756, 831, 688, 877, 318, 260, 623]
@@ -303,11 +304,12 @@ CUTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "vocab_size",
     [
         13,
-        pytest.param(2000, marks=pytest.mark.slow),
+        pytest.param(2000, marks=pytest.mark.exhaustive),
         pytest.param(32_000, marks=pytest.mark.exhaustive),
     ],
 )
@@ -441,7 +443,7 @@ def test_a_repetition_penalty_that_is_no_normal_number_is_off(penalty):
     assert tokens[0] == tokens[1]
 
 
-@pytest.mark.parametrize("size", [12, 1999])
+@pytest.mark.parametrize("size", [pytest.param(12, marks=pytest.mark.exhaustive), 1999])
 def test_min_p_1_keeps_the_tokens_that_equal_the_best(size):
     logits = np.full((1, size), 1.0, np.float32)
     logits[0, [2, 5, 11]] = 1.25
@@ -462,6 +464,7 @@ def test_greedy_rows_have_no_filters():
         assert draw(rows)[::2] == logits.argmax(axis=1)[::2].tolist()
 
 
+@pytest.mark.slow
 def test_an_idle_slot_emits_nothing_whatever_its_logits():
     """Nor does its NaN end it, or reach another slot."""
     size, state = SMALL.vocab_size, init_state(SMALL, 4, 16, "float32")

@@ -108,6 +108,7 @@ def test_a_machines_memory_is_the_containers_too(monkeypatch, files, free, total
     assert host.total_memory() == total
 
 
+@pytest.mark.slow
 def test_caches_are_allocated_before_the_first_request(monkeypatch):
     llm = Llama.load(slots=2, context=64)
     next(llm.engine.warm_up())  # before the first program

@@ -50,6 +50,7 @@ def test_what_covers_needs_is_themselves_first_and_everything_last():
         assert found == [other for other in EVERY_NEEDS if all(map(int.__ge__, other, needs))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab_size", [97, pytest.param(3000, marks=pytest.mark.exhaustive)])
 def test_a_program_for_more_needs_gives_the_same_tokens(vocab_size):
     rng = np.random.default_rng(0)
@@ -73,7 +74,7 @@ def test_a_program_for_more_needs_gives_the_same_tokens(vocab_size):
 @pytest.mark.parametrize(
     "plan",
     [
-        pytest.param(NATIVE, marks=pytest.mark.slow),
+        pytest.param(NATIVE, marks=pytest.mark.exhaustive),
         pytest.param(PURE, marks=pytest.mark.exhaustive),
         pytest.param(ON_A_GPU, marks=pytest.mark.exhaustive),
         pytest.param(ON_A_TPU, marks=pytest.mark.exhaustive),
@@ -136,7 +137,10 @@ def test_few_programs_are_compiled_before_an_accelerator_serves():
     assert len(programs) == len(set(programs)) == 20
 
 
-@pytest.mark.parametrize("needs", [Needs(), ALL_NEEDS], ids=["greedy", "all"])
+@pytest.mark.parametrize(
+    "needs",
+    [pytest.param(Needs(), id="greedy"), pytest.param(ALL_NEEDS, marks=pytest.mark.slow, id="all")],
+)
 def test_the_token_loop_asks_the_device_of_filters_alone(needs):
     """The rest between, `test_every_program_of_a_plan_gives_the_same_tokens_and_bits` compiles."""
     ex = Executor(CONFIG, random_params(CONFIG), "float32", context=256, plan=ON_A_GPU)

@@ -20,6 +20,7 @@ from llama_jax.engine.engine import Engine
 from llama_jax.nn.cache import init_cache
 from llama_jax.nn.kernel_choice import KernelChoice
 from llama_jax.nn.transformer import Transformer, forward, param_shapes
+from tests.helpers.models import PURE_MARKS
 
 CONFIG = ModelConfig(
     vocab_size=1000,
@@ -112,6 +113,7 @@ def expected_logits():
     return functools.cache(lambda dtype: make(dtype, reference).logits(TOKENS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "plan"),
     [*CPU_PLANS[1:], *(("float32", accelerator_plan(name, "float32")) for name in ("gpu", "tpu"))],
@@ -153,8 +155,12 @@ def loop_instructions(hlo):
                 yield found[2], tuple(int(n) for n in found[1].split(",") if n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
-@pytest.mark.parametrize(("dtype", "plan"), CPU_PLANS)
+@pytest.mark.parametrize(
+    ("dtype", "plan"),
+    [pytest.param(*each, marks=PURE_MARKS) for each in CPU_PLANS[:4]] + CPU_PLANS[4:],
+)
 def test_the_token_loop_copies_and_converts_no_weight_and_no_cache(dtype, plan, batch, request):
     """The compiled program itself: XLA would widen 16-bit weights, and copy bfloat16 caches."""
     if jax.default_backend() != "cpu":
@@ -185,7 +191,8 @@ def test_the_token_loop_copies_and_converts_no_weight_and_no_cache(dtype, plan, 
     assert temporary < 0.15 * weights * batch
 
 
-@pytest.mark.parametrize("form", ["plain", pytest.param("native", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["plain", pytest.param("native", marks=pytest.mark.exhaustive)])
 def test_the_demo_answers_by_every_plan(form, request):
     if form == "native":
         request.getfixturevalue("native_kernels")
@@ -200,7 +207,7 @@ def test_the_demo_answers_by_every_plan(form, request):
 
 
 @pytest.mark.parametrize(
-    ("width", "layers"), [(256, 1), pytest.param(1024, 2, marks=pytest.mark.slow)]
+    ("width", "layers"), [(256, 1), pytest.param(1024, 2, marks=pytest.mark.exhaustive)]
 )
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_with_kernels_a_logit_has_the_same_bits_however_it_is_computed(

@@ -46,7 +46,9 @@ def compile_programs(config, platform, batches):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize(
+    "platform", ["cpu", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("gpu", "tpu"))]
+)
 def test_each_layer_gathers_four_times_and_nothing_else_is_exchanged(platform):
     layers = 4 * CONFIG.num_layers
     for kind, batch, found in compile_programs(CONFIG, platform, [1, 8]):
@@ -67,6 +69,7 @@ def test_each_layer_gathers_four_times_and_nothing_else_is_exchanged(platform):
         assert found["argument_bytes"] < 2 * (found["cost"]["bytes"] + cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "decoding", "reading"),
     [({"vocab_size": 511}, 1, 1), ({"tie_embeddings": True}, 0, 0)],

@@ -124,6 +124,7 @@ def test_stops_at_whichever_of_several_stop_tokens_comes_first(successor):
         assert run(ex, [start], 16, stop=[NO_TOKEN] * 3) == [(start + n) % 24 for n in range(1, 17)]
 
 
+@pytest.mark.slow
 def test_ids_that_are_not_drawable_are_sampled_by_a_model_without_them():
     """The tokens are those of the model whose last rows were cut off."""
     config, whole = successor_params()
@@ -176,6 +177,7 @@ def test_prefill_equals_score_at_every_length(ex):
         assert run(ex, long[:length], 1) == [int(logits[length - 1].argmax())]
 
 
+@pytest.mark.slow
 def test_tokens_do_not_depend_on_the_chunk(ex):
     requests = [{"seed": 5, **SAMPLED}, {}]  # the first one's programs serve the greedy one too
     expected = [run(ex, PROMPT, 33, **params) for params in requests]
@@ -285,7 +287,10 @@ def test_the_cache_is_donated(ex):
     assert_donated(ex)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float16", marks=pytest.mark.exhaustive), "bfloat16"]
+)
 def test_a_cache_of_16_bits_is_donated(dtype):
     ex = make(dtype=dtype)
     run(ex, PROMPT, 9)

@@ -544,7 +544,7 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("dispatches", [1, 2])
+@pytest.mark.parametrize("dispatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_slot_is_free_however_its_answer_ends(ex, ending, dispatches, monkeypatch):
     """For the engine and in the state: what is no one's draws nothing."""
@@ -1070,6 +1070,7 @@ def test_a_failure_between_results_is_no_failure_of_the_device(ex, monkeypatch):
     engine.run(stopping)
 
 
+@pytest.mark.slow
 def test_warm_up_and_a_request_compile_each_program_once():
     plan = choose_plan(CONFIG, "float32")._replace(prefill_sizes=(32,))
     ex = Executor(CONFIG, random_params(CONFIG), "float32", context=256, plan=plan)
@@ -1085,6 +1086,7 @@ def test_warm_up_and_a_request_compile_each_program_once():
     assert min(timings.prefill_s, timings.decode_s, timings.compile_s) >= 0
 
 
+@pytest.mark.slow
 def test_programs_for_fewer_needs_are_compiled_beside_the_turns(monkeypatch, caplog):
     """Each once, in no request's time; one that cannot be compiled is left out."""
     plan = choose_plan(CONFIG, "float32")._replace(prefill_sizes=(32,))

@@ -72,6 +72,7 @@ def test_short_prompts_without_end_do_not_starve_a_long_one():
     assert read <= 20
 
 
+@pytest.mark.slow
 def test_a_short_prompt_waits_for_one_chunk_of_long_ones():
     llm = Llama.load(slots=8, context=512)
     sizes = llm.executor.plan.prefill_sizes

@@ -11,6 +11,7 @@ from llama_jax import InputError, Llama
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.text.tokenizer import EOS_ID
 from llama_jax.weights.checkpoint import load_checkpoint
+from tests.helpers.demo import load_demo
 
 QUESTION = {"prompt": "Tell me a story.", "seed": 4, "max_tokens": 12, "ignore_eos": True}
 TOKENS = (40, 300, 301, 555, 1000)
@@ -33,12 +34,12 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT, slots=4)
+    return load_demo(slots=4)
 
 
 @pytest.fixture(scope="module")
 def single():
-    return Llama.load(DEMO_CHECKPOINT)
+    return load_demo()
 
 
 def greedy(llm, prompt, count, bias, allowed=None, repetition=1.0, frequency=0.0, presence=0.0):
@@ -193,9 +194,14 @@ def padded():
     return dataclasses.replace(demo, config=config, params=params)
 
 
+@pytest.fixture(scope="module")
+def padded_llm(padded):
+    return Llama(padded)
+
+
 @pytest.mark.parametrize("token", [1024, 1029, 1030, 10**9])
-def test_ids_that_cannot_be_drawn_are_refused_by_name(padded, token):
-    llm = Llama(padded)
+def test_ids_that_cannot_be_drawn_are_refused_by_name(padded_llm, token):
+    llm = padded_llm
     expected = f"has the token id {token}, expected ids from 0 to 1023"
     for parameters in (
         {"logit_bias": {5: 1, token: 1}},
@@ -209,6 +215,7 @@ def test_ids_that_cannot_be_drawn_are_refused_by_name(padded, token):
     assert llm.generate(**QUESTION, allowed_tokens=[1023]).tokens == [1023] * 12
 
 
+@pytest.mark.slow
 def test_without_a_tokenizer_every_id_of_the_vocabulary_can_be_drawn(padded):
     llm = Llama(dataclasses.replace(padded, tokenizer=None))
     request = {"prompt_tokens": [1, 5], "max_tokens": 3}

@@ -40,11 +40,14 @@ def shell(block: str, folder: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def serving(command: str, folder: pathlib.Path) -> Iterator[int]:
-    """Start a `python run.py serve` command on a free port; yield the port, and then stop it."""
+    """Start a `python run.py serve` command; yield its port, and then stop it.
+
+    On a free port, and with two slots, which has fewer programs to compile.
+    """
     program, *arguments = shlex.split(command, comments=True)
     assert program == "python"
     server = subprocess.Popen(
-        [sys.executable, *arguments, "--port=0"],
+        [sys.executable, *arguments, "--port=0", "--slots=2"],
         cwd=folder,
         env=_environment(),
         stderr=subprocess.PIPE,

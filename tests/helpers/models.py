@@ -31,7 +31,7 @@ CONFIG = dataclasses.replace(SMALL, max_seq_len=600)
 PURE = Plan("float32", "float32", KernelChoice("plain", "blocks"))
 NATIVE = Plan("float32", "float32", KernelChoice("native", "native", "native"))
 
-PURE_MARKS = [pytest.mark.slow] if has_kernels() else []
+PURE_MARKS = [pytest.mark.exhaustive] if has_kernels() else []
 """Without kernels a CPU computes by PURE: tested by default only where that is so."""
 
 

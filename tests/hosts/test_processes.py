@@ -59,10 +59,10 @@ def test_a_batch_gives_what_one_process_gives(tmp_path, devices):
     given = tmp_path / "in.jsonl"
     given.write_text("".join(json.dumps(request) + "\n" for request in REQUESTS))
     alone, together = tmp_path / "alone.jsonl", tmp_path / "together.jsonl"
-    _, _, expected = batches.run((given, alone), Llama.load(slots=8))
+    _, _, expected = batches.run((given, alone), Llama.load(slots=2))
     assert [row["line"] for row in expected if "error" in row] == [len(REQUESTS)]
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    files = (f"--input={given}", f"--output={together}")
+    files = ("--slots=2", f"--input={given}", f"--output={together}")
     with started("batch", *files, environments=[flags, flags]) as running:
         (first, _, said), second = ends(running)
     assert (first, second) == (2, (2, "", ""))  # one request has an error
@@ -74,7 +74,10 @@ def test_a_batch_gives_what_one_process_gives(tmp_path, devices):
 @contextlib.contextmanager
 def served(**options):
     """Serve by two processes, which must not outlive the block."""
-    with started("serve", "--port=0", **options) as running, contextlib.ExitStack() as stack:
+    with (
+        started("serve", "--port=0", "--slots=1", **options) as running,
+        contextlib.ExitStack() as stack,
+    ):
         yield Served(running, stack)
 
 
@@ -194,6 +197,7 @@ def test_a_mistake_ends_all_by_one_line():
     assert (second, others) == (2, ["", ""])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_who_finds_nobody_says_so_in_time(process):
     timeout = "--initialization_timeout_s=1"
@@ -206,6 +210,7 @@ def test_who_finds_nobody_says_so_in_time(process):
     )
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken():
     with socket.create_server(("", 0)) as listener:
         port = listener.getsockname()[1]

@@ -48,13 +48,27 @@ def oracle(q, k, v, positions, rows):
     return out
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+SHAPES = (
+    (2, 7, 4, 1, 8),
+    (1, 20, 8, 2, 128),
+    (1, 5, 3, 3, 100),
+    (1, 1, 4, 4, 64),
+    (3, 1, 6, 2, 16),
+)
+"""The first in every dtype, the next two in float32."""
+
+
 @pytest.mark.parametrize(
-    ("batch", "length", "heads", "kv_heads", "width"),
+    ("dtype", "batch", "length", "heads", "kv_heads", "width"),
     [
-        *[(1, 20, 8, 2, 128), (2, 7, 4, 1, 8), (1, 5, 3, 3, 100)],
-        pytest.param(1, 1, 4, 4, 64, marks=pytest.mark.exhaustive),
-        pytest.param(3, 1, 6, 2, 16, marks=pytest.mark.exhaustive),
+        pytest.param(
+            dtype,
+            *shape,
+            marks=[pytest.mark.exhaustive]
+            * (shape not in (SHAPES[:3] if dtype == "float32" else SHAPES[:1])),
+        )
+        for dtype in FLOATS
+        for shape in SHAPES
     ],
 )
 def test_equals_the_float64_oracle(implementation, dtype, batch, length, heads, kv_heads, width):
@@ -94,11 +108,19 @@ def test_bits_of_bfloat16_are_bfloat16(implementation):
     np.testing.assert_array_equal(from_bits, implementation(q, k, v, positions, attend_len=256))
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("dtype", "length"),
+    [
+        *[("float32", 1), ("bfloat16", 16)],
+        *(
+            pytest.param(*each, marks=pytest.mark.exhaustive)
+            for each in (("float32", 16), ("bfloat16", 1), ("float16", 1), ("float16", 16))
+        ),
+    ],
+)
 @pytest.mark.parametrize(
     ("kv_heads", "group"), [pytest.param(8, 1, marks=pytest.mark.exhaustive), (2, 4)]
 )
-@pytest.mark.parametrize("length", [1, 16])
 @pytest.mark.parametrize(
     "buckets", [(512, 4096), pytest.param((1024, 2048), marks=pytest.mark.exhaustive)]
 )

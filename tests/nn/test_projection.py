@@ -8,10 +8,10 @@ import pytest
 from llama_jax.nn import cpu_kernels, projection
 
 SIZES = [
-    *[(1, 1), (5, 3), (1024, 65), (1030, 130), (7, 3000)],
+    *[(1, 1), (1030, 130), (7, 3000)],
     *[
         pytest.param(*size, marks=pytest.mark.exhaustive)
-        for size in [(16, 4), (33, 7), (64, 64), (2100, 9)]
+        for size in [(5, 3), (16, 4), (33, 7), (64, 64), (1024, 65), (2100, 9)]
     ],
 ]
 

@@ -24,7 +24,19 @@ PERTURBED = {
     "tie_embeddings": True,
     "rope_factor": 2.5,
 }
-CASES = [SMALL, *(dataclasses.replace(SMALL, **{n: v}) for n, v in PERTURBED.items())]
+ALSO_IN_PARITY = ("vocab_size", "dim", "ffn_dim", "num_layers", "rope_theta")
+"""Whose change tests/test_parity.py has too: left out by default."""
+CASES = [
+    pytest.param(SMALL, id="small"),
+    *(
+        pytest.param(
+            dataclasses.replace(SMALL, **{name: value}),
+            id=name,
+            marks=[pytest.mark.slow] * (name in ALSO_IN_PARITY),
+        )
+        for name, value in PERTURBED.items()
+    ),
+]
 
 
 jit_forward = jax.jit(forward, static_argnums=0, static_argnames="attend_len")
@@ -44,7 +56,7 @@ def test_every_config_field_is_perturbed():
     assert PERTURBED.keys() | others == fields
 
 
-@pytest.mark.parametrize("config", CASES, ids=["small", *PERTURBED])
+@pytest.mark.parametrize("config", CASES)
 def test_equals_the_float64_oracle(config):
     params = random_params(config)
     ours = full_forward(config, params, TOKENS)
@@ -66,7 +78,7 @@ def test_every_config_field_changes_something(name):
         assert float(jnp.abs(a - b).max()) > 1e-2
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.bfloat16])
 def test_half_precision_is_close(dtype):
     """Bounds: twice what was measured (float16 0.0038, bfloat16 0.039 of the logits' spread)."""
     params = random_params(SMALL, dtype)
@@ -76,7 +88,12 @@ def test_half_precision_is_close(dtype):
 
 
 @pytest.mark.parametrize(
-    "dtype", [jnp.float32, pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.bfloat16]
+    "dtype",
+    [
+        jnp.float32,
+        pytest.param(jnp.float16, marks=pytest.mark.exhaustive),
+        pytest.param(jnp.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 def test_cached_equals_uncached_at_every_split(dtype):
     params, model = random_params(SMALL, dtype), Transformer(SMALL, dtype)
@@ -142,7 +159,7 @@ def test_one_row_of_many():
         np.testing.assert_array_equal(layer.v[::2], old.v[::2])
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_output_layer_can_be_applied_to_some_positions(tied):
     config = dataclasses.replace(SMALL, tie_embeddings=tied)
     params, model = random_params(config), Transformer(config)

@@ -17,8 +17,7 @@ from securesystemslib import dsse
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import SSlibKey
 
-from llama_jax import Llama
-from llama_jax.demo import DEMO_CHECKPOINT, SELFTEST
+from llama_jax.demo import SELFTEST
 from llama_jax.errors import InputError
 from llama_jax.receipt import PublicKey, Signer, read_receipts
 from llama_jax.receipt.check import Finding, check_receipts
@@ -26,6 +25,7 @@ from llama_jax.receipt.envelope import open_envelope, parse_envelope
 from llama_jax.receipt.file import ReceiptFile
 from llama_jax.replay import replay
 from tests.helpers import forgery, signing
+from tests.helpers.demo import load_demo
 
 RECORDED = [json.loads(line) for line in SELFTEST.read_text("utf-8").splitlines()]
 STATEMENT = RECORDED[0]
@@ -33,7 +33,7 @@ STATEMENT = RECORDED[0]
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT)
+    return load_demo()
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax import Llama
-from llama_jax.demo import DEMO_CHECKPOINT, SELFTEST
+from llama_jax.demo import SELFTEST
 from llama_jax.engine.draw import Draw
 from llama_jax.errors import InputError
 from llama_jax.provenance.canonical import from_hex, to_hex
@@ -19,13 +18,14 @@ from llama_jax.receipt import read_receipts
 from llama_jax.receipt.file import ReceiptFile
 from llama_jax.text.tokenizer import EOS_ID
 from tests.helpers import forgery
+from tests.helpers.demo import load_demo
 
 QUESTION = "What is the capital of France?"
 
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT)
+    return load_demo()
 
 
 @pytest.fixture(scope="module")

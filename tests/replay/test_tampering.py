@@ -21,6 +21,8 @@ from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.checkpoint import load_checkpoint
 from tests.helpers import forgery
 
+pytestmark = pytest.mark.slow
+
 REQUESTS = (
     {"prompt": "Tell me a story.", "temperature": 3.0, "seed": 5, "max_tokens": 40},
     {
@@ -41,7 +43,7 @@ def checkpoint():
 
 @pytest.fixture(scope="module")
 def llm(checkpoint):
-    return Llama(checkpoint, slots=2, reuse=False)
+    return Llama(checkpoint, slots=4, reuse=False)
 
 
 @contextlib.contextmanager

@@ -9,11 +9,10 @@ import threading
 
 import pytest
 
-from llama_jax import Llama
-from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.server import middleware, workers_ai
 from llama_jax.server.body_budget import LARGEST_BODIES, SMALL_BYTES
 from llama_jax.server.in_thread import in_thread
+from tests.helpers.demo import load_demo
 from tests.helpers.serving import COMPLETIONS, RUN, RawCall, make_app, paused
 
 PART = 2**14
@@ -24,7 +23,7 @@ SMALL_REQUEST = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT, slots=4)
+    return load_demo(slots=4)
 
 
 class Upload(RawCall):

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 
 from convert.__main__ import main as convert
-from llama_jax import Llama
 from llama_jax.card import schemas as card
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.server.openai.parameters import IGNORED, PARAMETERS, REFUSED
 from llama_jax.server.openai.requests import ChatRequest, CompletionRequest
 from tests.helpers import ROOT
+from tests.helpers.demo import load_demo
 from tests.helpers.server_process import TOKEN, served
 from tests.helpers.serving import ANSWER, ASKING, MODEL, QUESTION, native_usage
 
@@ -49,7 +49,7 @@ pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT)
+    return load_demo()
 
 
 @pytest.fixture(scope="module")

@@ -208,11 +208,11 @@ def test_half_closed_client_that_is_gone_frees_its_slots(stream):
 
 @pytest.mark.slow
 def test_sign_of_life_does_not_disturb_an_answer():
-    data = request(endless(48) | {"stream": False}, COMPLETIONS)
+    data = request(endless(8) | {"stream": False}, COMPLETIONS)
     with served(max_queue=None, before=PROBED) as server, connected(server, data) as client:
         client.shutdown(socket.SHUT_WR)
         assert client.recv(1 << 16) == b"HTTP/1.1 100 Continue\r\n\r\n"
-        assert len(Answer(client).json["choices"]) == 48
+        assert len(Answer(client).json["choices"]) == 8
 
 
 # What is refused.
@@ -266,7 +266,7 @@ def test_refused_request_after_a_good_one(server):
 
 def test_bytes_after_the_last_request_are_ignored(server):
     """They come while the answer is under way, as the line break that old clients add."""
-    with connected(server, request(endless(8), COMPLETIONS, "Connection: close")) as client:
+    with connected(server, request(endless(1), COMPLETIONS, "Connection: close")) as client:
         assert client.recv(1, socket.MSG_PEEK)
         client.sendall(b"\r\n\r\n")
         assert events_of(Answer(client).text)[-1] == "[DONE]"
@@ -303,6 +303,7 @@ def test_upgrade_is_ignored_without_a_word(server):
 # Larger bodies than there is room for.
 
 
+@pytest.mark.slow
 def test_stalled_large_bodies_do_not_shut_out_small_requests():
     largest = 1 << 18
     with served(max_body_bytes=largest) as server, contextlib.ExitStack() as stack:
@@ -394,6 +395,7 @@ def test_limit_follows_the_descriptors(monkeypatch):
         connection_limit()
 
 
+@pytest.mark.slow
 def test_busy_connections_are_kept_and_others_refused():
     """16 connections: of these 14 for requests, and two for health checks and refusals."""
     body = endless(1) | {"max_tokens": 200}

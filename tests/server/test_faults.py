@@ -412,7 +412,7 @@ def test_a_cache_of_programs_that_fails_while_serving_costs_a_compilation(tmp_pa
 def test_a_log_that_cannot_be_written_stops_no_request(tmp_path):
     """A limit on the size of a file fails as a full disk does; emptied, the file grows again."""
     log = tmp_path / "log"
-    code = f"import sys; sys.argv = ['run.py', 'serve', '--port=0']\n{LIMITED}\n"
+    code = f"import sys; sys.argv = ['run.py', 'serve', '--port=0', '--slots=1']\n{LIMITED}\n"
     code += "from llama_jax.cli.main import entry\nentry()"
     with log.open("ab") as file:
         process = subprocess.Popen([sys.executable, "-c", code], stderr=file, cwd=ROOT)

@@ -17,6 +17,7 @@ from llama_jax.server.openai.logprobs import token_text
 from llama_jax.server.openai.parameters import REFUSED
 from llama_jax.weights.checkpoint import Tensor, load_checkpoint, save_checkpoint
 from llama_jax.weights.shards import by_path
+from tests.helpers.demo import load_demo
 from tests.helpers.serving import (
     ANSWER,
     ASKING,
@@ -37,7 +38,7 @@ TEXT = "The capital of"
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT, slots=4)
+    return load_demo(slots=4)
 
 
 @pytest.fixture
@@ -174,7 +175,10 @@ def joined(events, key):
         {"stop": "cap"},
         {"stop": ["zzz", " of France"], "n": 3},
         {"n": 3, "max_tokens": 30},
-        {"logprobs": True, "top_logprobs": 2, "n": 2, "stop": [" i", "apple"]},
+        pytest.param(
+            {"logprobs": True, "top_logprobs": 2, "n": 2, "stop": [" i", "apple"]},
+            marks=pytest.mark.slow,
+        ),
         {"max_tokens": 0, "n": 2},
     ],
 )
@@ -942,6 +946,7 @@ def test_text_offsets_point_into_the_text(client):
                     assert text[start:end] == expected
 
 
+@pytest.mark.slow
 def test_a_model_without_a_tokenizer_accepts_ids(llm):
     bare = Llama(dataclasses.replace(load_checkpoint(DEMO_CHECKPOINT), tokenizer=None), slots=4)
     with serving(bare) as client:

@@ -14,15 +14,14 @@ from unittest import mock
 import pytest
 import uvicorn
 
-from llama_jax import Llama
 from llama_jax.card.schemas import INPUT_SCHEMA, MODEL
-from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.parameters import SCHEMAS as PARAMETERS
 from llama_jax.receipt.reading import read_receipts
 from llama_jax.replay.replay import replay
 from llama_jax.server.errors import NO_TOKEN, ApiError
 from tests.conftest import _skip_or_fail
 from tests.helpers import ROOT
+from tests.helpers.demo import load_demo
 from tests.helpers.serving import ANSWER, QUESTION, make_app, paused
 
 sync_api = pytest.importorskip(
@@ -39,7 +38,7 @@ MARKUP = '<img src=x onerror="window.pwned = 1"><script>window.pwned = 1</script
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT, slots=2)
+    return load_demo(slots=2)
 
 
 @pytest.fixture(scope="module")

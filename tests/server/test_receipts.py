@@ -9,8 +9,7 @@ import sys
 import pytest
 from jsonschema import Draft202012Validator
 
-from llama_jax import InputError, Llama
-from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax import InputError
 from llama_jax.engine.clock import Clock
 from llama_jax.engine.draw import Draw
 from llama_jax.engine.environment import UNKNOWN, Environment
@@ -25,6 +24,7 @@ from llama_jax.server.receipts import ReceiptStore, size_of
 from llama_jax.server.request_log import RequestLog
 from llama_jax.server.settings import Settings
 from tests.helpers import signing
+from tests.helpers.demo import load_demo
 from tests.helpers.serving import (
     ANSWER,
     ASKING,
@@ -51,7 +51,7 @@ BODIES = {
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT, slots=4)
+    return load_demo(slots=4)
 
 
 @pytest.fixture

@@ -45,6 +45,7 @@ def test_sigterm_drains_requests_and_exits_0():
     assert TOKEN not in server.log
 
 
+@pytest.mark.slow
 def test_requests_beyond_the_drain_time_end_by_an_error():
     with (
         served(max_queue=None, drain_s=0.1) as server,
@@ -59,6 +60,7 @@ def test_requests_beyond_the_drain_time_end_by_an_error():
     assert "Traceback" not in server.log
 
 
+@pytest.mark.slow
 def test_sighup_lets_a_stream_end():
     # These tests may run under `nohup`, whose children ignore the signal.
     heard = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
@@ -69,6 +71,7 @@ def test_sighup_lets_a_stream_end():
         assert server.end() == 0
 
 
+@pytest.mark.slow
 def test_signals_without_meaning_change_nothing():
     with served() as server, server.ask("POST", COMPLETIONS, endless(1)) as running:
         first = read_first(running)
@@ -79,6 +82,7 @@ def test_signals_without_meaning_change_nothing():
         assert server.process.poll() is None
 
 
+@pytest.mark.slow
 def test_sighup_is_ignored_under_nohup():
     """A process that starts with SIGHUP ignored is to outlive its terminal."""
     with served(before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)") as server:
@@ -88,6 +92,7 @@ def test_sighup_is_ignored_under_nohup():
         assert server.end() == 0
 
 
+@pytest.mark.slow
 def test_second_signal_ends_the_drain():
     with (
         served(max_queue=None, drain_s=3600) as server,
@@ -159,6 +164,7 @@ def never():
     raise LoadedError
 
 
+@pytest.mark.slow
 def test_an_engine_that_fails_ends_the_process():
     code = (
         "from llama_jax import Llama; from llama_jax.server.serve import serve\n"

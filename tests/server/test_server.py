@@ -11,14 +11,14 @@ from jsonschema import Draft202012Validator
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from llama_jax import InputError, Llama
+from llama_jax import InputError
 from llama_jax.card import schemas as card
-from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.request import make_request
 from llama_jax.server import access_log, middleware, page
 from llama_jax.server.openapi import document as openapi
 from llama_jax.server.request_log import RequestLog
 from llama_jax.server.settings import Settings
+from tests.helpers.demo import load_demo
 from tests.helpers.serving import (
     ANSWER,
     ASKING,
@@ -43,7 +43,7 @@ UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}"
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT, slots=4)
+    return load_demo(slots=4)
 
 
 @pytest.fixture
@@ -658,6 +658,7 @@ def test_disconnected_client_frees_its_slot(llm, caplog):
     assert 0 < streamed["completion_tokens"] < 500
 
 
+@pytest.mark.slow
 def test_a_thousand_disconnects_leave_no_slot_in_use(llm, caplog):
     """At any moment of a request's life: after none, one, two ... turns of the event loop."""
     caplog.set_level(logging.INFO, "llama_jax.access")

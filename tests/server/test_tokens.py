@@ -9,6 +9,7 @@ from llama_jax import Llama
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.text.chat import CHAT_TEMPLATE, encode_dialog
 from llama_jax.weights.checkpoint import load_checkpoint
+from tests.helpers.demo import load_demo
 from tests.helpers.serving import serving
 
 NATIVE = "/client/v4/accounts/me/ai"
@@ -22,7 +23,7 @@ TURNS = [
 
 @pytest.fixture(scope="module")
 def llm():
-    return Llama.load(DEMO_CHECKPOINT)
+    return load_demo()
 
 
 @pytest.fixture(scope="module")

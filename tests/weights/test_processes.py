@@ -102,6 +102,7 @@ def weights(folder: pathlib.Path, name: str) -> int:
     return sum(array.nbytes for array in np.load(folder / f"{name}.npz").values())
 
 
+@pytest.mark.slow
 def test_each_process_reads_its_part_only(folder, done):
     whole = weights(folder, "large")
     assert whole > 50e6
