@@ -1,6 +1,7 @@
 """The order in which prompts are read: a short one is not held up, and each is read to its end."""
 
 import hypothesis
+import pytest
 from hypothesis import strategies as st
 
 from llama_jax import Llama
