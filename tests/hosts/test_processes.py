@@ -103,10 +103,11 @@ class Served:
         return self._stack.enter_context(connection.getresponse())
 
     def begin(self):
-        """Return a stream that has begun."""
+        """Return a stream whose first token is there: no program is left to be compiled."""
         body = {"model": MODEL, "prompt": "x", "max_tokens": 60, "ignore_eos": True}
         stream = self.post(COMPLETIONS, body | {"stream": True})
-        assert stream.readline()
+        while not (line := stream.readline()).startswith(b"data:"):
+            assert line
         return stream
 
 
