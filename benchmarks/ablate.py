@@ -47,8 +47,9 @@ FLAGS = command.make_flags(
 Figures = dict[str, Any]
 
 
-def make_plans(choice: str, plan: Plan, config: ModelConfig, dtype: str) -> dict[str, Plan]:
+def make_plans(choice: str, config: ModelConfig, dtype: str) -> dict[str, Plan]:
     """Return the ways of a choice by name; the plan's own comes first."""
+    plan = choose_plan(config, dtype)
     ways = {"the plan": plan}
     if choice == "steps":
         pairs = [(steps, plan.max_in_flight) for steps in (1, 4, 8, 16, 32)]
@@ -76,7 +77,7 @@ def time_plans(config: ModelConfig, choice: str) -> list[Figures]:
     """Time the model under each plan of a choice, in turns; each is run once untimed before."""
     dtype = FLAGS.dtype
     params = make_weights(config, dtype, None).params
-    plans = make_plans(choice, choose_plan(config, dtype), config, dtype)
+    plans = make_plans(choice, config, dtype)
     context = max(FLAGS.context + FLAGS.new_tokens, FLAGS.prompt_len)
     prompt = protocol.prompt(FLAGS.prompt_len, config.vocab_size)
     rows = {name: Figures(choice=choice, way=name, prefill_s=[], decode_s=[]) for name in plans}

@@ -31,6 +31,7 @@ from llama_jax.decode.executor import Executor
 from llama_jax.decode.plan import DETERMINISM, choose_plan
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.request import GenerationRequest, make_request
+from llama_jax.engine.result import Result
 from llama_jax.nn.transformer import param_shapes
 
 FLAGS = command.make_flags(
@@ -47,7 +48,7 @@ FLAGS = command.make_flags(
 
 CHANGES: dict[str, dict[str, Any]] = {
     "nothing: run again": {},
-    "alone": {"at_once": 1},
+    "alone": {"alone": True},
     "1 slot": {"slots": 1},
     "2 slots": {"slots": 2},
     "11 slots": {"slots": 11},
@@ -84,7 +85,7 @@ def answer(
     requests: Sequence[GenerationRequest],
     *,
     slots: int = 8,
-    at_once: int | None = None,
+    alone: bool = False,
     longer: int = 1,
     reuse: bool = False,
 ) -> list[Answer]:
@@ -94,9 +95,9 @@ def answer(
         config, params: the model.
         requests: what is answered.
         slots: of the engine.
-        at_once: how many requests are in the engine at a time; None: all, in random order.
+        alone: one request is in the engine at a time; otherwise all are, in random order.
         longer: the cache has so many times the positions that the requests need.
-        reuse: each request is answered twice, and the second time from the prefix cache.
+        reuse: each is alone and answered twice, the second time from the prefix cache.
     """
     plan = choose_plan(config, FLAGS.dtype, FLAGS.determinism)
     context = FLAGS.context * longer
@@ -104,7 +105,7 @@ def answer(
     engine = Engine(executor, None, reuse=reuse)
     order = list(range(len(requests)))
     random.Random(slots).shuffle(order)
-    groups = [[i] for i in order] if at_once == 1 or reuse else [order]
+    groups = [[i] for i in order] if alone or reuse else [order]
     found: dict[int, Answer] = {}
     for group in groups:
         for _ in range(1 + reuse):
@@ -116,7 +117,8 @@ def answer(
     return [found[i] for i in range(len(requests))]
 
 
-def _bits(result) -> Answer:
+def _bits(result: Result | None) -> Answer:
+    assert result is not None and result.logprobs is not None  # it has ended, and asked for them
     numbers = [[draw.logprob, *(p for _, p in draw.top)] for draw in result.logprobs]
     return list(result.tokens), np.asarray(numbers, np.float32).view(np.int32).tolist()
 

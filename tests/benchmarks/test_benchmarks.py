@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 
 from benchmarks import __main__ as program
-from benchmarks import ablate, command
+from benchmarks import ablate, bits, command
 from benchmarks.cases import Case, Engine, contexts, make_plan
 from benchmarks.limits import Limits, median
 from benchmarks.model_cost import decode_cost, kv_bytes, params_read, prefill_cost, total_params
@@ -233,12 +233,24 @@ def test_against_llamacpp(tmp_path):
 def test_the_ways_of_a_choice_differ_and_begin_with_the_plan(choice):
     config = load_shape("demo")
     plan = choose_plan(config, "bfloat16")
-    plans = ablate.make_plans(choice, plan, config, "bfloat16")
+    plans = ablate.make_plans(choice, config, "bfloat16")
     assert next(iter(plans.items())) == ("the plan", plan)
     assert len(set(plans.values())) == len(plans)
     # The kernels' only plan is strict.
     alone = {"hlo", "plan"} | ({"determinism"} if plan.batch_invariant else set())
     assert (len(plans) > 1) == (choice not in alone)
+
+
+def test_other_bits_and_other_tokens_are_counted_apart():
+    same, tie, other = ([5, 6], [[1], [2]]), ([5, 6], [[1], [3]]), ([7, 6], [[0], [2]])
+    assert bits.compare("x", [same, tie, other], [same] * 3) == {
+        "changed": "x",
+        "requests": 3,
+        "other bits": 2,
+        "other tokens": 1,
+        "first at": 0,
+    }
+    assert bits.compare("x", [same], [same])["first at"] is None
 
 
 def test_operations_of_a_program_are_counted():
