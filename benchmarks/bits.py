@@ -118,7 +118,8 @@ def answer(
 
 
 def _bits(result: Result | None) -> Answer:
-    assert result is not None and result.logprobs is not None  # it has ended, and asked for them
+    assert result is not None  # it has ended
+    assert result.logprobs is not None  # it asked for them
     numbers = [[draw.logprob, *(p for _, p in draw.top)] for draw in result.logprobs]
     return list(result.tokens), np.asarray(numbers, np.float32).view(np.int32).tolist()
 
