@@ -39,7 +39,8 @@ def convert(args: argparse.Namespace) -> None:
     )
     written = conversion.convert(task)
     count, dtype, size, takes_text, rounding = written
-    hint = f"python run.py --checkpoint={shlex.quote(str(args.dst))} --prompt='Hello'"
+    program = "python run.py" if pathlib.Path("run.py").is_file() else "llama-jax"
+    hint = f"{program} --checkpoint={shlex.quote(str(args.dst))} --prompt='Hello'"
     print(
         f"wrote {count:,} parameters, {dtype}, {tqdm.format_sizeof(size, 'B')}, to {args.dst}"
         + (f"; try: {hint}" if takes_text else "")

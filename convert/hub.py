@@ -187,7 +187,7 @@ def _import_hub() -> Any:
         import huggingface_hub.errors
     except ImportError:
         raise InputError(
-            "downloading needs huggingface_hub; install the hub extra: pip install -e '.[hub]'"
+            "downloading needs huggingface_hub; install the hub extra: pip install 'llama_jax[hub]'"
         ) from None
     return huggingface_hub
 

@@ -134,7 +134,7 @@ def _unpickle(path: pathlib.Path, *, mmap: bool) -> Any:
     except ImportError:
         raise InputError(
             f"reading {path.suffix} files needs PyTorch; install the convert extra: "
-            "pip install -e '.[convert]'"
+            "pip install 'llama_jax[convert]'"
         ) from None
     try:
         return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")

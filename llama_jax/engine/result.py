@@ -99,6 +99,10 @@ class Result:
         """Return the fields of the command line's JSON: all but `record`."""
         values = dataclasses.asdict(dataclasses.replace(self, record=None))
         del values["record"]
+        values["timings"] = {
+            name: value if value is None else round(value, 6)  # microseconds
+            for name, value in values["timings"].items()
+        }
         return values
 
     def receipt(self, *, private: bool = False) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def test_a_full_disk_names_the_folder_and_the_setting(hub, tmp_path, capsys, mon
 def test_the_missing_extra_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert convert(NAME, tmp_path / "out") == 2
-    assert "install the hub extra: pip install -e '.[hub]'" in error(capsys)
+    assert "install the hub extra: pip install 'llama_jax[hub]'" in error(capsys)
 
 
 @pytest.mark.parametrize(
