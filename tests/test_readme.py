@@ -82,7 +82,8 @@ def test_clients(folder, port, block):
 def test_your_own_model(folder, hub):
     """The commands for 7B, from a hub on loopback with a small model of that name."""
     hub.name = "meta-llama/Llama-2-7b-chat-hf"
-    install, convert, chat = SHELL[2].splitlines()
+    install, login, convert, chat = SHELL[2].splitlines()
+    assert login == "hf auth login"
     assert install == 'pip install -e ".[hub]"'
     shell(convert, folder)
     assert "model.safetensors" in hub.downloaded
@@ -108,8 +109,8 @@ def test_the_memory_table():
     for size, *figures in rows:
         config = ModelConfig.load(ROOT / "configs" / f"llama-2-{size.lower()}.json")
         plan = accelerator_plan("gpu", "float16", "strict")
-        one, eight = (needed_memory(config, plan, slots, 4096) for slots in (1, 8))
-        taken = (one.weights, one.caches, one.weights + one.caches, eight.weights + eight.caches)
+        needs = [needed_memory(config, plan, *size) for size in ((1, 1024), (1, 4096), (8, 4096))]
+        taken = (needs[0].weights, *(need.weights + need.caches for need in needs))
         assert figures == [f"{count / 1e9:.1f}" for count in taken]
 
 

@@ -54,7 +54,7 @@ def _define_model_flags() -> None:
         "determinism",
         "strict",
         DETERMINISM,
-        "strict: a request's tokens do not depend on --slots or on other requests. fast: on a GPU "
+        "strict: tokens do not depend on other requests, nor (on a CPU) on --slots. fast: on a GPU "
         "or TPU, or a CPU without the kernels, they may. Elsewhere both are the same.",
     )
     flags.DEFINE_string(
