@@ -1,5 +1,6 @@
 """A file of requests: order, errors by line, resuming, and one writer at a time."""
 
+import hashlib
 import json
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 
 from llama_jax import InputError
 from llama_jax.batch import Batch
+from llama_jax.batch.seeds import line_seed
 from llama_jax.card.schemas import MODEL
 from tests.helpers.batches import answers, run
 from tests.helpers.demo import load_demo
@@ -313,3 +315,52 @@ def test_openai_s_format_without_the_serve_extra_is_an_error_of_the_line(
     rows = run_lines(tmp_path, llm, openai_line("a", CHAT, **QUESTION), PARIS)
     assert "which is not installed; pip install 'llama_jax[serve]'" in rows[0]["error"]
     assert rows[1]["result"]["response"] == "The capital of France is Paris."
+
+
+# Seeds of lines without one.
+
+
+def seeds_of(rows):
+    return [row["result"]["seed"] for row in rows]
+
+
+def test_a_line_without_a_seed_gets_one_of_the_job_its_number_and_its_bytes(tmp_path, llm):
+    line = {"prompt": "Hi", "max_tokens": 1}
+    lines = [line, {**line, "seed": 7}, line, {"prompt": "Ho", "max_tokens": 1}]
+    rows = run_lines(tmp_path, llm, *lines)
+    first, given, same, other = seeds_of(rows)
+    assert given == 7
+    assert first == line_seed(0, 1, hashlib.sha256(json.dumps(line).encode()).hexdigest())
+    assert first == 4796005747  # the rule is part of the format: files are continued
+    assert same == line_seed(0, 3, rows[2]["sha256"])
+    assert other == line_seed(0, 4, rows[3]["sha256"])
+    assert seeds_of(run_lines(tmp_path, llm, *lines)) == [first, given, same, other]
+    (tmp_path / "out").write_text("")
+    with Batch(tmp_path / "in", tmp_path / "out", seed=1) as batch:
+        list(batch.run(llm))
+    others = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    first, given, same, other = seeds_of(others)
+    assert given == 7
+    assert (first, same) == tuple(line_seed(1, n, rows[0]["sha256"]) for n in (1, 3))
+
+
+def test_a_body_of_openai_s_gets_a_seed_too(tmp_path, llm):
+    lines = [
+        {**openai_line(str(i), CHAT, **QUESTION, max_tokens=1, seed=seed), "priority": 1}
+        for i, seed in enumerate([None, 5])
+    ]
+    rows = run_lines(tmp_path, llm, *lines)
+    seeds = [row["response"]["body"]["choices"][0]["seed"] for row in rows]
+    assert seeds == [line_seed(0, 1, rows[0]["sha256"]), 5]
+
+
+def test_seeds_of_lines_are_in_the_card_s_range_and_differ():
+    seeds = [line_seed(job, line, "ab") for job in range(100) for line in range(1, 101)]
+    assert len(set(seeds)) == len(seeds)
+    assert 1 <= min(seeds) < 10**8 < 9.9e9 < max(seeds) <= 9_999_999_999
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, True])
+def test_a_seed_of_the_job_out_of_range_is_refused(tmp_path, seed):
+    with pytest.raises(InputError, match=r"seed is .*, expected a whole number from 0 to 2\^64"):
+        Batch(tmp_path / "in", tmp_path / "out", seed=seed)

@@ -13,6 +13,7 @@ from typing import Any
 
 from llama_jax.batch.line import Format, Line, head, parse, request_format, take_id
 from llama_jax.batch.requests import Requests
+from llama_jax.batch.seeds import check_job_seed
 from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
@@ -37,10 +38,12 @@ class Batch:
         output: a file; created, or, if it exists, continued.
         format_of: returns the format of a line's fields; the default tells the two above apart.
         receipts: where a line's receipts go, before its result; continued with the output.
+        seed: from 0 to 2^64 - 1; a line without a seed gets one that follows from this one, its
+            number and its bytes, so another run answers it alike.
 
     Raises:
-        InputError: a file cannot be read or written, another `Batch` has the output, or it
-            holds the results of another input.
+        InputError: the seed is out of range, a file cannot be read or written, another `Batch` has
+            the output, or it holds the results of another input.
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class Batch:
         format_of: Callable[[Any], Format] = request_format,
         *,
         receipts: ReceiptFile | None = None,
+        seed: int = 0,
     ):
+        self._seed = check_job_seed(seed)
         self._format_of, self._receipts = format_of, receipts
         self._file: FileIO | None = None
         self.source, self.output = pathlib.Path(source), pathlib.Path(output)
@@ -115,7 +120,7 @@ class Batch:
                 with contextlib.suppress(InputError):
                     take_id(parse(text), ids, number)
                 continue
-            line = Line(number, text, ids, llm, self._format_of)
+            line = Line(number, text, ids, llm, self._format_of, self._seed)
             for i in range(line.waiting):
                 yield functools.partial(line.submit, i, llm)
 

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from llama_jax.batch.seeds import line_seed
 from llama_jax.card import contract
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.result import Result
@@ -50,6 +51,12 @@ class CardForm:
         return {"result": results[0].to_dict()}
 
 
+def _set_seed(fields: Any, seed: int) -> None:
+    """Give a request in the card's format a seed, unless it has one."""
+    if isinstance(fields, dict):
+        fields.setdefault("seed", seed)
+
+
 class Format(NamedTuple):
     """A format of lines."""
 
@@ -59,6 +66,11 @@ class Format(NamedTuple):
     """Return the fields of the output line of an error."""
     needs_id: bool = False
     """Whether each line has a `custom_id`."""
+    set_seed: Callable[[Any, int], None] = lambda fields, seed: None
+    """Write a seed into a line's fields that have none; the default: nothing is drawn."""
+
+
+CARD = Format(CardForm, set_seed=_set_seed)
 
 
 class Line:
@@ -70,6 +82,7 @@ class Line:
         ids: the lines of the `custom_id`s so far.
         llm: the model.
         format_of: returns the format of a line's fields.
+        seed: the batch's, from which a line without one gets its own; see `line_seed`.
     """
 
     def __init__(
@@ -79,9 +92,11 @@ class Line:
         ids: dict[str | int, int],
         llm: Llama,
         format_of: Callable[[Any], Format],
+        seed: int = 0,
     ):
         self.head = head(number, text)
-        self._format = Format(CardForm)
+        self._seed = line_seed(seed, number, self.head["sha256"])
+        self._format = CARD
         self._form: Form | None = None
         self._error: InputError | None = None
         self._streams: list[Stream] = []
@@ -125,15 +140,16 @@ class Line:
             fields.pop("metadata", None)
         if take_id(fields, ids, number) is None and self._format.needs_id:
             raise InputError("custom_id is missing, expected a string that names this request")
+        self._format.set_seed(fields, self._seed)
         self._form = self._format.make(fields, llm)
 
 
 def request_format(fields: Any) -> Format:
     """Return the format of a request: OpenAI's, or the model card's."""
     if not isinstance(fields, dict) or {"method", "url", "body"}.isdisjoint(fields):
-        return Format(CardForm)
+        return CARD
     openai = _openai_module()
-    return Format(openai.OpenAIForm, openai.refusal, needs_id=True)
+    return Format(openai.OpenAIForm, openai.refusal, needs_id=True, set_seed=openai.set_seed)
 
 
 def head(number: int, line: bytes) -> dict[str, Any]:

@@ -15,7 +15,7 @@ def batch() -> None:
         raise InputError("batch needs --input and --output, two files of JSON lines; name both")
     with (
         open_receipts() as receipts,
-        Batch(FLAGS.input, FLAGS.output, receipts=receipts) as work,
+        Batch(FLAGS.input, FLAGS.output, receipts=receipts, seed=FLAGS.seed or 0) as work,
     ):
         if work.done:
             note(f"{work.output} has {work.done:,} of {work.total:,} results already; resuming")

@@ -181,7 +181,10 @@ def _define_sampling_flags() -> None:
         "is off.",
     )
     flags.DEFINE_integer(
-        "seed", None, "Random seed, 0 to 2^64 - 1. Default: drawn at random, and reported."
+        "seed",
+        None,
+        "Random seed, 0 to 2^64 - 1. Default: drawn at random, and reported. In batch: decides the "
+        "seeds of lines without one; default: 0.",
     )
     flags.DEFINE_float(
         "repetition_penalty",

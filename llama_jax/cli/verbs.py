@@ -103,7 +103,7 @@ VERBS = {
             name="batch",
             arguments="--input=FILE --output=FILE",
             summary="Answer a file of requests.",
-            takes=(*MODEL, *ESTIMATE, *BATCH, "output", *RECEIPT, *GENERAL),
+            takes=(*MODEL, *ESTIMATE, *BATCH, "output", "seed", *RECEIPT, *GENERAL),
             refuses_others="whose requests are in --input",
         ),
         Verb(

@@ -58,7 +58,9 @@ are ours. Defaults that the card leaves out are stated: temperature 0.6 is Meta'
 are off.
 """
 
-_MAX_DRAWN_SEED = 9_999_999_999  # the card's largest: a drawn seed can be sent anywhere
+MAX_DRAWN_SEED = 9_999_999_999
+"""The card's largest: a drawn seed can be sent anywhere."""
+
 _PYTHON_TYPES = {"integer": int, "number": float, "boolean": bool, "array": tuple, "object": dict}
 
 
@@ -131,7 +133,7 @@ def make_parameters(values: dict[str, Any]) -> Parameters:
     # In JSON the ids are strings.
     typed["logit_bias"] = {int(id_): float(bias) for id_, bias in typed["logit_bias"].items()}
     if typed["seed"] is None:
-        typed["seed"] = 1 + secrets.randbelow(_MAX_DRAWN_SEED)
+        typed["seed"] = 1 + secrets.randbelow(MAX_DRAWN_SEED)
     return Parameters(**typed)
 
 

@@ -98,7 +98,7 @@ def test_the_installed_command_does_what_run_py_does(tmp_path):
         ),
         (["--prompt=a", "--port=1"], "--port is given with a prompt, but belongs to serve; drop"),
         (["batch", "--port=1"], "--port is given with batch, but belongs to serve; drop it"),
-        (["batch", "--seed=1"], "--seed is given with batch, whose requests are in --input"),
+        (["batch", "--top_k=1"], "--top_k is given with batch, whose requests are in --input"),
         (["serve", "--prompt=a"], "--prompt is given with serve, whose requests come over HTTP"),
         (["chat", "--prompt=a"], "--prompt is given with chat, which reads turns from stdin"),
         (["chat", "--nostream"], "--stream is given with chat, which reads turns from stdin"),

@@ -61,6 +61,13 @@ class OpenAIForm:
         return _output(uuid.uuid4().hex, 200, body, None)
 
 
+def set_seed(fields: dict[str, Any], seed: int) -> None:
+    """Give a request a seed, unless it has one."""
+    body = fields.get("body")
+    if isinstance(body, dict) and body.get("seed") is None:
+        body["seed"] = seed
+
+
 def refusal(error: Exception) -> dict[str, Any]:
     """Return the fields of OpenAI's output for a request that is wrong."""
     cause, request_id = error.__cause__, uuid.uuid4().hex
