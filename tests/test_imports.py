@@ -22,6 +22,7 @@ ORDER = [
     {"replay"},
     {"__init__", "server"},
     {"batch", "hosts"},
+    {"ray"},
     {"cli"},
 ]
 """The modules and folders of llama_jax: each imports from those above it only."""

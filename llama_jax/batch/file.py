@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import json
 import os
 import pathlib
@@ -11,10 +10,18 @@ from collections.abc import Callable, Iterator
 from io import FileIO
 from typing import Any
 
-from llama_jax.batch.line import Format, Line, head, parse, request_format, take_id
+from llama_jax.batch.line import (
+    Format,
+    Line,
+    answer_lines,
+    encode_row,
+    head,
+    parse,
+    request_format,
+    take_id,
+)
 from llama_jax.batch.requests import Requests
 from llama_jax.batch.seeds import check_job_seed
-from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
 from llama_jax.receipt.file import ReceiptFile
@@ -55,7 +62,8 @@ class Batch:
         receipts: ReceiptFile | None = None,
         seed: int = 0,
     ):
-        self._seed = check_job_seed(seed)
+        self.seed = check_job_seed(seed)
+        """From which lines without a seed get theirs."""
         self._format_of, self._receipts = format_of, receipts
         self._file: FileIO | None = None
         self.source, self.output = pathlib.Path(source), pathlib.Path(output)
@@ -101,35 +109,44 @@ class Batch:
         Raises:
             InputError: the output cannot be written, such as on a full disk; the lines before are.
         """
-        for line, stream in finish_in_order(llm.engine, self._submissions(llm)):
-            if stream is not None:
-                collections.deque(stream, maxlen=0)
-                line.results.append(stream.result)
-            line.waiting -= 1
-            if not line.waiting:
-                if self._receipts is not None:
-                    self._receipts.append_row(line.head, line.results)
-                self._write(line.output())
-                yield
+        for line in answer_lines(self._lines(llm), llm):
+            if self._receipts is not None:
+                self._receipts.append_row(line.head, line.results)
+            self.write(line.output())
+            yield
 
-    def _submissions(self, llm: Llama) -> Iterator[Callable[[], tuple[Line, Stream | None]]]:
-        """Yield what submits each generation of the lines that are left."""
+    def pending(self) -> Iterator[tuple[int, bytes, int]]:
+        """Yield each line that is left: its number, its text, and the first line that has its
+        `custom_id`; 0: it has none, or one that is refused for itself."""
+        done, ids = self.done, dict[str | int, int]()
+        for index, (number, text) in enumerate(self._requests):
+            first = 0
+            with contextlib.suppress(InputError):
+                fields = parse(text)
+                name = fields.get("custom_id") if isinstance(fields, dict) else None
+                if isinstance(name, str | int) and not isinstance(name, bool):
+                    first = ids.setdefault(name, number)
+            if index >= done:
+                yield number, text, first
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append the line of output of the first line that is left.
+
+        Raises:
+            InputError: see `run`.
+        """
+        self._append(encode_row(row) + b"\n")
+        self._count(row)
+        self.done += 1
+
+    def _lines(self, llm: Llama) -> Iterator[Line]:
         done, ids = self.done, dict[str | int, int]()
         for index, (number, text) in enumerate(self._requests):
             if index < done:
                 with contextlib.suppress(InputError):
                     take_id(parse(text), ids, number)
                 continue
-            line = Line(number, text, ids, llm, self._format_of, self._seed)
-            for i in range(line.waiting):
-                yield functools.partial(line.submit, i, llm)
-
-    def _write(self, row: dict[str, Any]) -> None:
-        # A field's name may have a lone surrogate, which UTF-8 cannot encode.
-        text = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
-        self._append(text + b"\n")
-        self._count(row)
-        self.done += 1
+            yield Line(number, text, ids, llm, self._format_of, self.seed)
 
     def _count(self, row: dict[str, Any]) -> None:
         self.failed += row.get("error") is not None

@@ -1,14 +1,17 @@
 """Line: a request of a batch, in one of two formats, on its way to a line of output."""
 
+import collections
+import functools
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from llama_jax.batch.seeds import line_seed
 from llama_jax.card import contract
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.result import Result
-from llama_jax.engine.stream import Stream
+from llama_jax.engine.stream import Stream, finish_in_order
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
 
@@ -142,6 +145,40 @@ class Line:
             raise InputError("custom_id is missing, expected a string that names this request")
         self._format.set_seed(fields, self._seed)
         self._form = self._format.make(fields, llm)
+
+
+def answer_lines(lines: Iterable[Line], llm: Llama) -> Iterator[Line]:
+    """Generate for lines, as many at once as there are slots; yield each when it has ended, in
+    order."""
+    submissions = (
+        functools.partial(line.submit, i, llm) for line in lines for i in range(line.waiting)
+    )
+    for line, stream in finish_in_order(llm.engine, submissions):
+        if stream is not None:
+            collections.deque(stream, maxlen=0)
+            line.results.append(stream.result)
+        line.waiting -= 1
+        if not line.waiting:
+            yield line
+
+
+def refused_row(number: int, text: bytes, error: InputError) -> dict[str, Any]:
+    """Return the line of output of a line that cannot be answered, whatever is in it."""
+    row, refuse = head(number, text), CARD.refusal
+    try:
+        fields = parse(text)
+        if isinstance(fields, dict):
+            row |= {n: fields[n] for n in ("custom_id", "metadata") if fields.get(n) is not None}
+        refuse = request_format(fields).refusal
+    except InputError:  # it is no JSON either
+        pass
+    return row | refuse(error)
+
+
+def encode_row(row: dict[str, Any]) -> bytes:
+    """Return a line of output as it is in the file, without a line break."""
+    # A field's name may have a lone surrogate, which UTF-8 cannot encode.
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def request_format(fields: Any) -> Format:

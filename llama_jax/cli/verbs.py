@@ -32,6 +32,7 @@ SAMPLING = (
 )
 OUTPUT = ("output", "stream", "logprobs", "print_prompt_tokens")
 BATCH = ("input",)
+RAY = ("engine", "ray_address", "workers", "gpus_per_worker", "rows_per_call", "allow_mixed")
 SCORE = ("continuation", "stride", "token_logprobs")
 SERVE = (
     *("host", "port", "api_token", "insecure", "allowed_origins", "log_format"),
@@ -103,7 +104,7 @@ VERBS = {
             name="batch",
             arguments="--input=FILE --output=FILE",
             summary="Answer a file of requests.",
-            takes=(*MODEL, *ESTIMATE, *BATCH, "output", "seed", *RECEIPT, *GENERAL),
+            takes=(*MODEL, *ESTIMATE, *BATCH, "output", "seed", *RAY, *RECEIPT, *GENERAL),
             refuses_others="whose requests are in --input",
         ),
         Verb(

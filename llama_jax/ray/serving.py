@@ -1,0 +1,4 @@
+"""stub"""
+
+
+def serve_app(): ...

@@ -1,0 +1,30 @@
+"""A Ray cluster of two cores in tests; it ends with its module."""
+
+import os
+import warnings
+
+import pytest
+
+from tests.helpers import ROOT
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A connection to a cluster of its own, whose processes find the tests' helpers."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own, while it starts and stops
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        ray.init(
+            address="local",
+            num_cpus=2,
+            object_store_memory=100 * 2**20,
+            include_dashboard=False,
+            logging_level="warning",
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
