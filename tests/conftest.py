@@ -45,6 +45,7 @@ REQUIRE_ALL = "LLAMA_JAX_REQUIRE_ALL_TESTS"
 
 if os.environ.get(REQUIRE_ALL):  # a module that needs one of these would skip itself
     import playwright.sync_api  # noqa: F401 (imported to fail here)
+    import ray  # noqa: F401 (likewise)
     import torch  # noqa: F401 (likewise)
 
 
