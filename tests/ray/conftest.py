@@ -1,5 +1,6 @@
 """A Ray cluster of two cores in tests; it ends with its module."""
 
+import importlib
 import importlib.util
 import os
 import warnings
@@ -11,7 +12,7 @@ from tests.helpers import ROOT
 if importlib.util.find_spec("ray") is not None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of Ray Serve's own code
-        import ray.serve  # noqa: F401 (here, where its warnings are no errors)
+        importlib.import_module("ray.serve")
 
 
 @pytest.fixture(scope="module")

@@ -3,25 +3,24 @@
 import json
 from unittest import mock
 
-import pyarrow as pa
 import pytest
 
 from llama_jax import InputError
 from llama_jax.batch import Batch
-from llama_jax.ray import Pool, Worker, driver, run_batch
-from llama_jax.ray.cores import requested, share_of
-from llama_jax.ray.ledger import MOST_ENDS, Ledger
-from llama_jax.ray.worker import REQUESTS, ROWS
 from tests.helpers.demo import load_demo
 from tests.helpers.ray_batches import comparable, local, requests, write
 
 pytestmark = pytest.mark.ray
 
+ray = pytest.importorskip("llama_jax.ray", reason="needs the ray extra: pip install -e '.[ray]'")
+pa = pytest.importorskip("pyarrow", reason="needs the ray extra: pip install -e '.[ray]'")
+driver, ledgers = ray.driver, ray.ledger
 
-def worker(llm) -> Worker:
+
+def worker(llm):
     """A worker with a model that is loaded already."""
     with mock.patch("llama_jax.ray.worker.Llama.load", return_value=llm):
-        return Worker({})
+        return ray.Worker({})
 
 
 def test_a_worker_answers_tables_with_the_rows_of_the_local_engine(tmp_path):
@@ -30,10 +29,10 @@ def test_a_worker_answers_tables_with_the_rows_of_the_local_engine(tmp_path):
     with Batch(*files) as batch:
         tables = list(driver._tables(batch.pending(), 7))
         assert [table.num_rows for table in tables] == [7, 7, 5]
-        assert tables[0].schema == REQUESTS
+        assert tables[0].schema == ray.worker.REQUESTS
         answered = [worker(llm)(table) for table in tables]
     table = pa.concat_tables(answered)
-    assert table.schema == ROWS
+    assert table.schema == ray.worker.ROWS
     files[1].write_bytes(b"".join(row + b"\n" for row in table["row"].to_pylist()))
     assert comparable(files[1]) == local(files[0], llm)
     for answer in table.to_pylist():
@@ -58,26 +57,26 @@ def test_a_worker_answers_tables_with_the_rows_of_the_local_engine(tmp_path):
     ],
 )
 def test_workers_share_the_cores_and_leave_ray_a_part(nodes, workers, share):
-    assert share_of(nodes, workers) == share
-    each = requested(nodes, workers)
+    assert ray.cores.share_of(nodes, workers) == share
+    each = ray.cores.requested(nodes, workers)
     assert each < share
     assert each * workers <= sum(nodes) - 0.5 * bool(nodes)
 
 
 def test_a_line_that_ended_workers_is_begun_alone_only():
-    ledger = Ledger(workers=1)
+    ledger = ledgers.Ledger(workers=1)
     assert ledger.begin([1, 2], alone=False) == [0, 0]
     assert ledger.begin([1, 2, 3], alone=False) == [1, 1, 0]
     assert ledger.begin([3], alone=False) == [0]  # it was not begun beside the others
     ledger.end([3])
-    for ends in range(1, MOST_ENDS + 1):
+    for ends in range(1, ledgers.MOST_ENDS + 1):
         assert ledger.begin([1], alone=True) == [ends]
     ledger.end([1, 2])
     assert ledger.begin([1, 2], alone=False) == [0, 0]
 
 
 def test_workers_that_start_without_an_answer_are_counted():
-    ledger = Ledger(workers=2)
+    ledger = ledgers.Ledger(workers=2)
     assert [ledger.start() for _ in range(7)] == [True] * 6 + [False]
     ledger.end([1])
     assert ledger.start()
@@ -94,7 +93,7 @@ def rows(*fingerprints):
             "fingerprint": fingerprint,
             "worker": "w",
         }
-        yield pa.Table.from_pylist([values], ROWS)
+        yield pa.Table.from_pylist([values], ray.worker.ROWS)
 
 
 @pytest.fixture
@@ -115,7 +114,7 @@ def answering(*fingerprints):
 
 def test_rows_are_written_in_order_whichever_comes_first(batch):
     with answering("a", "a", "a"):
-        done = [batch.done for _ in run_batch(batch, {})]
+        done = [batch.done for _ in ray.run_batch(batch, {})]
     assert done == [0, 0, 3]
     assert [json.loads(row)["line"] for row in batch.output.read_text().splitlines()] == [1, 2, 3]
 
@@ -125,16 +124,16 @@ def test_workers_with_different_fingerprints_are_refused_unless_allowed(batch):
         answering("a", "b", "b"),
         pytest.raises(InputError, match=r"worker w has the fingerprint a, .* another has b: "),
     ):
-        list(run_batch(batch, {}))
+        list(ray.run_batch(batch, {}))
     assert batch.done == 0
     with answering("a", "b", "b"):
-        list(run_batch(batch, {}, Pool(allow_mixed=True)))
+        list(ray.run_batch(batch, {}, ray.Pool(allow_mixed=True)))
     assert batch.done == 3
 
 
 def test_rows_that_never_come_are_an_error(batch):
     with answering("a", "a"), pytest.raises(InputError, match="line 3 and 0 after it have no answ"):
-        list(run_batch(batch, {}))
+        list(ray.run_batch(batch, {}))
     assert batch.done == 2
 
 
@@ -144,11 +143,11 @@ def test_rows_that_never_come_are_an_error(batch):
 )
 def test_a_pool_that_cannot_be_is_refused(field, value):
     with pytest.raises(InputError, match=f"{field} is {value}, expected"):
-        Pool(**{field: value})
+        ray.Pool(**{field: value})
 
 
 def test_workers_without_gpus_for_them_are_refused():
     nodes = [{"CPU": 8.0, "GPU": 3.0}, {"CPU": 8.0}]
     with pytest.raises(InputError, match=r"2 workers with 2 GPUs each are wanted, .* for 1; name"):
-        driver.check_pool(Pool(workers=2, gpus_per_worker=2), nodes)
-    driver.check_pool(Pool(workers=6, gpus_per_worker=0.5), nodes)
+        driver.check_pool(ray.Pool(workers=2, gpus_per_worker=2), nodes)
+    driver.check_pool(ray.Pool(workers=6, gpus_per_worker=0.5), nodes)

@@ -9,22 +9,19 @@ import signal
 import time
 import warnings
 
+import httpx
 import pytest
 
 from llama_jax import InputError
+from llama_jax.server.service import Service
+from llama_jax.server.settings import Settings
 from tests.helpers.demo import load_demo
 from tests.helpers.processes import END_S, free_port
 from tests.helpers.serving import COMPLETIONS, MODEL, wait_until
 
-pytest.importorskip("ray", reason="needs the ray extra")
 pytestmark = pytest.mark.ray
 
-import httpx  # noqa: E402 (after what may skip)
-
-from llama_jax.ray import serve_app  # noqa: E402
-from llama_jax.ray.serving import ready_when_warm  # noqa: E402
-from llama_jax.server.service import Service  # noqa: E402
-from llama_jax.server.settings import Settings  # noqa: E402
+ray = pytest.importorskip("llama_jax.ray", reason="needs the ray extra: pip install -e '.[ray]'")
 
 CLIENTS, SLOTS, TOKEN = 64, 4, "a-token"
 HEADERS = {"authorization": f"Bearer {TOKEN}"}
@@ -36,7 +33,7 @@ def llm():
 
 
 def app(replicas: int):
-    return serve_app(replicas=replicas, slots=SLOTS, max_queue=CLIENTS, api_token=TOKEN)
+    return ray.serve_app(replicas=replicas, slots=SLOTS, max_queue=CLIENTS, api_token=TOKEN)
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +254,7 @@ def test_an_application_has_started_when_its_model_is_warm(llm, fails):
 
         ready, service._warm.set = service._warm.set, lambda: None
         running = asyncio.create_task(
-            ready_when_warm(service, "a")({"type": "lifespan"}, receive, send)
+            ray.serving.ready_when_warm(service, "a")({"type": "lifespan"}, receive, send)
         )
         await asyncio.sleep(0.3)
         assert sent == []
@@ -286,4 +283,4 @@ def test_an_application_has_started_when_its_model_is_warm(llm, fails):
 )
 def test_an_application_that_cannot_be_is_refused(given, problem):
     with pytest.raises(InputError, match=problem):
-        serve_app(**given)
+        ray.serve_app(**given)
