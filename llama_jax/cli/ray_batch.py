@@ -69,14 +69,13 @@ def answer_on_ray(work: Batch) -> None:
         progress_bar(total=work.total, initial=work.done, unit="request") as bar,
     ):
         for progress in driver.run_batch(work, load, pool):
-            bar.set_postfix_str(
-                f"{progress.tokens_per_s:,.0f} tokens/s, {progress.workers} workers", refresh=False
-            )
+            rate = f"{progress.tokens_per_s:,.0f} tokens/s, workers {progress.workers}"
+            bar.set_description_str(f"requests ({rate})", refresh=False)
             bar.update(work.done - bar.n)
 
 
 def _level() -> int:
-    return logging.DEBUG if FLAGS.debug else logging.WARNING
+    return logging.DEBUG if FLAGS.debug else logging.ERROR
 
 
 def _arguments() -> dict[str, Any]:

@@ -12,7 +12,7 @@ _LOGGERS = ("ray", "ray.data")
 
 
 @contextlib.contextmanager
-def connected(address: str | None = None, level: int = logging.WARNING) -> Iterator[None]:
+def connected(address: str | None = None, level: int = logging.ERROR) -> Iterator[None]:
     """Connect to a cluster meanwhile, or to one that is made for it; keep a connection there is.
 
     Args:

@@ -16,7 +16,7 @@ from llama_jax.batch.file import Batch
 from llama_jax.batch.line import Format, request_format
 from llama_jax.errors import InputError
 from llama_jax.ray import cores
-from llama_jax.ray.ledger import Ledger
+from llama_jax.ray.ledger import MOST_STARTS, Ledger
 from llama_jax.ray.worker import REQUESTS, Worker
 from llama_jax.strict_json import parse_json
 
@@ -74,8 +74,8 @@ def run_batch(
     """Answer what is left of a batch on Ray; yield after each table of rows that came.
 
     Rows are written in order, so a killed driver continues where the file ends. A worker that dies
-    is started again, and its lines are tried again; a line that ends MOST_ENDS workers gets an
-    error. Since seeds are fixed before, the rows do not depend on who answers them.
+    is started again, and its lines are tried again; a line that ends MOST_ENDS workers one after
+    the other gets an error. Since seeds are fixed before, the rows do not depend on who answers them.
 
     Ray must run: call `ray.init` before.
 
@@ -151,6 +151,7 @@ def _answers(
     """Yield the tables of rows as they come."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
+    context.max_consecutive_actor_init_deaths = MOST_STARTS - 1  # one bad node ends no run
     with ray.data.DataContext.current(context):  # a dataset keeps that of its begin
         answers = map_on_workers(ray.data.from_arrow(tables), load, seed, pool, ledger)
     try:

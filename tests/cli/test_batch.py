@@ -1,6 +1,7 @@
 """The verb batch; the files are tested in tests/test_batch.py."""
 
 import json
+import sys
 
 import pytest
 
@@ -77,8 +78,37 @@ def test_both_files_may_be_in_the_home_folder(files, cli, monkeypatch):
         (["--input=a", "--output=json"], "batch needs --input and --output"),
         (["--input=none.jsonl", "--output=x"], "none.jsonl: No such file or directory"),
         (["--input=~no-one/in", "--output=x"], "~no-one/in, x: Could not determine home"),
+        (["--input=a", "--output=x", "--workers=2"], "--workers is given without --engine=ray"),
+        (
+            ["--input=a", "--output=x", "--engine=ray", "--receipt=r"],
+            "--receipt is given with --engine=ray, whose workers are processes of Ray's; drop it",
+        ),
+        (["--input=a", "--output=x", "--seed=-1"], "seed is -1, expected a whole number from 0"),
     ],
     ids=" ".join,
 )
 def test_a_mistake_is_one_line_and_exit_2(mistake, flags, expected):
     assert expected in mistake("batch", *flags)
+
+
+def test_ray_without_its_extra_is_one_line(files, mistake, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_jax.ray", None)
+    expected = "is not installed; pip install 'llama_jax[ray]'"
+    assert expected in mistake(*arguments(files), "--engine=ray")
+    assert not files[1].exists()
+
+
+def test_a_pool_of_ray_s_that_cannot_be_is_one_line(files, mistake):
+    pytest.importorskip("ray", reason="needs the ray extra: pip install -e '.[ray]'")
+    expected = "workers is 0, expected a whole number from 1"
+    assert expected in mistake(*arguments(files), "--engine=ray", "--workers=0")
+
+
+def test_the_seed_of_a_batch_decides_those_of_its_lines(files, cli):
+    files[0].write_text('{"prompt": "Hi", "max_tokens": 1}')
+    seeds = []
+    for seed in ("0", "1", "0"):
+        files[1].unlink(missing_ok=True)
+        assert cli(*arguments(files), f"--seed={seed}")[0] == 0
+        seeds.append(json.loads(files[1].read_text())["result"]["seed"])
+    assert seeds[0] == seeds[2] != seeds[1]
