@@ -75,7 +75,7 @@ def run_batch(
 
     Rows are written in order, so a killed driver continues where the file ends. A worker that dies
     is started again, and its lines are tried again; a line that ends MOST_ENDS workers one after
-    the other gets an error. Since seeds are fixed before, the rows do not depend on who answers them.
+    the other gets an error. Seeds are fixed before: rows do not depend on who answers them.
 
     Ray must run: call `ray.init` before.
 
