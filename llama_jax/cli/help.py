@@ -95,7 +95,7 @@ _EXAMPLES = {
     "chat": ('chat --system="You are a pirate."',),
     "batch": (
         "batch --input=requests.jsonl --output=results.jsonl",
-        "batch --input=requests.jsonl --output=results.jsonl --engine=ray --workers=4",
+        "batch --input=in.jsonl --output=out.jsonl --engine=ray",
     ),
     "score": (
         "score --prompt_file=book.txt",
