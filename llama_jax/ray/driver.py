@@ -11,12 +11,12 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.exceptions
+from ray import cloudpickle
 
 from llama_jax.batch.file import Batch
 from llama_jax.batch.line import Format, request_format
 from llama_jax.errors import InputError
-from llama_jax.ray import cores
-from llama_jax.ray.ledger import MOST_STARTS, Ledger
+from llama_jax.ray import cores, ledger
 from llama_jax.ray.worker import REQUESTS, Worker
 from llama_jax.strict_json import parse_json
 
@@ -93,11 +93,11 @@ def run_batch(
     if not tables:
         return
     check_pool(pool, _nodes())
-    ledger = ray.remote(num_cpus=0)(Ledger).remote(pool.workers)
+    records = _start_ledger(pool.workers)
     kept, meter, fingerprint = dict[int, bytes](), _Meter(), None
     order = (line for table in tables for line in table["line"].to_pylist())
     expected = collections.deque(order)
-    for table in _answers(tables, load, batch.seed, pool, ledger):
+    for table in _answers(tables, load, batch.seed, pool, records):
         for answer in table.to_pylist():
             fingerprint = fingerprint or answer["fingerprint"]
             if answer["fingerprint"] != fingerprint and not pool.allow_mixed:
@@ -146,14 +146,14 @@ def _tables(requests: Iterable[tuple[int, bytes, int]], size: int) -> Iterator[p
 
 
 def _answers(
-    tables: list[pa.Table], load: Mapping[str, Any], seed: int, pool: Pool, ledger: Any
+    tables: list[pa.Table], load: Mapping[str, Any], seed: int, pool: Pool, records: Any
 ) -> Iterator[pa.Table]:
     """Yield the tables of rows as they come."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
-    context.max_consecutive_actor_init_deaths = MOST_STARTS - 1  # one bad node ends no run
+    context.max_consecutive_actor_init_deaths = ledger.MOST_STARTS - 1  # one bad node ends no run
     with ray.data.DataContext.current(context):  # a dataset keeps that of its begin
-        answers = map_on_workers(ray.data.from_arrow(tables), load, seed, pool, ledger)
+        answers = map_on_workers(ray.data.from_arrow(tables), load, seed, pool, records)
     try:
         yield from answers.iter_batches(batch_size=None, batch_format="pyarrow")
     except ray.exceptions.RayError as error:
@@ -161,7 +161,7 @@ def _answers(
 
 
 def map_on_workers(
-    requests: ray.data.Dataset, load: Mapping[str, Any], seed: int, pool: Pool, ledger: Any = None
+    requests: ray.data.Dataset, load: Mapping[str, Any], seed: int, pool: Pool, records: Any = None
 ) -> ray.data.Dataset:
     """Return the dataset of rows for a dataset of requests.
 
@@ -170,7 +170,7 @@ def map_on_workers(
         load: arguments of `Llama.load`.
         seed: from which lines without a seed get theirs.
         pool: the workers.
-        ledger: see `Worker`.
+        records: the handle of a `Ledger`; see `Worker`.
     """
     # Enough calls at once that the slots stay full while the last rows of one are drawn.
     calls = 1 + math.ceil(load.get("slots", 1) / pool.rows_per_call)
@@ -192,10 +192,20 @@ def map_on_workers(
         fn_constructor_kwargs={
             "seed": seed,
             "calls": calls,
-            "ledger": ledger,
+            "ledger": records,
             "format_of": pool.format_of,
         },
     )
+
+
+def _start_ledger(workers: int) -> Any:
+    """Return the handle of a new ledger."""
+    # By value: else its process would import this package, and JAX with it (0.4 GB).
+    cloudpickle.register_pickle_by_value(ledger)
+    try:
+        return ray.remote(num_cpus=0)(ledger.Ledger).remote(workers)
+    finally:
+        cloudpickle.unregister_pickle_by_value(ledger)
 
 
 def _nodes() -> list[Mapping[str, float]]:

@@ -107,6 +107,7 @@ def answering(*fingerprints):
     return mock.patch.multiple(
         driver,
         ray=mock.DEFAULT,
+        _start_ledger=lambda workers: None,
         _nodes=lambda: [{"CPU": 2.0}],
         _answers=lambda *_: rows(*fingerprints),
     )
