@@ -1,5 +1,6 @@
 """A Ray cluster of two cores in tests; it ends with its module."""
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -35,3 +36,4 @@ def cluster():
             yield
         finally:
             ray.shutdown()
+            gc.collect()  # here, where what Ray says of the processes that it left is no error
