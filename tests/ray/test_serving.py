@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from llama_jax import InputError
+from llama_jax.server.openai.requests import parse_completion
 from llama_jax.server.service import Service
 from llama_jax.server.settings import Settings
 from tests.helpers.demo import load_demo
@@ -52,14 +53,13 @@ def url(cluster):
 
 def body(i: int, tokens: int = 24) -> dict:
     """A request that no other has."""
-    given = {"seed": i + 1, "max_tokens": tokens, "ignore_eos": True}
+    given = {"seed": i + 1, "max_tokens": tokens, "ignore_eos": True, "temperature": 0.8}
     return {"model": MODEL, "prompt": f"Once upon a time {i}", **given}
 
 
 def expected(llm, i: int, tokens: int = 24) -> str:
-    request = body(i, tokens)
-    del request["model"]
-    return llm.generate(raw=True, temperature=1.0, **request).response
+    parsed = parse_completion(json.dumps(body(i, tokens)).encode(), (MODEL,), 1)
+    return "".join(llm.start(parsed.requests[0]))
 
 
 def pids() -> list[int]:
