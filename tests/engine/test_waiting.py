@@ -1,7 +1,10 @@
 """Background work: it has the slots that live requests leave, and loses nothing but time."""
 
+import copy
+
 import pytest
 
+from llama_jax.engine.engine import Engine
 from llama_jax.engine.request import make_request
 from llama_jax.engine.waiting import MAX_IN_VAIN
 from tests.helpers.demo import load_demo
@@ -9,9 +12,13 @@ from tests.helpers.demo import load_demo
 SLOTS = 2
 
 
-@pytest.fixture
-def engine():
-    return load_demo(slots=SLOTS).engine
+@pytest.fixture(params=[1, 3], ids="{} in flight".format)
+def engine(request):
+    """One that reads results at once, and one that runs ahead as on an accelerator."""
+    llm = load_demo(slots=SLOTS)
+    executor = copy.copy(llm.executor)
+    executor.plan = executor.plan._replace(max_in_flight=request.param)
+    return Engine(executor, llm.tokenizer)
 
 
 def request(seed, **parameters):
