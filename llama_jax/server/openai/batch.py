@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from llama_jax.card import schemas as card
@@ -23,13 +24,14 @@ class OpenAIForm:
     Args:
         fields: those of the line, without `custom_id` and `metadata`.
         llm: the model.
+        models: its names.
 
     Raises:
         InputError: another method or route, or what `parse_chat` refuses; its cause may be an
             ApiError.
     """
 
-    def __init__(self, fields: dict[str, Any], llm: Llama):
+    def __init__(self, fields: dict[str, Any], llm: Llama, models: Sequence[str] = (card.MODEL,)):
         method, url, body = (fields.get(name) for name in ("method", "url", "body"))
         if method != "POST":
             raise InputError(f"method is {method!r:.40}, expected 'POST'")
@@ -41,7 +43,7 @@ class OpenAIForm:
         whole = {name: value for name, value in body.items() if (name, value) != ("stream", True)}
         text = json.dumps(whole).encode()
         try:
-            self._parsed = _PARSERS[url](text, (card.MODEL,), MAX_ANSWERS)
+            self._parsed = _PARSERS[url](text, models, MAX_ANSWERS)
         except ApiError as error:
             raise InputError(str(error)) from error
         self._url, self._tokenizer = url, llm.tokenizer
