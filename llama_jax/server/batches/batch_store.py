@@ -7,8 +7,8 @@ import uuid
 from typing import Any
 
 from llama_jax.server.batches.database import Database
-from llama_jax.server.batches.settings import BatchSettings
 from llama_jax.server.batches.refusals import BATCH_ENDED, NO_BATCH
+from llama_jax.server.batches.settings import BatchSettings
 from llama_jax.server.errors import ApiError
 
 OPENAI, WORKERS_AI = "openai", "workers_ai"
@@ -85,7 +85,7 @@ class BatchStore:
             raise ApiError(NO_BATCH, batch_id)
         return row
 
-    def list(self, after: str | None, limit: int) -> tuple[list[dict[str, Any]], bool]:
+    def page(self, after: str | None, limit: int) -> tuple[list[dict[str, Any]], bool]:
         """Return a page of OpenAI's batches, the latest first, and whether there are more.
 
         Raises:

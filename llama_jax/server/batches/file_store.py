@@ -7,8 +7,8 @@ import time
 from typing import Any, BinaryIO
 
 from llama_jax.server.batches.folder import Folder
-from llama_jax.server.batches.settings import BatchSettings
 from llama_jax.server.batches.refusals import FILE_IN_USE, NO_FILE, STORAGE_FULL
+from llama_jax.server.batches.settings import BatchSettings
 from llama_jax.server.errors import ApiError
 
 QUEUED = "workers_ai"
@@ -104,7 +104,7 @@ class FileStore:
             raise ApiError(NO_FILE, file_id)
         return row
 
-    def list(
+    def page(
         self, after: str | None, limit: int, purpose: str | None, newest_first: bool
     ) -> tuple[list[dict[str, Any]], bool]:
         """Return a page of rows, and whether there are more.

@@ -78,8 +78,8 @@ class Folder:
         with contextlib.suppress(OSError):  # the start removes what nothing names
             self.path(file_id).unlink(missing_ok=True)
 
-    def lines(self, file_id: str, longest: int) -> Iterator[tuple[int, bytes]]:
-        """Yield each line that is not empty, with the position where it begins.
+    def lines(self, file_id: str, longest: int) -> Iterator[tuple[int, int, bytes]]:
+        """Yield each line that is not empty, with its number from 1 and where it begins.
 
         Of a line longer than `longest` bytes, the beginning is the last that is yielded.
 
@@ -87,10 +87,11 @@ class Folder:
             OSError: it cannot be read.
         """
         with self.path(file_id).open("rb") as file:
-            start = 0
+            start = number = 0
             while line := file.readline(longest + 1):
+                number += 1
                 if line.strip():
-                    yield start, line
+                    yield number, start, line
                 if len(line) > longest:
                     return
                 start += len(line)

@@ -61,9 +61,9 @@ class Validation:
 
     def _read(self) -> Iterator[None]:
         new: list[NewLine] = []
-        number = 0
-        for start, text in self._folder.lines(self._batch["input_file_id"], self._max_line_bytes):
-            number += 1
+        for number, start, text in self._folder.lines(
+            self._batch["input_file_id"], self._max_line_bytes
+        ):
             self.total += 1
             if self.total > self._max_requests:
                 most = f"{self._max_requests:,}"

@@ -15,10 +15,10 @@ from llama_jax.server.batches.batch_store import BatchStore
 from llama_jax.server.batches.file_store import FileStore
 from llama_jax.server.batches.finish import Finish
 from llama_jax.server.batches.line_store import LineStore
+from llama_jax.server.batches.refusals import LINE_FAILED, UNREADABLE_LINE
 from llama_jax.server.batches.settings import BatchSettings
 from llama_jax.server.batches.validation import Validation
 from llama_jax.server.batches.work import CLIENT, Work
-from llama_jax.server.batches.refusals import LINE_FAILED, UNREADABLE_LINE
 from llama_jax.server.errors import ApiError
 from llama_jax.server.settings import Settings
 
@@ -36,8 +36,8 @@ class Worker:
     """Validates batches, keeps slots busy with their lines, and ends them.
 
     A line that was begun before, and not answered, is alone among the work of batches: if it makes
-    the engine fail again, no other line suffers. After a failure a request that is known to be right
-    tells whether the device works at all; if it does not, no line is blamed for it.
+    the engine fail again, no other line suffers. After a failure a request known to be right
+    shows whether the device works; no line is begun before it does.
 
     Args:
         llm: the model.
