@@ -16,10 +16,7 @@ from llama_jax.server.errors import UNAVAILABLE, ApiError
 from llama_jax.server.in_thread import in_thread
 from llama_jax.server.receipts import ReceiptStore
 from llama_jax.server.request_log import RequestLog
-from llama_jax.server.settings import Settings
-
-MAX_ANSWERS = 256
-"""That one call may ask for, however long the queue may get."""
+from llama_jax.server.settings import MAX_ANSWERS, Settings
 
 JOIN_S = 5.0
 """How long a server that stops waits for its engine."""

@@ -9,6 +9,9 @@ from llama_jax.card import schemas as card
 from llama_jax.errors import InputError, one_line
 from llama_jax.server.batches.settings import BatchSettings
 
+MAX_ANSWERS = 256
+"""That one call may ask for, however long the queue may get."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:

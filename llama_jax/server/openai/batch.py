@@ -12,7 +12,7 @@ from llama_jax.llama import Llama
 from llama_jax.server.errors import ApiError, to_api_error
 from llama_jax.server.openai.requests import parse_chat, parse_completion
 from llama_jax.server.openai.responses import ChatChoices, CompletionChoices, whole_body
-from llama_jax.server.service import MAX_ANSWERS
+from llama_jax.server.settings import MAX_ANSWERS
 
 _PARSERS = {"/v1/chat/completions": parse_chat, "/v1/completions": parse_completion}
 _KNOWN = {"method", "url", "body"}
