@@ -46,6 +46,8 @@ def app_of(service: Service) -> Starlette:
     settings = service.settings
     budget = BodyBudget(settings.max_body_bytes)
     metrics = Metrics(service.llm, budget, service.receipts)
+    if service.batches is not None:
+        metrics.watch_batches(service.batches)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:

@@ -14,6 +14,7 @@ from llama_jax.server.errors import ApiError
 OPENAI, WORKERS_AI = "openai", "workers_ai"
 
 ENDED = ("completed", "failed", "expired", "cancelled")
+STATUSES = ("validating", "in_progress", "finalizing", "cancelling", "expiring", *ENDED)
 
 
 class BatchStore:

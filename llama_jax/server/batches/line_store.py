@@ -105,6 +105,13 @@ class LineStore:
                 (answer.ok, not answer.ok, len(answer.text), *answer[2:], batch),
             )
 
+    @property
+    def num_left(self) -> int:
+        """Lines of all batches without an answer."""
+        row = self._database.row("SELECT count(*) AS count FROM lines WHERE NOT done")
+        assert row is not None
+        return row["count"]
+
     def is_left(self, batch: int) -> bool:
         """Return whether a batch has lines without an answer."""
         sql = "SELECT 1 FROM lines WHERE batch = ? AND NOT done LIMIT 1"

@@ -14,7 +14,7 @@ from llama_jax.llama import Llama
 from llama_jax.server.batches.batch_store import BatchStore
 from llama_jax.server.batches.file_store import FileStore
 from llama_jax.server.batches.finish import Finish
-from llama_jax.server.batches.line_store import LineStore
+from llama_jax.server.batches.line_store import Answer, LineStore
 from llama_jax.server.batches.refusals import LINE_FAILED, UNREADABLE_LINE
 from llama_jax.server.batches.settings import BatchSettings
 from llama_jax.server.batches.validation import Validation
@@ -70,6 +70,8 @@ class Worker:
         self._retry_at: dict[int, float] = {}
         self._swept_at = -_SWEEP_S
         self._stopping = False
+        self.ended = {"completed": 0, "failed": 0}
+        """Lines that got an answer or an error since the start."""
 
     def wake(self) -> None:
         """Make it look whether there is something to do; a signal's handler may call this."""
@@ -209,7 +211,11 @@ class Worker:
         return None
 
     def _answer_by_error(self, work: Work, error: Exception) -> None:
-        self._lines.finish(*work.key, work.failure(error))
+        self._store(work, work.failure(error))
+
+    def _store(self, work: Work, answer: Answer) -> None:
+        self._lines.finish(*work.key, answer)
+        self.ended["completed" if answer.ok else "failed"] += 1
 
     def _collect(self) -> None:
         """Store the answers that are whole; find out whose fault a failure is."""
@@ -229,7 +235,7 @@ class Worker:
                 _LOGGER.exception("batch %s, line %d has no answer", work.batch["id"], key[1])
                 answer = work.failure(error)
             if answer is not None:
-                self._lines.finish(*key, answer)
+                self._store(work, answer)
             elif work.engine_error is not None:
                 _LOGGER.error(
                     *("batch %s, line %d: %s", work.batch["id"], key[1], work.engine_error)
@@ -248,7 +254,7 @@ class Worker:
         try:
             for key, work in self._work.items():
                 if work.is_done and (answer := work.answer()) is not None:
-                    self._lines.finish(*key, answer)
+                    self._store(work, answer)
                 elif work.engine_error is None:
                     self._lines.give_back(*key)
         except sqlite3.Error:
