@@ -48,6 +48,13 @@ class RunResult(Metadata):
     tool_calls: Empty
 
 
+class QueueRequest(TypedDict):
+    """Requests to be answered later, or the name of some that were queued."""
+
+    requests: NotRequired[Annotated[list[Any], Field(min_length=1)]]
+    request_id: NotRequired[str]
+
+
 class QueuedResult(TypedDict):
     """Requests whose answers are not all there."""
 
