@@ -81,11 +81,11 @@ def _paths(name: dict[str, Any]) -> dict[str, Any]:
     }
     paths["/receipts/{receipt_id}"]["get"]["responses"] |= _refusals({404: "It is not here."})
     run = paths[f"{native}/run/{{model}}"]["post"]
-    for name, described in (
+    for queued, described in (
         ("QueueRequest", run["requestBody"]["content"]["application/json"]),
         ("QueueResponse", run["responses"]["200"]["content"]["application/json"]),
     ):
-        described["schema"] = {"anyOf": [described["schema"], _ref(name)]}
+        described["schema"] = {"anyOf": [described["schema"], _ref(queued)]}
     run["responses"] |= _refusals({507: "There is no room for more requests."})
     paths["/readyz"]["get"]["responses"]["503"] = {
         "description": "The model is warming up, or the server is shutting down.",
