@@ -33,6 +33,10 @@ def lines_of(folder):
         return connection.execute("SELECT number, attempts, done FROM lines").fetchall()
 
 
+def seed_of(slot):
+    return slot.generation.request.parameters.seed
+
+
 def choices(rows):
     return {row["custom_id"]: row["response"]["body"]["choices"] for row in rows}
 
@@ -42,24 +46,29 @@ def test_lines_that_make_the_engine_fail_get_an_error_and_end_nothing_else(
 ):
     """Also those whose slots fail with them are answered, and the server goes on."""
     pipeline = llm.engine._scheduler.pipeline
-    decode = pipeline.decode
+    decode, neighbours = pipeline.decode, {}
 
     def poisoned(slots):
-        if any(slot.generation.request.parameters.seed == POISON for slot in slots):
+        if seeds := [s for s in map(seed_of, slots) if s >= POISON]:
+            in_use = sum(slot.generation is not None for slot in llm.engine._scheduler.slots)
+            for seed in seeds:
+                neighbours.setdefault(seed, []).append(in_use - 1)
             raise RuntimeError("poison")
         decode(slots)
 
     monkeypatch.setattr(pipeline, "decode", poisoned)
-    lines = [chat_line(i, ignore_eos=True) for i in range(8)]
-    for i in (1, 2, 6):
-        lines[i]["body"]["seed"] = POISON
+    lines = [chat_line(i, ignore_eos=True) for i in range(12)]
+    for i in (1, 2, 7):  # the last of these is followed by lines that were not begun
+        lines[i]["body"]["seed"] = POISON + i
     with batching(llm, tmp_path) as (api, client):
         done = ended(api, create(api, lines))
         assert done.status == "completed"
         errors = rows_of(api, done.error_file_id)
-        assert [row["custom_id"] for row in errors] == ["line 1", "line 2", "line 6"]
+        assert [row["custom_id"] for row in errors] == ["line 1", "line 2", "line 7"]
         assert {row["error"]["code"] for row in errors} == {"server_error"}
-        assert done.request_counts.completed == 5
+        assert done.request_counts.completed == 9
+        for alone in (POISON + 1, POISON + 2, POISON + 7):  # when they are tried again
+            assert neighbours[alone][-1] == 0
         assert not client.app.state.service.failed
         body = {"model": MODEL, "prompt": "x", "max_tokens": 2}
         assert client.post(COMPLETIONS, json=body).status_code == 200
