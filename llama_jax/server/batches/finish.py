@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,7 +100,7 @@ class Finish:
                 yield answer["text"] + b"\n"
 
         size = self._files.folder.write(file_id, rows())
-        keep_s = batch["output_expires_s"] or self._settings.keep_s
+        keep_s = min(batch["output_expires_s"] or math.inf, self._settings.keep_s)
         filename = f"{batch['id']}_{'output' if ok else 'error'}.jsonl"
         self._files.enter(file_id, size, "batch_output", filename, keep_s)
         return file_id
