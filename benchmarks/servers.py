@@ -51,6 +51,8 @@ class Launch:
     context: int
     """Tokens of prompt plus output that a slot holds."""
     binary: str = "llama-server"
+    more: tuple[str, ...] = ()
+    """Further flags of ours."""
 
     def __str__(self) -> str:
         return f"{self.program}:{self.dtype}"
@@ -98,7 +100,7 @@ class Launch:
         else:
             line = f"{sys.executable} -m transformers.cli.transformers serve {model} --port {port}"
             line += f" --host 127.0.0.1 --device cpu --dtype {self.dtype} --continuous-batching"
-        return shlex.split(line)
+        return [*shlex.split(line), *self.more]
 
     def body(self, prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
         """Return a request to /v1/completions: greedy, streamed."""

@@ -75,6 +75,8 @@ class Job:
     ended: float = 0.0
     num_dispatched: int = 0
     num_received: int = 0
+    background: bool = False
+    """See `Prefills.next`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode.compile_cache import use_compile_cache
-from llama_jax.engine.engine import QueueFullError
+from llama_jax.engine.refusals import QueueFullError
 from llama_jax.engine.result import Result
 from llama_jax.engine.score import Score
 from llama_jax.engine.stream import Stream

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from llama_jax.cli import ray_flags, receipt_flags
+from llama_jax.cli import batch_flags, ray_flags, receipt_flags
 from llama_jax.decode.chips import CHIPS
 from llama_jax.decode.plan import DETERMINISM
 from llama_jax.weights.dtypes import DTYPES
@@ -23,6 +23,7 @@ def define() -> None:
     ray_flags.define()
     receipt_flags.define()
     _define_serve_flags()
+    batch_flags.define()
     flags.DEFINE_string("input", None, "Requests, or texts to score, one JSON object per line.")
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 

@@ -1,6 +1,8 @@
 """The verb serve: the HTTP API."""
 
 import os
+import pathlib
+from typing import Any
 
 from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.keys import read_signer
@@ -32,5 +34,22 @@ def serve() -> None:
         signer=read_signer(),
         max_queue_per_client=FLAGS.max_queue_per_client,
         max_slots_per_client=FLAGS.max_slots_per_client,
+        batches=_batch_settings(),
         **own_names,
+    )
+
+
+def _batch_settings() -> Any:
+    """Return the settings of batches; None: none are stored."""
+    from llama_jax.server.batches.settings import DAY_S, BatchSettings
+
+    if FLAGS.batch_dir is None:
+        return None
+    return BatchSettings(
+        pathlib.Path(FLAGS.batch_dir).expanduser(),
+        max_requests=FLAGS.batch_max_requests,
+        max_file_bytes=FLAGS.batch_max_file_mb * 10**6,
+        max_stored_bytes=FLAGS.batch_max_stored_mb * 10**6,
+        keep_s=FLAGS.batch_keep_days * DAY_S,
+        slots=FLAGS.batch_slots,
     )

@@ -43,6 +43,8 @@ SERVE = (
         "max_slots_per_client",
         "timeout_s",
     ),
+    *("batch_dir", "batch_max_requests", "batch_max_file_mb", "batch_max_stored_mb"),
+    *("batch_keep_days", "batch_slots"),
 )
 RECEIPT = ("receipt", "private", "sign_key")
 KEPT_RECEIPTS = ("receipts", "private", "sign_key")

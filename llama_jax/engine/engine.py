@@ -19,9 +19,15 @@ from llama_jax.engine.fair_lock import FairLock
 from llama_jax.engine.generation import Generation
 from llama_jax.engine.parameters import DEFAULT_MAX_TOKENS
 from llama_jax.engine.queue import Queue
+from llama_jax.engine.refusals import (
+    ClientShareError,
+    ContextError,
+    EngineFailedError,
+    QueueFullError,
+)
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.scheduler import Scheduler
-from llama_jax.errors import InputError
+from llama_jax.engine.waiting import Waiting
 from llama_jax.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -30,37 +36,6 @@ _LOGGER = logging.getLogger("llama_jax.engine")
 
 MAX_FAILURES = 3
 """Failed turns in a row, with no request that ended well between: `Engine.run` gives up."""
-
-
-class ContextError(InputError):
-    """The prompt and max_tokens do not fit the context together.
-
-    Args:
-        prompt_tokens: tokens of the prompt.
-        max_tokens: None: none was given, and there is no room for 1.
-        context: tokens that the context holds.
-    """
-
-    def __init__(self, prompt_tokens: int, max_tokens: int | None, context: int):
-        problem, remedy = f"prompt has {prompt_tokens:,} tokens", "shorten the prompt"
-        if max_tokens is not None:
-            problem += f" and max_tokens is {max_tokens:,}"
-            remedy += " or lower max_tokens"
-        super().__init__(f"{problem}, but the context holds {context:,}; {remedy}")
-        self.prompt_tokens, self.context = prompt_tokens, context
-        self.max_tokens = 1 if max_tokens is None else max_tokens
-
-
-class QueueFullError(Exception):
-    """The queue is full; try again later."""
-
-
-class ClientShareError(QueueFullError):
-    """The client's share of the queue is full."""
-
-
-class EngineFailedError(RuntimeError):
-    """The device fails every call; only a new process can help."""
 
 
 class Engine:
@@ -90,7 +65,8 @@ class Engine:
         self.environment, self.max_queue = environment, max_queue
         self._clock = Clock(executor.compiled)
         self._queue = Queue()
-        self._scheduler = Scheduler(executor, self._queue, self._clock, reuse=reuse)
+        self._waiting = Waiting(self._queue)
+        self._scheduler = Scheduler(executor, self._waiting, self._clock, reuse=reuse)
         self._turn_lock, self._submit_lock = FairLock(), threading.Lock()
         self._work = threading.Event()
         self._failed: EngineFailedError | None = None
@@ -107,13 +83,18 @@ class Engine:
 
     @property
     def queued(self) -> int:
-        """Requests that wait for a slot."""
+        """Live requests that wait for a slot."""
         return len(self._queue)
 
     @property
     def running(self) -> int:
-        """Slots in use."""
+        """Slots that live requests use."""
         return self._scheduler.running
+
+    @property
+    def background(self) -> tuple[int, int]:
+        """Work in the background: how many of it have slots, and how many wait."""
+        return self._scheduler.running_background, self._waiting.num_background
 
     def has_room(self, client: str = "") -> bool:
         """Return whether another request of a client would be accepted."""
@@ -131,6 +112,7 @@ class Engine:
         share: int | None = None,
         max_slots: int | None = None,
         invocation: str = "",
+        background: bool = False,
     ) -> Generation:
         """Queue a request.
 
@@ -141,6 +123,7 @@ class Engine:
             share: requests of one client that may wait beyond free slots; None: `max_queue`.
             max_slots: slots that the client may have while others are active; None: all but one.
             invocation: what its record is to name it; "": one is made up.
+            background: it has slots that no live request needs, see `Waiting`; any number waits.
 
         Raises:
             InputError: text without a tokenizer, or ids outside the vocabulary.
@@ -166,6 +149,7 @@ class Engine:
             max_slots=max_slots,
             invocation=invocation,
         )
+        generation.background = background
         if not generation.done:  # what it continues may have ended
             self._enqueue(generation, share)
         return generation
@@ -175,6 +159,10 @@ class Engine:
         with self._submit_lock:
             if self._failed is not None:
                 raise EngineFailedError(*self._failed.args)
+            if generation.background:
+                self._waiting.append(generation)
+                self._work.set()
+                return
             if not self.has_room(generation.client):
                 raise QueueFullError(f"{self.queued} requests wait already; try again later")
             own, free = self._queue.count(generation.client), self.executor.batch - self.running

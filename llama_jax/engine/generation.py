@@ -66,7 +66,9 @@ class Generation:
         """Of `tokens`, and of the stop token that ended it."""
         self.result: Result | None = None
         self.error: BaseException | None = None
-        self.cancelled = False
+        self.cancelled = self.background = False
+        self.times_in_vain = 0
+        """Slots in a row that it gave up, as background work, before it drew a token; `Waiting`."""
         self.reused = 0
         """Tokens of the prompt served from the prefix cache."""
         self._pieces: collections.deque[Piece] = collections.deque()

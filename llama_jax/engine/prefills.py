@@ -37,11 +37,14 @@ class Prefills:
     def next(self, waiting: Sequence[Generation]) -> Generation | None:
         """Return the generation whose prompt is read next; None: there is none.
 
+        Prompts of background work come after all others.
+
         Args:
             waiting: those that a slot is free for. They get it when their turn comes, not before:
                 a prompt then reuses what others with the same beginning have read.
         """
         prompts = [*self._in_progress, *waiting]
+        prompts = [each for each in prompts if not each.background] or prompts
         if self._is_turn_of_oldest:
             return min(prompts, key=lambda each: each.submitted, default=None)
         return min(prompts, key=self._unread, default=None)

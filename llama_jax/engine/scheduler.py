@@ -13,21 +13,18 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from llama_jax.decode import sampling
 from llama_jax.decode.executor import Executor
-from llama_jax.decode.needs import needs_of
 from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE
-from llama_jax.decode.state import make_admission
+from llama_jax.engine.admission import admission_of
 from llama_jax.engine.clock import Clock
 from llama_jax.engine.counts import Counts
 from llama_jax.engine.draw import Draw
 from llama_jax.engine.generation import Generation, token_logprobs
-from llama_jax.engine.parameters import sampling_params
 from llama_jax.engine.pipeline import Column, InFlight, Pipeline
 from llama_jax.engine.prefills import Prefills
-from llama_jax.engine.queue import Queue
 from llama_jax.engine.result import FinishReason
 from llama_jax.engine.slots import Placement, Slot, assign_slot
+from llama_jax.engine.waiting import Waiting
 
 
 class NotFiniteError(ArithmeticError):
@@ -39,7 +36,7 @@ class Scheduler:
 
     Args:
         executor: its batch is the number of slots.
-        queue: requests that wait; those that get a slot or end are taken out.
+        waiting: requests without a slot; those that get one or end are taken out.
         clock: brought up to now before tokens are handed over.
         reuse: let prompts reuse what slots hold.
     """
@@ -47,7 +44,7 @@ class Scheduler:
     def __init__(
         self,
         executor: Executor,
-        queue: Queue,
+        waiting: Waiting,
         clock: Clock,
         *,
         reuse: bool,
@@ -58,21 +55,31 @@ class Scheduler:
         self.pipeline = Pipeline(executor)
         sizes = executor.sizes
         self.slots = [Slot(i, sizes.replica_of(i)) for i in range(executor.batch)]
-        self._executor, self._queue, self._clock, self._reuse = executor, queue, clock, reuse
+        self._executor, self._waiting, self._clock, self._reuse = executor, waiting, clock, reuse
         self._prefills = [Prefills() for _ in range(sizes.replicas)]
         self._admitted = itertools.count(1)
 
     @property
     def running(self) -> int:
-        """Slots in use."""
-        return sum(slot.generation is not None for slot in self.slots)
+        """Slots that live requests use; work in the background gives its own up for them."""
+        return len(self._in_slots) - self.running_background
+
+    @property
+    def running_background(self) -> int:
+        """Slots that work in the background uses."""
+        return sum(generation.background for generation in self._in_slots)
+
+    @property
+    def _in_slots(self) -> list[Generation]:
+        return [slot.generation for slot in self.slots if slot.generation is not None]
 
     def turn(self) -> bool:
         """Do one turn; return whether there is more to do."""
         self._end_early()
+        self._make_room()
         self._read_prompts()
         self._decode()
-        return bool(self._queue or not self.pipeline.is_empty or self.running)
+        return bool(self._waiting or not self.pipeline.is_empty or self._in_slots)
 
     def fail_all(self, error: BaseException) -> None:
         """End all requests in slots by an error; the queue stays."""
@@ -84,27 +91,38 @@ class Scheduler:
             if slot.generation is not None and not slot.generation.done:
                 self._fail(slot.generation, error)
             slot.generation, slot.cached = None, []
-        for generation in self._queue:
+        for generation in self._waiting:
             if generation.done:  # interrupted just as it got its slot
-                self._queue.remove(generation)
+                self._waiting.remove(generation)
 
     def fail_queue(self, error: BaseException) -> None:
         """End all requests that wait by an error."""
-        for generation in self._queue:
-            self._queue.remove(generation)
+        for generation in self._waiting:
+            self._waiting.remove(generation)
             self._fail(generation, error)
 
     # Prompts.
 
     def _end_early(self) -> None:
         """End what was cancelled, and what requests no token: that needs no slot."""
-        for generation in [g for g in self._queue if g.cancelled or g.is_empty]:
-            self._queue.remove(generation)
+        for generation in [g for g in self._waiting if g.cancelled or g.is_empty]:
+            self._waiting.remove(generation)
             self._end(generation, "cancelled" if generation.cancelled else "length")
         for slot in self.slots:
             if slot.generation is not None and slot.generation.cancelled:
                 self._end(slot.generation, "cancelled")
                 self._free(slot)
+
+    def _make_room(self) -> None:
+        """Take slots from work in the background for live requests."""
+        if not self._waiting.victims(self.slots):
+            return
+        while not self.pipeline.is_empty:  # what is in flight would come once it has another slot
+            self._receive()
+        for slot in self._waiting.victims(self.slots):
+            assert slot.generation is not None
+            self._waiting.put_back(slot.generation)  # first: a failure below does not lose it
+            self._free(slot)
 
     def _read_prompts(self) -> None:
         """Read as many tokens of the next prompts as the largest chunk has, in each replica.
@@ -128,7 +146,7 @@ class Scheduler:
         Returns:
             Its size; None: there is none, or it is larger than the budget.
         """
-        prefills, waiting = self._prefills[replica], self._admissible
+        prefills, waiting = self._prefills[replica], self._waiting.admissible(self.slots)
         while (generation := prefills.next(waiting)) is not None:
             if generation not in prefills:
                 placement = self._place(generation)
@@ -143,12 +161,6 @@ class Scheduler:
             return size
         return None
 
-    @property
-    def _admissible(self) -> list[Generation]:
-        """The requests in the queue that a slot is free for."""
-        holders = [slot.generation.client for slot in self.slots if slot.generation is not None]
-        return self._queue.next(len(self.slots) - len(holders), holders)
-
     def _place(self, generation: Generation) -> Placement:
         """Choose a slot for a request."""
         plan = self._executor.plan
@@ -159,32 +171,22 @@ class Scheduler:
 
     def _admit(self, generation: Generation, placement: Placement) -> None:
         """Take a request out of the queue and give it a free slot."""
-        parameters, prefix = generation.request.parameters, generation.prefix
+        prefix = generation.prefix
         slot, source, start = placement
         # From here on it is the slot's: whatever fails below ends it, and does not lose it.
         slot.generation, slot.num_dispatched = generation, 0
         slot.last_used = next(self._admitted)
-        self._queue.take(generation)
+        goes_on = self._waiting.had_slot(generation)
+        self._waiting.take(generation)
         if source is not slot:
             self.pipeline.copy_slot(source, slot)
         slot.cached = source.cached[:start]
-        vocab_size = self._executor.config.vocab_size
-        params = sampling_params(parameters)
-        slot.needs = needs_of(params, logprobs=parameters.logprobs is not None)
-        new = make_admission(
-            params,
-            generation.prompt,
-            vocab_size,
-            limit=max(1, generation.max_tokens),
-            stop_tokens=generation.stop_tokens,
-            bias=sampling.make_bias(vocab_size, parameters.logit_bias, parameters.allowed_tokens),
-            output=generation.tokens,
-            start=start,
-        )
+        new, slot.needs = admission_of(generation, start, self._executor.config.vocab_size)
         self.pipeline.admit(slot, new)
-        generation.begin(start)
-        self.counts.prompt_tokens += len(prefix)
-        self.counts.cached_tokens += start
+        if not goes_on:
+            generation.begin(start)
+            self.counts.prompt_tokens += len(prefix)
+            self.counts.cached_tokens += start
         chunks = self._executor.sizes.chunks(len(prefix), start)
         self._prefills[slot.replica].add(slot, generation, chunks)
 

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from llama_jax.engine.engine import Engine, QueueFullError
+from llama_jax.engine.engine import Engine
 from llama_jax.engine.generation import Generation
+from llama_jax.engine.refusals import QueueFullError
 from llama_jax.engine.result import Piece, Result
 
 T = TypeVar("T")

@@ -21,6 +21,7 @@ from llama_jax.server.compact_json import CompactJSONResponse, encode
 from llama_jax.server.in_thread import in_thread
 from llama_jax.server.metrics import Metrics
 from llama_jax.server.middleware import RequestMiddleware
+from llama_jax.server.openai import batches, files
 from llama_jax.server.openai import routes as openai
 from llama_jax.server.openapi import document as openapi
 from llama_jax.server.request_log import RequestLog
@@ -45,6 +46,8 @@ def app_of(service: Service) -> Starlette:
     settings = service.settings
     budget = BodyBudget(settings.max_body_bytes)
     metrics = Metrics(service.llm, budget, service.receipts)
+    if service.batches is not None:
+        metrics.watch_batches(service.batches)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -65,7 +68,7 @@ def app_of(service: Service) -> Starlette:
         cors = Middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["DELETE", "GET", "POST"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-receipt-id", "x-seed", "retry-after"],
         )
@@ -101,6 +104,15 @@ def _routes() -> list[Route]:
             Route(f"{base}/completions", openai.completions, methods=["POST"]),
             Route(f"{base}/models", openai.list_models),
             Route(f"{base}/models/{{model:path}}", openai.get_model),
+            Route(f"{base}/files", files.list_files),
+            Route(f"{base}/files", files.create_file, methods=["POST"]),
+            Route(f"{base}/files/{{file_id}}", files.get_file),
+            Route(f"{base}/files/{{file_id}}", files.delete_file, methods=["DELETE"]),
+            Route(f"{base}/files/{{file_id}}/content", files.read_file),
+            Route(f"{base}/batches", batches.list_batches),
+            Route(f"{base}/batches", batches.create_batch, methods=["POST"]),
+            Route(f"{base}/batches/{{batch_id}}", batches.get_batch),
+            Route(f"{base}/batches/{{batch_id}}/cancel", batches.cancel_batch, methods=["POST"]),
         ]
     for base in ("", native):
         routes += [

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from llama_jax.engine.engine import ClientShareError, ContextError, QueueFullError
+from llama_jax.engine.refusals import ClientShareError, ContextError, QueueFullError
 from llama_jax.engine.scheduler import NotFiniteError
 from llama_jax.errors import InputError
 from llama_jax.server.compact_json import CompactJSONResponse

@@ -9,6 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from llama_jax.llama import Llama
+from llama_jax.server.batches.batches import Batches
+from llama_jax.server.batches.collector import BatchCollector
 from llama_jax.server.body_budget import BodyBudget
 from llama_jax.server.receipts import ReceiptStore
 from llama_jax.server.request_log import RequestLog
@@ -87,6 +89,10 @@ class Metrics:
         ):
             Gauge(f"{_PREFIX}{name}", text, registry=self._registry).set_function(read)
 
+    def watch_batches(self, batches: Batches) -> None:
+        """Report batches too, at every scrape."""
+        self._registry.register(BatchCollector(batches, _PREFIX))
+
     def watch(self, connections: Connections) -> None:
         """Report connections too, at every scrape."""
         self._registry.register(_ConnectionCollector(connections))
@@ -153,6 +159,10 @@ class _EngineCollector(Collector):
             "num_requests_running": ("Generations in flight.", engine.running),
             "num_requests_waiting": ("Generations waiting for a slot.", engine.queued),
             "num_slots": ("Slots: the most generations in flight.", executor.batch),
+            "num_batch_generations_running": (
+                "Generations of batches in slots that no live request needs.",
+                engine.background[0],
+            ),
             "compiled_programs": ("Programs compiled.", len(executor.compiled.names)),
         }
         counters = {

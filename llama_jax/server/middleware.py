@@ -13,10 +13,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_jax.server import errors
 from llama_jax.server.auth import OPEN_PATHS, check_page, check_token
+from llama_jax.server.batches.settings import QUEUE_BYTES
 from llama_jax.server.body_budget import BodyBudget, BodyShare
 from llama_jax.server.errors import ApiError
 from llama_jax.server.request_log import RequestLog
 from llama_jax.server.settings import Settings
+from llama_jax.server.transfers import FORM, DisconnectedError, Uploads, is_download, patient
 
 _READING_S = 60
 """Time beyond the time limit that a client has to read its response."""
@@ -29,10 +31,6 @@ BODY_SILENCE_S = 30.0
 
 _DISCARDED = 4
 """A body up to this multiple of the limit is read to its end before it is refused."""
-
-
-class ClientDisconnectedError(Exception):
-    """The client closed the connection."""
 
 
 class RequestMiddleware:
@@ -54,6 +52,8 @@ class RequestMiddleware:
     ):
         self._app, self._settings = app, settings
         self._budget, self._on_end = budget, on_end
+        batches = settings.batches
+        self._uploads = None if batches is None else Uploads(batches.max_file_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -75,7 +75,7 @@ class RequestMiddleware:
         try:
             with self._budget.share() as share:
                 await self._respond(scope, receive, send_logged, share)
-        except ClientDisconnectedError:
+        except DisconnectedError:
             log.disconnected = True
         except Exception as error:
             log.fail(error)
@@ -100,14 +100,40 @@ class RequestMiddleware:
             if self._settings.local_only:
                 check_page(headers, self._settings.allowed_origins)
             check_token(headers, self._settings.api_token)
+        if self._uploads is not None and self._uploads.takes(scope):
+            return await self._respond_to_upload(self._uploads, scope, receive, send)
         try:
             async with asyncio.timeout(min(self._settings.timeout_s, BODY_S)):
-                body = await _read_body(scope, receive, self._settings.max_body_bytes, share)
+                body = await _read_body(scope, receive, self._max_body_bytes(scope), share)
         except TimeoutError:
             raise ApiError(errors.TIMEOUT, headers={"connection": "close"}) from None
-        # The generation has its own deadline. This one is for a client that does not read.
-        async with asyncio.timeout(self._settings.timeout_s + _READING_S):
-            await _while_connected(self._app(scope, _replay(body, receive), send), receive)
+        await self._run(scope, _replay(body, receive), send, receive)
+        return None
+
+    async def _respond_to_upload(
+        self, uploads: Uploads, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        form = await uploads.read(scope, receive)
+        try:
+            scope[FORM] = form
+            await self._run(scope, _replay(b"", receive), send, receive)
+        finally:
+            await form.close()
+
+    async def _run(self, scope: Scope, replay: Receive, send: Send, receive: Receive) -> None:
+        """Run the route. The generation has its own deadline; these are for slow readers."""
+        seconds: float | None = self._settings.timeout_s + _READING_S
+        if is_download(scope):
+            send, seconds = patient(send, seconds), None
+        async with asyncio.timeout(seconds):
+            await _while_connected(self._app(scope, replay, send), receive)
+
+    def _max_body_bytes(self, scope: Scope) -> int:
+        """Return the most bytes of a body; those of Workers AI's queue are its own."""
+        most = self._settings.max_body_bytes
+        if self._settings.batches is not None and b"queueRequest=" in scope["query_string"]:
+            return max(most, QUEUE_BYTES)
+        return most
 
 
 async def _read_body(scope: Scope, receive: Receive, limit: int, share: BodyShare) -> bytes:
@@ -132,7 +158,7 @@ async def _read_body(scope: Scope, receive: Receive, limit: int, share: BodyShar
         if (broken := scope.get(errors.REFUSAL)) is not None:
             raise broken
         if message["type"] == "http.disconnect":
-            raise ClientDisconnectedError
+            raise DisconnectedError
         part = message.get("body", b"")
         size += len(part)
         more = message.get("more_body", False)
@@ -163,7 +189,7 @@ async def _while_connected(response: Awaitable[None], receive: Receive) -> None:
     """Await a response, and cancel it as soon as the client disconnects.
 
     Raises:
-        ClientDisconnectedError: the client disconnected.
+        DisconnectedError: the client disconnected.
         Exception: what the response raised.
     """
     task = asyncio.ensure_future(response)
@@ -176,7 +202,7 @@ async def _while_connected(response: Awaitable[None], receive: Receive) -> None:
         disconnect.cancel()
         await asyncio.gather(task, disconnect, return_exceptions=True)
     if not finished:
-        raise ClientDisconnectedError
+        raise DisconnectedError
     await task
 
 

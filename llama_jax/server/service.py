@@ -11,14 +11,12 @@ from llama_jax.engine.request import GenerationRequest
 from llama_jax.llama import Llama
 from llama_jax.provenance.statement import check_digest
 from llama_jax.server.answers import Answers
+from llama_jax.server.batches.batches import Batches
 from llama_jax.server.errors import UNAVAILABLE, ApiError
 from llama_jax.server.in_thread import in_thread
 from llama_jax.server.receipts import ReceiptStore
 from llama_jax.server.request_log import RequestLog
-from llama_jax.server.settings import Settings
-
-MAX_ANSWERS = 256
-"""That one call may ask for, however long the queue may get."""
+from llama_jax.server.settings import MAX_ANSWERS, Settings
 
 JOIN_S = 5.0
 """How long a server that stops waits for its engine."""
@@ -35,7 +33,8 @@ class Service:
         on_warm_up: called, in the engine's thread, with programs compiled and of how many.
 
     Raises:
-        InputError: receipts are to be kept, and the weights have no digest.
+        InputError: receipts are to be kept, and the weights have no digest; or the folder of
+            batches cannot be used.
     """
 
     def __init__(
@@ -51,6 +50,10 @@ class Service:
         """Of the last answers."""
         if settings.receipts:
             check_digest(llm.engine.environment)
+        self.batches: Batches | None = None
+        """What is stored of batches; None: nothing is."""
+        if settings.batches is not None:
+            self.batches = Batches(llm, settings, settings.batches)
         self._on_warm_up = on_warm_up
         self._stopping = threading.Event()
         self._warm = threading.Event()
@@ -87,12 +90,16 @@ class Service:
     def start(self) -> None:
         """Start to warm up, and then to accept requests."""
         self._thread.start()
+        if self.batches is not None:
+            self.batches.start()
         if self.settings.warm_up:
             self._compiler.start()
 
     def drain(self) -> None:
-        """Accept no more requests; those in flight go on."""
+        """Accept no more requests; those in flight go on, and batches are broken off."""
         self._draining = True
+        if self.batches is not None:
+            self.batches.stop()
 
     def cancel_all(self) -> None:
         """Cancel all requests in flight."""
@@ -115,6 +122,8 @@ class Service:
         threads = [thread for thread in (self._thread, self._compiler) if thread.ident is not None]
         for thread in threads:
             thread.join(max(0, deadline - time.monotonic()))
+        if self.batches is not None and not self.batches.join(max(0, deadline - time.monotonic())):
+            return False
         return not any(thread.is_alive() for thread in threads)
 
     async def answer(self, log: RequestLog, requests: Sequence[GenerationRequest]) -> Answers:
@@ -156,6 +165,8 @@ class Service:
                     if self._stopping.is_set():
                         return
             self._warm.set()
+            if self.batches is not None:
+                self.batches.go()
             self.llm.engine.run(self._stopping)
         except BaseException:  # whatever it is, the server must learn that its engine is gone
             _LOGGER.exception("the engine stopped")

@@ -7,6 +7,10 @@ from typing import Any
 
 from llama_jax.card import schemas as card
 from llama_jax.errors import InputError, one_line
+from llama_jax.server.batches.settings import BatchSettings
+
+MAX_ANSWERS = 256
+"""That one call may ask for, however long the queue may get."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Settings:
     """Leave prompt and text out of receipts; their digests stay."""
     signer: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """Signs a receipt, as `receipt.Signer` does; None: they are not signed."""
+    batches: BatchSettings | None = None
+    """Of stored batches; None: there are none."""
     warm_up: bool = True
     """Compile before the first request what serves every one; otherwise each at its first use."""
 
@@ -65,5 +71,6 @@ class Settings:
             problems.append(f"max_slots_per_client is {slots!r}, expected a whole number from 1")
         if type(self.receipts) is not int or self.receipts < 0:
             problems.append(f"receipts is {self.receipts!r}, expected a whole number from 0")
+        problems += [] if self.batches is None else self.batches.problems()
         if problems:
             raise InputError(one_line(problems))

@@ -48,6 +48,40 @@ class RunResult(Metadata):
     tool_calls: Empty
 
 
+class QueueRequest(TypedDict):
+    """Requests to be answered later, or the name of some that were queued."""
+
+    requests: NotRequired[Annotated[list[Any], Field(min_length=1)]]
+    request_id: NotRequired[str]
+
+
+class QueuedResult(TypedDict):
+    """Requests whose answers are not all there."""
+
+    status: Literal["queued", "running"]
+    request_id: str
+    model: str
+
+
+class QueuedAnswer(TypedDict):
+    """The answer to one of several requests."""
+
+    id: Count
+    """Its place among them, from 0."""
+    result: dict[str, Any]
+    success: bool
+    external_reference: Any
+    warnings: NotRequired[list[str]]
+    errors: NotRequired[list[Note]]
+
+
+class QueueResult(TypedDict):
+    """The answers to all of them."""
+
+    responses: list[QueuedAnswer]
+    usage: Usage
+
+
 class TaskEntry(TypedDict):
     """A kind of model."""
 
@@ -103,6 +137,12 @@ class RunResponse(_Envelope):
     """A generation in Cloudflare's envelope."""
 
     result: RunResult
+
+
+class QueueResponse(_Envelope):
+    """Requests that wait, or their answers, in Cloudflare's envelope."""
+
+    result: QueuedResult | QueueResult
 
 
 class SearchResponse(_Envelope):

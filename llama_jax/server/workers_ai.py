@@ -14,9 +14,11 @@ from llama_jax.engine.result import Result
 from llama_jax.errors import InputError
 from llama_jax.provenance.statement import check_digest
 from llama_jax.server.answers import Answers
+from llama_jax.server.batches.refusals import NO_BATCHES
 from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.errors import NO_MODEL, ApiError
 from llama_jax.server.in_thread import in_thread
+from llama_jax.server.queue_requests import queue_requests
 from llama_jax.server.receipts import ReceiptStore
 from llama_jax.server.request_log import request_log_of
 from llama_jax.server.service import Service
@@ -34,6 +36,10 @@ async def run(request: Request) -> Response:
     """POST .../ai/run/{model}: generate."""
     service, log = service_of(request), request_log_of(request.scope)
     check_model(service, request.path_params["model"])
+    if _is_queued(request):
+        if service.batches is None:
+            raise ApiError(NO_BATCHES)
+        return await queue_requests(request, service.batches)
     body = await request.body()
     parsed, generation = await in_thread(_parse, body)
     notes = [
@@ -101,6 +107,18 @@ def envelope(result: Any, messages: list[Note], **more: Any) -> CompactJSONRespo
 def _parse(body: bytes) -> tuple[contract.CardRequest, GenerationRequest]:
     parsed = contract.check(contract.parse_body(body))
     return parsed, parsed.request()
+
+
+def _is_queued(request: Request) -> bool:
+    """Return whether requests are to be queued, or polled for.
+
+    Raises:
+        InputError: the query's queueRequest is neither true nor false.
+    """
+    queued = request.query_params.get("queueRequest", "false")
+    if queued.lower() not in ("true", "false"):
+        raise InputError(f"queueRequest is {queued!r:.40}, expected true or false")
+    return queued.lower() == "true"
 
 
 def _note(text: str) -> Note:

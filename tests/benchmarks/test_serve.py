@@ -236,3 +236,12 @@ def test_prefill_interference_end_to_end(tmp_path):
     figures = record["prefill_interference"][0]["median"]
     assert figures["streams"] == 2
     assert figures["max_ratio"] > 0
+
+
+@pytest.mark.exhaustive
+def test_batch_interference_end_to_end(tmp_path):
+    flags = ["--slots=3", "--prompt_len=16", "--new_tokens=4", "--line_tokens=100"]
+    record = measure("batch_interference", tmp_path, *flags, "--requests=5", "--rate=5")
+    figures = record["batch_interference"][0]["median"]
+    assert figures["p99_ratio"] > 0
+    assert figures["alone"]["p99_s"] > 0

@@ -1,10 +1,12 @@
 """The verb serve: its flags; tests/test_readme.py starts it, tests/server has the server."""
 
+import pathlib
 import sys
 
 import pytest
 
 from llama_jax.server import serve
+from llama_jax.server.batches.settings import BatchSettings
 
 
 @pytest.mark.parametrize(
@@ -35,8 +37,26 @@ def test_flags_reach_the_server(cli, monkeypatch, environment, flags, token):
             "receipts": 100,
             "private_receipts": True,
             "signer": None,
+            "batches": None,
         }
     ]
+
+
+def test_flags_of_batches_reach_the_server(cli, monkeypatch):
+    calls = []
+    monkeypatch.setattr(serve, "serve", lambda load, **arguments: calls.append(arguments))
+    flags = ["--batch_dir=a/b", "--batch_max_requests=5", "--batch_max_file_mb=2"]
+    flags += ["--batch_max_stored_mb=3", "--batch_keep_days=0.5", "--batch_slots=4"]
+    assert cli("serve", *flags) == (0, "", "")
+    [call] = calls
+    assert call["batches"] == BatchSettings(
+        pathlib.Path("a/b"),
+        max_requests=5,
+        max_file_bytes=2 * 10**6,
+        max_stored_bytes=3 * 10**6,
+        keep_s=12 * 3600,
+        slots=4,
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,6 +67,8 @@ def test_flags_reach_the_server(cli, monkeypatch, environment, flags, token):
         (["--port=0", "--max_queue=-1"], "max_queue is -1, expected a whole number from 0"),
         (["--port=0", "--receipts=-1"], "receipts is -1, expected a whole number from 0"),
         (["--sign_key=none.pem"], "--sign_key=none.pem"),
+        (["--port=0", "--batch_dir=x", "--batch_max_requests=0"], "batch_max_requests is 0"),
+        (["--port=0", "--batch_dir=x", "--batch_slots=0"], "batch_slots is 0, expected a whole"),
         (["--timeout_s=0"], "timeout_s is 0.0, expected a positive number"),
     ],
     ids=" ".join,

@@ -732,7 +732,7 @@ def test_an_interrupt_as_a_request_gets_its_slot_ends_it_once(ex):
                 raise KeyboardInterrupt
             super().take(generation)
 
-    engine._queue = engine._scheduler._queue = Interrupted()
+    engine._queue = engine._waiting._live = Interrupted()
     first, second = (engine.submit(endless(i, max_tokens=9)) for i in range(2))
     with pytest.raises(KeyboardInterrupt):
         rest(engine)

@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from llama_jax.card import schemas as card
@@ -11,7 +12,7 @@ from llama_jax.llama import Llama
 from llama_jax.server.errors import ApiError, to_api_error
 from llama_jax.server.openai.requests import parse_chat, parse_completion
 from llama_jax.server.openai.responses import ChatChoices, CompletionChoices, whole_body
-from llama_jax.server.service import MAX_ANSWERS
+from llama_jax.server.settings import MAX_ANSWERS
 
 _PARSERS = {"/v1/chat/completions": parse_chat, "/v1/completions": parse_completion}
 _KNOWN = {"method", "url", "body"}
@@ -23,13 +24,14 @@ class OpenAIForm:
     Args:
         fields: those of the line, without `custom_id` and `metadata`.
         llm: the model.
+        models: its names.
 
     Raises:
         InputError: another method or route, or what `parse_chat` refuses; its cause may be an
             ApiError.
     """
 
-    def __init__(self, fields: dict[str, Any], llm: Llama):
+    def __init__(self, fields: dict[str, Any], llm: Llama, models: Sequence[str] = (card.MODEL,)):
         method, url, body = (fields.get(name) for name in ("method", "url", "body"))
         if method != "POST":
             raise InputError(f"method is {method!r:.40}, expected 'POST'")
@@ -41,7 +43,7 @@ class OpenAIForm:
         whole = {name: value for name, value in body.items() if (name, value) != ("stream", True)}
         text = json.dumps(whole).encode()
         try:
-            self._parsed = _PARSERS[url](text, (card.MODEL,), MAX_ANSWERS)
+            self._parsed = _PARSERS[url](text, models, MAX_ANSWERS)
         except ApiError as error:
             raise InputError(str(error)) from error
         self._url, self._tokenizer = url, llm.tokenizer

@@ -3,6 +3,7 @@
 from typing import Any
 
 from llama_jax.server.auth import OPEN_PATHS
+from llama_jax.server.openapi.batches import batch_paths
 from llama_jax.server.openapi.schemas import schemas
 from llama_jax.server.workers_ai import MAX_PAGE, MAX_PER_PAGE
 from llama_jax.version import __version__
@@ -69,7 +70,7 @@ def _paths(name: dict[str, Any]) -> dict[str, Any]:
             "Get the receipt of an answer.", _json("Receipt"), _path("receipt_id", _STRING)
         ),
         f"{native}/run/{{model}}": _post(
-            "Run the model.", "Run", _path("model", name), _ASKS_FOR_RECEIPT
+            "Run the model.", "Run", _path("model", name), _ASKS_FOR_RECEIPT, _QUEUES
         ),
         f"{native}/models/search": _get("Search for models.", _json("SearchResponse"), *_SEARCH),
         f"{native}/models/schema": _get(
@@ -79,6 +80,13 @@ def _paths(name: dict[str, Any]) -> dict[str, Any]:
         ),
     }
     paths["/receipts/{receipt_id}"]["get"]["responses"] |= _refusals({404: "It is not here."})
+    run = paths[f"{native}/run/{{model}}"]["post"]
+    for queued, described in (
+        ("QueueRequest", run["requestBody"]["content"]["application/json"]),
+        ("QueueResponse", run["responses"]["200"]["content"]["application/json"]),
+    ):
+        described["schema"] = {"anyOf": [described["schema"], _ref(queued)]}
+    run["responses"] |= _refusals({507: "There is no room for more requests."})
     paths["/readyz"]["get"]["responses"]["503"] = {
         "description": "The model is warming up, or the server is shutting down.",
         "content": {"text/plain": {"schema": _STRING}},
@@ -87,6 +95,7 @@ def _paths(name: dict[str, Any]) -> dict[str, Any]:
         paths |= {
             f"{base}/chat/completions": _post("Create a chat completion.", "Chat"),
             f"{base}/completions": _post("Create a completion.", "Completion"),
+            **batch_paths(base, lambda texts: _refusals(_ERRORS | texts)),
             f"{base}/models": _get("List the model by its names.", _json("ModelList")),
             f"{base}/models/{{model}}": _get(
                 "Get the model.", _json("Model"), _path("model", name)
@@ -164,6 +173,10 @@ _ASKS_FOR_RECEIPT = {
     "in": "header",
     "description": "Whether the result has the receipt.",
     "schema": {"enum": ["true", "false"]},
+}
+_QUEUES = {
+    **_query("queueRequest", {"enum": ["true", "false"]}),
+    "description": "Whether the body has `requests` to answer later, or their `request_id`.",
 }
 _RECEIPT_IDS = {
     "x-receipt-id": {

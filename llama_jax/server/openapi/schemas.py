@@ -14,6 +14,7 @@ from pydantic_core import core_schema
 from llama_jax.card import schemas as card
 from llama_jax.engine.parameters import SCHEMAS
 from llama_jax.receipt.form import ENVELOPE, STATEMENT
+from llama_jax.server.openai import batch_types as batches
 from llama_jax.server.openai import types as openai
 from llama_jax.server.openai.parameters import PARAMETERS, REFUSED
 from llama_jax.server.openai.requests import ChatRequest, CompletionRequest
@@ -24,7 +25,14 @@ from llama_jax.server.tokens import (
     TokenizeResponse,
     TokenizerInfo,
 )
-from llama_jax.server.types import Error, RunResponse, SchemaResponse, SearchResponse
+from llama_jax.server.types import (
+    Error,
+    QueueRequest,
+    QueueResponse,
+    RunResponse,
+    SchemaResponse,
+    SearchResponse,
+)
 from llama_jax.strict_json import parse_json
 
 Schema = dict[str, Any]
@@ -33,6 +41,8 @@ _TYPES = (
     *(RunResponse, SearchResponse, SchemaResponse, Error),
     *(ChatRequest, openai.ChatResponse, CompletionRequest, openai.CompletionResponse),
     *(openai.Model, openai.ModelList),
+    *(QueueRequest, QueueResponse, batches.BatchRequest, batches.BatchObject, batches.BatchList),
+    *(batches.FileObject, batches.FileList, batches.FileDeleted),
     *(TokenizeRequest, TokenizeResponse, DetokenizeRequest, DetokenizeResponse, TokenizerInfo),
 )
 _MODEL_NAMES = (
