@@ -97,6 +97,7 @@ _PACKAGES = {
     "docs": ("material", "mkdocs"),
     "notebook": ("huggingface_hub", "matplotlib", "openai", "uvicorn"),
     "parity": ("peft", "torch", "transformers"),
+    "router": ("vllm_router",),
 }
 """What the tests of each marker need: the extra of that name."""
 

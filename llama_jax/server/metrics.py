@@ -153,6 +153,10 @@ class _EngineCollector(Collector):
             "num_requests_running": ("Generations in flight.", engine.running),
             "num_requests_waiting": ("Generations waiting for a slot.", engine.queued),
             "num_slots": ("Slots: the most generations in flight.", executor.batch),
+            "kv_cache_usage_perc": (
+                "Share of the caches that generations in flight have, from 0 to 1.",
+                engine.running / executor.batch,  # each has its slot's whole cache
+            ),
             "compiled_programs": ("Programs compiled.", len(executor.compiled.names)),
         }
         counters = {
