@@ -13,12 +13,13 @@ import gc
 import itertools
 import random
 import sys
+from typing import Any
 
 from absl import flags
 
 from benchmarks import command, cost_flags
-from benchmarks.fleet import ROUTINGS, Fleet, Routers
 from benchmarks.report import number, table
+from benchmarks.routing import ROUTINGS, Routers
 from benchmarks.traffic import GAP_S, OUTPUT, PROMPT, conversations, length
 from benchmarks.turns import Costs, Job, Turns, percentile
 from llama_jax.errors import InputError
@@ -89,6 +90,8 @@ def simulate(costs: Costs, slots: int, replicas: int, routers: Routers, rate: fl
         routers: what stands before them.
         rate: of requests, a second.
     """
+    from benchmarks.fleet import Fleet  # here: without simpy, `run` says so in one line
+
     seconds = max(FLAGS.requests * replicas, LEAST_REQUESTS) / rate
     traffic = conversations(rate, seconds, FLAGS.gap_s, FLAGS.seed)
     fleet = Fleet(costs, slots, replicas, routers, traffic, seconds, FLAGS.seed)
@@ -108,8 +111,39 @@ def simulate(costs: Costs, slots: int, replicas: int, routers: Routers, rate: fl
     )
 
 
+def row(costs: Costs, slots: int, rate: float, replicas: int, routing: str) -> dict[str, Any]:
+    """Return a fleet's figures as a row of the table.
+
+    Args:
+        costs: of a replica's turns.
+        slots: of each replica.
+        rate: of requests for each replica, a second.
+        replicas: how many there are.
+        routing: of the routers.
+    """
+    command.note(f"{replicas:,} replicas, {routing}")
+    routers = Routers(routing, FLAGS.routers, FLAGS.router_cores, FLAGS.router_ms / 1e3)
+    gc.disable()  # it would look at millions of live objects again and again
+    try:
+        found = simulate(costs, slots, replicas, routers, rate * replicas)
+    finally:
+        gc.enable()
+    return {
+        "replicas": replicas,
+        "routing": routing,
+        "requests/s": found.requests_per_s,
+        "good/s": found.requests_per_s * found.good,
+        "good": f"{found.good:.1%}",
+        "first token p50 s": found.first_s[0],
+        "p99 s": found.first_s[1],
+        "cached": f"{found.cached:.1%}",
+        "router p99 ms": 1e3 * found.router_s,
+    }
+
+
 def run() -> int:
     """Simulate what the flags say; return the exit status."""
+    command.check_modules("benchmarks.simulation", ("simpy",))
     costs = cost_flags.read(FLAGS)
     sizes = command.read_numbers(FLAGS, "replicas")
     routings: list[str] = FLAGS["routing"].value or []
@@ -120,27 +154,8 @@ def run() -> int:
     slots = max(costs.step_s)
     most = capacity(costs, slots)
     print(f"a replica answers at most {number(most)} requests/s; {FLAGS.busy:.0%} of it comes")
-    rows = []
-    gc.disable()  # it would look at millions of live objects again and again
-    for replicas, routing in itertools.product(sizes, routings):
-        command.note(f"{replicas:,} replicas, {routing}")
-        routers = Routers(routing, FLAGS.routers, FLAGS.router_cores, FLAGS.router_ms / 1e3)
-        found = simulate(costs, slots, replicas, routers, FLAGS.busy * most * replicas)
-        gc.collect()
-        rows.append(
-            {
-                "replicas": replicas,
-                "routing": routing,
-                "requests/s": found.requests_per_s,
-                "good/s": found.requests_per_s * found.good,
-                "good": f"{found.good:.1%}",
-                "first token p50 s": found.first_s[0],
-                "p99 s": found.first_s[1],
-                "cached": f"{found.cached:.1%}",
-                "router p99 ms": 1e3 * found.router_s,
-            }
-        )
-    print(table(rows))
+    fleets = itertools.product(sizes, routings)
+    print(table([row(costs, slots, FLAGS.busy * most, *each) for each in fleets]))
     return 0
 
 
