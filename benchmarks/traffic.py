@@ -8,6 +8,7 @@ Lengths: BurstGPT's conversations with GPT-4 (arXiv 2401.17644), whose percentil
 
 import bisect
 import dataclasses
+import itertools
 import math
 import random
 import statistics
@@ -67,13 +68,14 @@ def conversations(
     log_gap, now, number = math.log(gap_s), 0.0, 0
     normal = statistics.NormalDist(log_gap, GAP_SIGMA)
     while (now := now + source.expovariate(rate)) < seconds:
-        if source.random() < FOLLOW_UPS and source.random() < normal.cdf(math.log(now)):
-            continue  # it follows a request that came after the beginning: its conversation has it
-        count = 1
-        while source.random() < FOLLOW_UPS:
-            count += 1
-        # A conversation grows. So its prompts are drawn alone, and sorted.
-        prompts = sorted(length(source, PROMPT) for _ in range(count))
+        past = 0
+        if source.random() < FOLLOW_UPS:
+            if source.random() < normal.cdf(math.log(now)):
+                continue  # it follows one that came after the beginning, and comes with that
+            past = 1 + _follow_ups(source)
+        count = past + 1 + _follow_ups(source)
+        # A conversation grows. So its prompts are drawn each for itself, and sorted.
+        prompts = [0, *sorted(length(source, PROMPT) for _ in range(count))]
         turns = tuple(
             Turn(
                 prompt,
@@ -81,10 +83,18 @@ def conversations(
                 before,
                 source.lognormvariate(log_gap, GAP_SIGMA),
             )
-            for before, prompt in zip([0, *prompts], prompts, strict=False)
+            for before, prompt in itertools.pairwise(prompts[past:])
         )
         yield Conversation(number, now, turns)
         number += 1
+
+
+def _follow_ups(source: random.Random) -> int:
+    """Draw how many requests of a conversation follow one of its requests."""
+    number = 0
+    while source.random() < FOLLOW_UPS:
+        number += 1
+    return number
 
 
 def length(source: random.Random, published: tuple[tuple[float, ...], tuple[int, ...]]) -> int:

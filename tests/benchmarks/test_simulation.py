@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import simulation, traffic
 from benchmarks.routing import ROUTINGS, Least, Router, Routers
-from benchmarks.traffic import Conversation, Turn, conversations
+from benchmarks.traffic import Conversation, Turn, conversations, length
 from benchmarks.turns import Costs, Job, Turns
 
 pytest.importorskip("simpy", reason="needs the bench extra")
@@ -44,7 +44,7 @@ def poisson(rate, count, prompt, output=1):
 
 def test_one_replica_takes_the_turns_of_the_engine():
     """`Turns`, which other tests compare with the engine, has the same times for each request."""
-    given = [each for each in conversations(1.2, 200, 1e9) if len(each.turns) == 1]
+    given = [each for each in conversations(2.5, 200, 1e9) if len(each.turns) == 1]
     jobs = [Job(c.began, range(c.turns[0].prompt), c.turns[0].output) for c in given]
     Turns(H200, 8, jobs)
     requests = run(given, costs=H200, slots=8)
@@ -200,17 +200,29 @@ def test_traffic_has_the_published_statistics():
 
 
 def test_traffic_is_steady_from_the_beginning():
-    """With gaps as long as a quarter of the time, each quarter has the same number of requests."""
+    """With gaps as long as a quarter of the time, each quarter has as many and as long prompts."""
     rate, seconds = 40.0, 400.0
-    times = []
+    prompts = collections.defaultdict(list)
     for each in conversations(rate, seconds, seconds / 4):
         now = each.began
         for turn in each.turns:
-            times.append(now)
+            prompts[int(4 * now / seconds)].append(turn.prompt)
             now += turn.gap_s
-    quarters = collections.Counter(int(4 * now / seconds) for now in times if now < seconds)
+    mean = statistics.fmean(length(random.Random(number), traffic.PROMPT) for number in range(9999))
     for quarter in range(4):
-        assert quarters[quarter] == pytest.approx(rate * seconds / 4, rel=4 / math.sqrt(4000))
+        assert len(prompts[quarter]) == pytest.approx(rate * seconds / 4, rel=4 / math.sqrt(4000))
+        assert statistics.fmean(prompts[quarter]) == pytest.approx(mean, rel=0.05)
+
+
+def test_routing_at_random_does_not_depend_on_the_size():
+    """Each replica then has its own Poisson arrivals, so all sizes have the same waits."""
+    waits = []
+    for replicas in (4, 40):
+        rate, seconds = 1.5 * replicas, 4000 / (1.5 * replicas) + 100
+        given = conversations(rate, seconds, 100.0, seed=replicas)
+        requests = run(given, costs=H200, slots=8, replicas=replicas, seconds=seconds)
+        waits.append(statistics.fmean(r.first - r.sent for r in requests if r.sent > 80))
+    assert waits[0] == pytest.approx(waits[1], rel=0.15)
 
 
 # The command.
