@@ -119,6 +119,7 @@ class Fleet:
         environment.process(self._begin(traffic))
         environment.run()
         assert not self._done, "requests were lost"
+        assert not any(router.under_way for router in self._routers), "a router lost count"
 
     def _begin(self, traffic: Iterable[Conversation]) -> Process[None]:
         for conversation in traffic:

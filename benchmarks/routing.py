@@ -81,6 +81,11 @@ class Router:
         self._last: dict[int, int] = {}
         """Where the turn before of a conversation went."""
 
+    @property
+    def under_way(self) -> int:
+        """Requests that it has sent and that have not ended."""
+        return sum(self._least.counts)
+
     def choose(self, conversation: int) -> int:
         """Return the replica for a request, which is counted there."""
         replica = self._choose(conversation)
