@@ -10,7 +10,6 @@ benchmarks.capacity_check` measures the rates here and compares the prediction w
 """
 
 import dataclasses
-import itertools
 import math
 import re
 import statistics
@@ -18,7 +17,7 @@ import sys
 
 from absl import flags
 
-from benchmarks import command
+from benchmarks import command, cost_flags
 from benchmarks.report import number, table
 from benchmarks.turns import Bound, Costs, Kind, Turns, draw, formula, percentile
 from llama_jax.errors import InputError
@@ -29,22 +28,7 @@ BUSY = 0.8
 """Share of the most requests a second at which waits are given, by default."""
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_list(
-    "prefill_rates",
-    None,
-    "Tokens/s of reading a prompt's chunk, by its size: 64:5000,256:20000. Give all sizes that the "
-    "plan has: 16, 32, 64 and 128 on a CPU with the kernels, 64 and 256 on a GPU or TPU. The "
-    "end of a prompt is padded to one of them.",
-    flag_values=FLAGS,
-)
-flags.DEFINE_list(
-    "decode_rates",
-    None,
-    "Tokens/s of all slots together, by the number of slots that a step computes: 1:48,8:200. "
-    "A CPU with the kernels has programs for 1, 2, 4, 8 ... slots, all else for all slots only. "
-    "Measured at about the mean context of the mix.",
-    flag_values=FLAGS,
-)
+cost_flags.define(FLAGS)
 flags.DEFINE_list(
     "mix",
     None,
@@ -59,27 +43,6 @@ flags.DEFINE_float(
     "rate",
     None,
     "Requests that come in a second, at random times, for the waits. Default: 80% of the most.",
-    flag_values=FLAGS,
-)
-flags.DEFINE_float(
-    "request_ms",
-    0.0,
-    "What each request takes besides: its admission and first token.",
-    lower_bound=0.0,
-    flag_values=FLAGS,
-)
-flags.DEFINE_integer(
-    "decode_steps",
-    8,
-    "Tokens of each slot in a turn: 8 on a CPU, 16 on a GPU or TPU.",
-    lower_bound=1,
-    flag_values=FLAGS,
-)
-flags.DEFINE_integer(
-    "in_flight",
-    1,
-    "Calls sent before the first is read: 1 on a CPU, 2 on a GPU or TPU.",
-    lower_bound=1,
     flag_values=FLAGS,
 )
 
@@ -132,26 +95,6 @@ def least_slots(costs: Costs, slots: int, mix: list[Kind], rate: float) -> int |
     return low if low <= slots else None
 
 
-def read_costs() -> Costs:
-    """Return what the flags say of the parts of a turn."""
-    chunks = _read_rates("prefill_rates", "SIZE:TOKENS_PER_S such as 128:540")
-    sizes = sorted(chunks)
-    for size, larger in itertools.pairwise(sizes):
-        if larger % size:
-            raise InputError(
-                f"--prefill_rates has the sizes {size} and {larger}, expected each a multiple of "
-                "the one before; name the plan's"
-            )
-    steps = _read_rates("decode_rates", "SLOTS:TOKENS_PER_S such as 8:200")
-    return Costs(
-        {size: size / rate for size, rate in chunks.items()},
-        {slots: slots / rate for slots, rate in steps.items()},
-        FLAGS.request_ms / 1e3,
-        FLAGS.decode_steps,
-        FLAGS.in_flight,
-    )
-
-
 def read_mix(texts: list[str] | None) -> list[Kind]:
     """Return the kinds of requests that --mix names."""
     if not texts:
@@ -166,22 +109,6 @@ def read_mix(texts: list[str] | None) -> list[Kind]:
             )
         kinds.append(Kind(int(found[1]), int(found[2]), float(found[3])))
     return kinds
-
-
-def _read_rates(flag: str, form: str) -> dict[int, float]:
-    """Return tokens a second by a whole number."""
-    rates: dict[int, float] = {}
-    texts = FLAGS[flag].value or []
-    if not texts:
-        raise InputError(f"--{flag} is not given, expected {form}; add it")
-    for text in texts:
-        found = re.fullmatch(r"([1-9]\d{0,5}):(\d+\.?\d*|\.\d+)", text)
-        if found is None or float(found[2]) <= 0:
-            raise InputError(f"--{flag} has {text!r}, expected {form}")
-        if int(found[1]) in rates:
-            raise InputError(f"--{flag} has {found[1]} twice, expected it once; drop one")
-        rates[int(found[1])] = float(found[2])
-    return rates
 
 
 def make_report(saturated: float, bound: Bound, reading: float, tokens: float, load: Load) -> str:
@@ -214,7 +141,7 @@ def make_report(saturated: float, bound: Bound, reading: float, tokens: float, l
 
 def run() -> int:
     """Compute what the flags say; return the exit status."""
-    costs, mix = read_costs(), read_mix(FLAGS.mix)
+    costs, mix = cost_flags.read(FLAGS), read_mix(FLAGS.mix)
     largest = max(costs.step_s)
     slots = largest if FLAGS.slots is None else FLAGS.slots
     if not 1 <= slots <= largest:

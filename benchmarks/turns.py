@@ -7,6 +7,7 @@ own `Prefills`; how they are cut is its own `Sizes.chunks`.
 
 import collections
 import dataclasses
+import functools
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,11 +46,20 @@ class Costs:
     in_flight: int = 1
     """Calls that the host sends before it reads the first one's tokens."""
 
-    def chunks(self, prompt: int) -> list[tuple[int, int]]:
-        """Return the (start, size) of a prompt's chunks; one of no tokens for an empty prompt."""
+    def chunks(self, prompt: int, start: int = 0) -> list[tuple[int, int]]:
+        """Return the (start, size) of a prompt's chunks; one of no tokens if all are read.
+
+        Args:
+            prompt: its tokens.
+            start: those of its first tokens that need not be read, a multiple of the largest chunk.
+        """
+        return list(self._sizes.chunks(prompt, start)) or [(start, 0)]
+
+    @functools.cached_property
+    def _sizes(self) -> Sizes:
         sizes = tuple(sorted(self.chunk_s))
         plan = Plan("float32", "float32", KernelChoice("plain", "blocks"), sizes)
-        return list(Sizes(plan, 1, max(1, prompt)).chunks(prompt)) or [(0, 0)]
+        return Sizes(plan, 1, max(sizes))
 
     def step(self, slots: int) -> float:
         """Return the seconds of a step of so many slots: the next larger program is run."""
@@ -138,37 +148,49 @@ def draw(mix: Sequence[Kind], number: int, rate: float | None = None, seed: int 
     return jobs
 
 
-class Turns:
-    """Run requests turn by turn, until all have ended; `jobs` then hold their times.
+class Replica:
+    """One engine: what it has to do, and its turns.
 
     Args:
         costs: of a turn's parts.
         slots: of the engine; at most the largest number in `costs.step_s`.
-        jobs: in the order in which they are submitted.
     """
 
-    def __init__(self, costs: Costs, slots: int, jobs: Sequence[Job]):
+    def __init__(self, costs: Costs, slots: int):
         self.now = 0.0
         """Seconds, as the host counts them."""
         self.reading_s = self.decoding_s = 0.0
         """What the device spent on prompts and first tokens, and on decode steps."""
         self._costs, self._slots = costs, slots
-        self._to_come = collections.deque(jobs)
-        self._waiting: collections.deque[Job] = collections.deque()
+        self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._prefills = Prefills()
         self._device = 0.0
         """When the device has done all that was sent."""
         self._in_flight: collections.deque[tuple[float, dict[Job, int]]] = collections.deque()
         """When its results are there, and how many tokens whose."""
-        while self._to_come or self._waiting or self._running:
-            self._turn()
 
-    def _turn(self) -> None:
-        if not (self._waiting or self._running):
-            self.now = max(self.now, self._to_come[0].submitted)
-        while self._to_come and self._to_come[0].submitted <= self.now:
-            self._waiting.append(self._to_come.popleft())
+    @property
+    def is_busy(self) -> bool:
+        """Whether requests wait or run."""
+        return bool(self._waiting or self._running)
+
+    def submit(self, job: Job) -> None:
+        """Add a request to the queue."""
+        self._waiting.append(job)
+
+    def admit(self, job: Job) -> int:
+        """Give a request a slot; return how many of its prompt's first tokens are not read again.
+
+        Where a prefix cache is to be computed, a subclass does it.
+        """
+        return 0
+
+    def release(self, job: Job) -> None:
+        """Take the slot from a request that has ended."""
+
+    def turn(self) -> None:
+        """Do one turn, and bring `now` up to its end."""
         self._read_prompts()
         active = [job for job in self._running if 0 < job.num_dispatched < job.output]
         if not active:
@@ -184,7 +206,7 @@ class Turns:
         smallest, budget = min(self._costs.chunk_s), max(self._costs.chunk_s)
         while budget >= smallest:
             free = self._slots - len(self._running)
-            admissible = [self._waiting[i] for i in range(min(free, len(self._waiting)))]
+            admissible = self._waiting[:free]
             # A Job has what Prefills asks of a Generation: its prompt and when it came.
             job = cast(Any, self._prefills.next(cast(Any, admissible)))
             if job is None:
@@ -193,8 +215,8 @@ class Turns:
                 self._waiting.remove(job)
                 self._running.append(job)
                 job.began = self.now
-                chunks = self._costs.chunks(len(job.prefix))
-                self._prefills.add(cast(Any, None), job, chunks)
+                chunks = self._costs.chunks(len(job.prefix), self.admit(job))
+                self._prefills.add(cast(Any, None), cast(Any, job), chunks)
             _, _, size = self._prefills.chunk(job)
             if size > budget:
                 return
@@ -225,6 +247,27 @@ class Turns:
                 if job.num_received == job.output:
                     job.ended = self.now
                     self._running.remove(job)
+                    self.release(job)
+
+
+class Turns(Replica):
+    """Run requests turn by turn, until all have ended; `jobs` then hold their times.
+
+    Args:
+        costs: of a turn's parts.
+        slots: of the engine; at most the largest number in `costs.step_s`.
+        jobs: in the order in which they are submitted.
+    """
+
+    def __init__(self, costs: Costs, slots: int, jobs: Sequence[Job]):
+        super().__init__(costs, slots)
+        to_come = collections.deque(jobs)
+        while to_come or self.is_busy:
+            if not self.is_busy:
+                self.now = max(self.now, to_come[0].submitted)
+            while to_come and to_come[0].submitted <= self.now:
+                self.submit(to_come.popleft())
+            self.turn()
 
 
 def percentile(values: Iterable[float], percent: float) -> float:

@@ -99,6 +99,7 @@ _PACKAGES = {
     "notebook": ("huggingface_hub", "matplotlib", "openai", "uvicorn"),
     "parity": ("peft", "torch", "transformers"),
     "ray": ("pyarrow", "ray"),
+    "router": ("vllm_router",),
 }
 """What the tests of each marker need: the extra of that name."""
 

@@ -13,7 +13,7 @@ from llama_jax.server.request_log import RequestLog
 
 LOGGER = logging.getLogger("llama_jax.access")
 
-_PROBES = ("/healthz", "/readyz", "/metrics")
+_PROBES = ("/health", "/healthz", "/readyz", "/metrics")
 
 
 class Entry:
@@ -48,6 +48,8 @@ class Entry:
         return {
             "time": self.time.isoformat(timespec="milliseconds"),
             "request_id": log.id,
+            "session_id": log.session_id,
+            "session_affinity": log.session_affinity,
             "method": log.method,
             "path": log.path,
             "route": log.route,

@@ -88,6 +88,7 @@ def _routes() -> list[Route]:
     native = f"{_ACCOUNT}/ai"
     routes = [
         Route("/", playground),
+        Route("/health", health),
         Route("/healthz", healthz),
         Route("/readyz", readyz),
         Route("/metrics", metrics),
@@ -131,6 +132,11 @@ async def playground(request: Request) -> Response:
 async def healthz(request: Request) -> Response:
     """GET /healthz: the process is alive."""
     return PlainTextResponse("ok\n")
+
+
+async def health(request: Request) -> Response:
+    """GET /health: what /readyz says, under the name that routers poll."""
+    return await readyz(request)
 
 
 async def readyz(request: Request) -> Response:

@@ -16,7 +16,7 @@ from llama_jax.server.errors import (
     ApiError,
 )
 
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/health", "/healthz", "/readyz", "/openapi.json"})
 """Paths without authentication; they hold only what this repository holds."""
 
 

@@ -163,6 +163,10 @@ class _EngineCollector(Collector):
                 "Generations of batches in slots that no live request needs.",
                 engine.background[0],
             ),
+            "kv_cache_usage_perc": (
+                "Share of the caches that generations in flight have, from 0 to 1.",
+                engine.running / executor.batch,  # each has its slot's whole cache
+            ),
             "compiled_programs": ("Programs compiled.", len(executor.compiled.names)),
         }
         counters = {

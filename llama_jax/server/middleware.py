@@ -61,6 +61,7 @@ class RequestMiddleware:
             return await self._app(scope, receive, send)
         address, _port = scope.get("client") or ("", 0)
         log = RequestLog(scope["method"], scope["path"], address)
+        log.record_session(Headers(scope=scope))
         scope["llama_jax.log"] = log
 
         async def send_logged(message: Message) -> None:

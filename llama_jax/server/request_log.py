@@ -6,6 +6,7 @@ import re
 import time
 import uuid
 
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Scope
 
@@ -14,6 +15,9 @@ from llama_jax.server.errors import INTERNAL, UNAVAILABLE, ApiError, to_api_erro
 from llama_jax.server.types import Error
 
 _LOGGER = logging.getLogger("llama_jax.server")
+MAX_SESSION = 128
+"""Characters of a session's name in the log. A header may have thousands."""
+
 _OPENAI_PATHS = re.compile(
     r"(/client/v4/accounts/[^/]+/ai)?/(v1(/.*)?|tokenize|detokenize|tokenizer_info)"
 )
@@ -28,6 +32,10 @@ class RequestLog:
     client: str = ""
     """The client's address; empty: unknown."""
     id: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
+    session_id: str | None = None
+    """The header X-Session-ID, shortened to `MAX_SESSION`; None: there was none."""
+    session_affinity: str | None = None
+    """The header x-session-affinity, likewise."""
     began: float = dataclasses.field(default_factory=time.perf_counter)
     route: str = "none"
     """Name of the route's handler."""
@@ -66,6 +74,11 @@ class RequestLog:
             return None
         return (self.last_text_s - self.first_text_s) / (len(self.results[0].tokens) - 1)
 
+    def record_session(self, headers: Headers) -> None:
+        """Record the names by which a router in front keeps a session on one server."""
+        self.session_id = _shortened(headers.get("x-session-id"))
+        self.session_affinity = _shortened(headers.get("x-session-affinity"))
+
     def record_tokens(self, count: int) -> None:
         """Record new tokens."""
         self.completion_tokens += count
@@ -94,6 +107,12 @@ class RequestLog:
     @property
     def _is_openai(self) -> bool:
         return _OPENAI_PATHS.fullmatch(self.path) is not None
+
+
+def _shortened(name: str | None) -> str | None:
+    if name is None or len(name) <= MAX_SESSION:
+        return name
+    return f"{name[: MAX_SESSION - 1]}…"
 
 
 def request_log_of(scope: Scope) -> RequestLog:

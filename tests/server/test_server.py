@@ -586,7 +586,7 @@ def test_requests_with_the_token_are_answered(llm):
             assert client.get("/metrics", headers=headers).status_code == 200
             body = {"prompt": "x", "max_tokens": 1}
             assert client.post(RUN, json=body, headers=headers).status_code == 200
-        for path in ("/", "/healthz", "/readyz", "/openapi.json"):
+        for path in ("/", "/health", "/healthz", "/readyz", "/openapi.json"):
             assert client.get(path).status_code == 200
 
 
@@ -778,7 +778,7 @@ def test_ready_only_when_warm_and_until_drained(llm, monkeypatch):
     monkeypatch.setattr(llm.engine, "warm_up", warm_up)
     app = make_app(llm, warm_up=True)
     with TestClient(app) as client:
-        assert client.get("/readyz").status_code == 503
+        assert client.get("/readyz").status_code == client.get("/health").status_code == 503
         assert client.get("/healthz").status_code == 200
         response = client.post(RUN, json={"prompt": "x"})
         text = "Ai: The model is not available now: it is warming up"
@@ -786,8 +786,11 @@ def test_ready_only_when_warm_and_until_drained(llm, monkeypatch):
         assert int(response.headers["retry-after"]) > 0
         go_on.set()
         wait_until(lambda: client.get("/readyz").status_code == 200)
+        assert client.get("/health").status_code == 200
         app.state.service.drain()
-        assert client.get("/readyz").text == "shutting down\n"
+        for path in ("/readyz", "/health"):
+            response = client.get(path)
+            assert (response.status_code, response.text) == (503, "shutting down\n")
         assert client.get("/healthz").status_code == 200
         assert client.post(CHAT, json={"model": MODEL, "messages": [ASKING]}).status_code == 503
 
@@ -801,8 +804,9 @@ def test_server_whose_engine_failed_is_not_ready(llm, monkeypatch, caplog):
     app = make_app(llm, warm_up=True)
     with TestClient(app) as client:
         wait_until(lambda: app.state.service.failed)
-        response = client.get("/readyz")
-        assert (response.status_code, response.text) == (503, "broken\n")
+        for path in ("/readyz", "/health"):
+            response = client.get(path)
+            assert (response.status_code, response.text) == (503, "broken\n")
     assert "no such device" in caplog.text
 
 
@@ -882,6 +886,19 @@ def test_metrics_show_the_queue(client, llm):
     wait_until(lambda: generation.done)
 
 
+def test_metrics_show_the_share_of_the_caches_in_use(client, llm):
+    """One generation has a fourth of four slots' caches, however short it is."""
+    name = ("llama_jax_kv_cache_usage_perc",)
+    wait_until(lambda: metrics_of(client)[name] == 0)
+    generation = llm.engine.submit(make_request(prompt="x", max_tokens=400, ignore_eos=True))
+    wait_until(lambda: llm.engine.running)
+    with paused(llm):
+        assert not generation.done
+        assert metrics_of(client)[name] == 0.25
+    generation.cancel()
+    wait_until(lambda: metrics_of(client)[name] == 0)
+
+
 def test_metrics_count_reused_tokens(client):
     system = {"role": "system", "content": "Be brief and kind. " * 10}
     before = metrics_of(client)
@@ -907,6 +924,8 @@ def test_access_log_has_no_prompt_answer_or_secret(llm, caplog):
         "method": "POST",
         "path": RUN,
         "route": "run",
+        "session_id": None,
+        "session_affinity": None,
         "status": 200,
         "error_code": None,
         "prompt_tokens": 14,
@@ -919,14 +938,37 @@ def test_access_log_has_no_prompt_answer_or_secret(llm, caplog):
         assert secret not in caplog.text
 
 
+def test_access_log_has_the_names_of_sessions(llm, caplog):
+    """Those that a router in front reads. They change no answer, and a long one is shortened."""
+    caplog.set_level(logging.INFO, "llama_jax.access")
+    names = [
+        {},
+        {"X-Session-ID": "a b"},
+        {"x-session-affinity": "c\x7fd"},
+        {"X-Session-ID": "e" * 128, "x-session-affinity": "f" * 129},
+    ]
+    with serving(llm) as client:
+        caplog.clear()
+        body = {"prompt": QUESTION, "seed": 5, "temperature": 2, "max_tokens": 8}
+        answers = [client.post(RUN, json=body, headers=each).json()["result"] for each in names]
+    assert len({answer["response"] for answer in answers}) == 1
+    lines = [json.loads(record.getMessage()) for record in caplog.records]
+    logged = [(line["session_id"], line["session_affinity"]) for line in lines]
+    assert logged == [
+        (None, None),
+        ("a b", None),
+        (None, "c\x7fd"),
+        ("e" * 128, "f" * 127 + "…"),
+    ]
+
+
 def test_a_person_reads_a_short_line_and_none_for_probes(llm, caplog):
     caplog.set_level(logging.INFO, "llama_jax.access")
     with serving(llm) as client:
         caplog.clear()
         client.post(RUN, json={"prompt": QUESTION, "temperature": 0})
-        client.get("/healthz")
-        client.get("/readyz")
-        client.get("/metrics")
+        for path in ("/health", "/healthz", "/readyz", "/metrics"):
+            client.get(path)
         client.get("/no%1bsuch%0apath")
     shown = filter(access_log.is_no_probe, caplog.records)
     first, second = map(access_log.ShortFormatter().format, shown)

@@ -63,6 +63,7 @@ def _paths(name: dict[str, Any]) -> dict[str, Any]:
     paths = {
         "/": _get("Get the playground page.", {"text/html": _STRING}),
         "/healthz": _get("Check that the process is alive.", {"text/plain": _STRING}),
+        "/health": _get("Check that the server accepts requests.", {"text/plain": _STRING}),
         "/readyz": _get("Check that the server accepts requests.", {"text/plain": _STRING}),
         "/openapi.json": _get("Get this document.", {"application/json": {"type": "object"}}),
         "/metrics": _get("Get the metrics in Prometheus' text format.", {"text/plain": _STRING}),
@@ -87,10 +88,11 @@ def _paths(name: dict[str, Any]) -> dict[str, Any]:
     ):
         described["schema"] = {"anyOf": [described["schema"], _ref(queued)]}
     run["responses"] |= _refusals({507: "There is no room for more requests."})
-    paths["/readyz"]["get"]["responses"]["503"] = {
-        "description": "The model is warming up, or the server is shutting down.",
-        "content": {"text/plain": {"schema": _STRING}},
-    }
+    for ready in ("/health", "/readyz"):
+        paths[ready]["get"]["responses"]["503"] = {
+            "description": "The model is warming up, or the server is shutting down.",
+            "content": {"text/plain": {"schema": _STRING}},
+        }
     for base in ("/v1", f"{native}/v1"):
         paths |= {
             f"{base}/chat/completions": _post("Create a chat completion.", "Chat"),
@@ -129,7 +131,7 @@ def _post(
     return {
         "post": {
             "summary": summary,
-            "parameters": [*parameters],
+            "parameters": [*parameters, *(_SESSION if streams else ())],
             "requestBody": {"required": True, "content": request},
             "responses": {
                 "200": {"description": description, "content": answer, **headers},
@@ -178,6 +180,15 @@ _QUEUES = {
     **_query("queueRequest", {"enum": ["true", "false"]}),
     "description": "Whether the body has `requests` to answer later, or their `request_id`.",
 }
+_SESSION = tuple(
+    {
+        "name": name,
+        "in": "header",
+        "description": "The session's name, for a router in front. It is logged.",
+        "schema": _STRING,
+    }
+    for name in ("X-Session-ID", "x-session-affinity")
+)
 _RECEIPT_IDS = {
     "x-receipt-id": {
         "description": "The ids of the choices' receipts, with commas, if the server keeps them.",
