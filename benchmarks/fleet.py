@@ -47,34 +47,40 @@ class CachedReplica(Replica):
         self.ended: list[Request] = []
         """Since the caller last took them."""
         self._multiple = max(costs.chunk_s)
-        self._last_used = dict.fromkeys(range(slots), 0)
-        """When each free slot was last assigned."""
+        self._free = set(range(slots))
+        self._last_used = [0] * slots
+        """When each slot was last assigned."""
         self._assigned = itertools.count(1)
         self._holder: dict[int, int] = {}
         """The slot that holds a conversation."""
-        self._held: dict[int, int] = {}
-        """The same the other way."""
+        self._held: dict[int, tuple[int, int]] = {}
+        """The conversation that a slot holds, and how many tokens of it."""
         self._slot_of: dict[Request, int] = {}
 
     def admit(self, job: Job) -> int:
         """Give a slot: that which holds the conversation, or the one assigned longest ago."""
         request = cast(Request, job)
         slot = self._holder.get(request.conversation)
-        if slot in self._last_used:
-            common = min(request.shared, len(request.prefix) - 1)
+        if slot in self._free:
+            # Other replicas may have had turns since: then it holds fewer than the turn before.
+            common = min(request.shared, self._held[slot][1], len(request.prefix) - 1)
             request.cached = common - common % self._multiple
         if slot is None or not request.cached:
-            slot = min(self._last_used, key=lambda each: self._last_used[each])
-        del self._last_used[slot]
-        self._holder.pop(self._held.pop(slot, -1), None)
-        self._holder[request.conversation], self._held[slot] = slot, request.conversation
+            slot = min(self._free, key=lambda each: (self._last_used[each], each))
+        self._free.remove(slot)
+        self._last_used[slot] = next(self._assigned)
+        held, _ = self._held.get(slot, (-1, 0))
+        if self._holder.get(held) == slot:  # unless a later turn of it is in another slot
+            del self._holder[held]
+        self._holder[request.conversation] = slot
+        self._held[slot] = request.conversation, len(request.prefix)
         self._slot_of[request] = slot
         return request.cached
 
     def release(self, job: Job) -> None:
         """Take the slot from a request that has ended; it holds the prompt until it is assigned."""
         request = cast(Request, job)
-        self._last_used[self._slot_of.pop(request)] = next(self._assigned)
+        self._free.add(self._slot_of.pop(request))
         self.ended.append(request)
 
 

@@ -1,6 +1,7 @@
 """The simulated fleet: exact cases, known waiting times, its traffic, and that nothing is lost."""
 
 import collections
+import importlib
 import math
 import random
 import re
@@ -14,6 +15,8 @@ from benchmarks.traffic import Conversation, Turn, conversations, length
 from benchmarks.turns import Costs, Job, Turns
 
 pytest.importorskip("simpy", reason="needs the bench extra")
+fleet = importlib.import_module("benchmarks.fleet")  # after the check for simpy
+CachedReplica, Request = fleet.CachedReplica, fleet.Request
 
 COSTS = Costs({64: 0.1, 256: 0.3}, {1: 0.01, 4: 0.02}, decode_steps=4)
 H200 = Costs({64: 0.009, 256: 0.011}, {8: 0.0063}, decode_steps=16, in_flight=2)
@@ -26,9 +29,16 @@ def ask(number, began, *turns):
 
 def run(given, routers=None, *, costs=COSTS, slots=4, replicas=1, seconds=1e9, seed=0):
     """Return the requests of a fleet."""
-    from benchmarks.fleet import Fleet  # after the check for simpy
+    return fleet.Fleet(costs, slots, replicas, routers or Routers(), given, seconds, seed).requests
 
-    return Fleet(costs, slots, replicas, routers or Routers(), given, seconds, seed).requests
+
+def answer(replica, conversation, prompt, shared):
+    """Let an idle replica answer a turn; return how many of its tokens were cached."""
+    request = Request(replica.now, range(prompt), 1, conversation=conversation, shared=shared)
+    replica.submit(request)
+    while replica.is_busy:
+        replica.turn()
+    return request.cached
 
 
 def poisson(rate, count, prompt, output=1):
@@ -77,6 +87,66 @@ def test_a_slot_keeps_a_prompt_until_it_is_assigned_again(slots, cached):
     given = [ask(0, 0.0, (300, 1, 0, 10.0), (600, 1, 300, 0.0)), ask(1, 5.0, (300, 1, 0, 0.0))]
     requests = run(given, slots=slots)
     assert [(r.conversation, r.cached) for r in requests] == [(0, 0), (1, 0), (0, cached)]
+
+
+def test_a_replica_reuses_no_more_than_it_has_read():
+    """The turn before was elsewhere: it holds 300 tokens, of which 256 are whole chunks."""
+    replica = CachedReplica(COSTS, 4)
+    assert [answer(replica, 0, *turn) for turn in ((300, 0), (2000, 1100))] == [0, 256]
+
+
+def test_a_turn_that_moves_to_another_slot_is_found_there():
+    """100 tokens are no whole chunk, so the second turn gets the other slot, and the first is free.
+
+    Another conversation gets that one. The third turn finds what the second has left.
+    """
+    replica = CachedReplica(COSTS, 2)
+    turns = [(0, 100, 0), (0, 700, 100), (1, 300, 0), (0, 900, 700)]
+    assert [answer(replica, *turn) for turn in turns] == [0, 0, 0, 512]
+
+
+def test_the_slot_assigned_longest_ago_is_lost_first():
+    """By the engine's rule, however long its answer has taken."""
+    replica = CachedReplica(COSTS, 2)
+    long, short = Request(0.0, range(300), 50), Request(0.0, range(300), 1, conversation=1)
+    replica.submit(long)
+    replica.submit(short)
+    while replica.is_busy:
+        replica.turn()
+    assert long.ended > short.ended
+    assert [answer(replica, *turn) for turn in ((2, 300, 0), (1, 600, 300))] == [0, 256]
+
+
+def test_three_requests_share_a_replica_turn_by_turn():
+    """By hand: a turn reads one chunk at most, then takes four steps of every answer.
+
+    A comes at 0. Its chunk and four steps take 0.1 + 0.04: B, of 0.01, waits for them. B's chunk
+    and four steps of both (a program of four slots) end at 0.14 + 0.1 + 0.08 = 0.32. The same of C,
+    of 0.2, at 0.32 + 0.1 + 0.08: by then A has nothing left, and B and C each have one token left.
+    """
+    asked = [ask(0, 0.0, (64, 9, 0, 0.0)), ask(1, 0.01, (64, 10, 0, 0.0))]
+    asked.append(ask(2, 0.2, (64, 6, 0, 0.0)))
+    costs = Costs({64: 0.1}, {1: 0.01, 4: 0.02}, decode_steps=4)
+    requests = run(asked, costs=costs)
+    assert [r.first for r in requests] == pytest.approx([0.1, 0.24, 0.42])
+    assert [r.ended for r in requests] == pytest.approx([0.32, 0.58, 0.58])
+
+
+@pytest.mark.parametrize("routing", ["prefix", "session"])
+@pytest.mark.parametrize("turns", [2, 5])
+def test_where_nothing_is_evicted_all_turns_but_the_first_are_hits(routing, turns):
+    """The rate is 1 - 1 / turns. Random routing comes back only by chance."""
+    prompts = [256 * (1 + turn) + 1 for turn in range(turns)]
+    grown = [(now, 2, before, 1.0) for before, now in zip([0, *prompts], prompts, strict=False)]
+    given = [ask(number, 0.01 * number, *grown) for number in range(80)]
+
+    def hits(name):
+        requests = run(given, Routers(name), costs=H200, slots=80, replicas=8)
+        assert len(requests) == 80 * turns
+        return sum(r.cached > 0 for r in requests) / len(requests)
+
+    assert hits(routing) == 1 - 1 / turns
+    assert hits("random") < 0.75 * (1 - 1 / turns)
 
 
 def test_requests_that_would_come_after_the_end_do_not():
