@@ -8,8 +8,8 @@ import pytest
 
 from llama_jax import InputError
 from llama_jax.batch import Batch
-from llama_jax.batch.seeds import line_seed
 from llama_jax.card.schemas import MODEL
+from llama_jax.engine.line_seeds import line_seed
 from tests.helpers.batches import answers, run
 from tests.helpers.demo import load_demo
 from tests.helpers.serving import CHAT, COMPLETIONS, serving

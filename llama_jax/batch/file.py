@@ -21,7 +21,7 @@ from llama_jax.batch.line import (
     take_id,
 )
 from llama_jax.batch.requests import Requests
-from llama_jax.batch.seeds import check_job_seed
+from llama_jax.engine.line_seeds import check_job_seed
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
 from llama_jax.receipt.file import ReceiptFile

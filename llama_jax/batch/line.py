@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from llama_jax.batch.seeds import line_seed
 from llama_jax.card import contract
+from llama_jax.engine.line_seeds import line_seed
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.result import Result
 from llama_jax.engine.stream import Stream, finish_in_order

@@ -67,7 +67,7 @@ class Generation:
         self.result: Result | None = None
         self.error: BaseException | None = None
         self.cancelled = self.background = False
-        self.times_in_vain = 0
+        self.preemptions = 0
         """Slots in a row that it gave up, as background work, before it drew a token; `Waiting`."""
         self.reused = 0
         """Tokens of the prompt served from the prefix cache."""

@@ -115,11 +115,11 @@ class Scheduler:
 
     def _make_room(self) -> None:
         """Take slots from work in the background for live requests."""
-        if not self._waiting.victims(self.slots):
+        if not self._waiting.preempted(self.slots):
             return
         while not self.pipeline.is_empty:  # what is in flight would come once it has another slot
             self._receive()
-        for slot in self._waiting.victims(self.slots):
+        for slot in self._waiting.preempted(self.slots):
             assert slot.generation is not None
             self._waiting.put_back(slot.generation)  # first: a failure below does not lose it
             self._free(slot)

@@ -15,7 +15,7 @@ from llama_jax.engine.generation import Generation
 from llama_jax.engine.queue import Queue
 from llama_jax.engine.slots import Slot
 
-MAX_IN_VAIN = 2
+MAX_PREEMPTIONS = 2
 """Times in a row that work loses its slot before it has drawn a token: it then keeps the next until
 it has, so that it comes to an end however often others need slots."""
 
@@ -73,7 +73,7 @@ class Waiting:
     def put_back(self, generation: Generation) -> None:
         """Let background work that gives its slot up wait in front of the rest."""
         drawn = len(generation.tokens) > self._tokens[generation]
-        generation.times_in_vain = 0 if drawn else generation.times_in_vain + 1
+        generation.preemptions = 0 if drawn else generation.preemptions + 1
         generation.prefix = [*generation.prompt, *generation.tokens]
         with self._lock:
             self._background.appendleft(generation)
@@ -89,7 +89,7 @@ class Waiting:
             background = list(itertools.islice(self._background, max(0, free - len(live))))
         return [*live[:free], *background]
 
-    def victims(self, slots: Sequence[Slot]) -> list[Slot]:
+    def preempted(self, slots: Sequence[Slot]) -> list[Slot]:
         """Return the slots that background work is to give up for live requests.
 
         Those with the fewest tokens first: they are read again the soonest.
@@ -117,4 +117,4 @@ class Waiting:
         if not generation.background or generation.request.parameters.prompt_logprobs:
             return False  # a prompt that is scored is read once: its scores are in order
         drawn = len(generation.tokens) > self._tokens[generation]
-        return drawn or generation.times_in_vain < MAX_IN_VAIN
+        return drawn or generation.preemptions < MAX_PREEMPTIONS

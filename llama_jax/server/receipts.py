@@ -20,7 +20,7 @@ class ReceiptStore:
     """The runs of the last answers, by the ids of their receipts; any thread may use it.
 
     A run is kept as it is. Its receipt is made when it is asked for, which takes 8 us a token and
-    would be in vain for most of them.
+    would be wasted for most of them.
 
     Args:
         limit: how many runs are kept, the latest that ended; 0: none.

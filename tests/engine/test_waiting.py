@@ -6,7 +6,7 @@ import pytest
 
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.request import make_request
-from llama_jax.engine.waiting import MAX_IN_VAIN
+from llama_jax.engine.waiting import MAX_PREEMPTIONS
 from tests.helpers.demo import load_demo
 
 SLOTS = 2
@@ -104,9 +104,9 @@ def test_work_whose_prompt_is_never_read_whole_keeps_its_slot_in_the_end(engine)
         live = [engine.submit(request(1000 + 2 * i + j, max_tokens=1)) for j in range(2)]
         run_until(engine, lambda live=live: all(each.done for each in live))
         engine.step()
-        lost = max([lost, *(each.times_in_vain for each in work)])
+        lost = max([lost, *(each.preemptions for each in work)])
     assert any(each.tokens for each in work)
-    assert lost == MAX_IN_VAIN
+    assert lost == MAX_PREEMPTIONS
     rest(engine)
     assert [each.result.tokens for each in work] == [
         alone(i, prompt=f"{i} {long}").tokens for i in range(2)

@@ -13,7 +13,7 @@ import pytest
 from llama_jax import InputError
 from llama_jax.batch import Batch
 from llama_jax.batch.line import head
-from llama_jax.batch.seeds import line_seed
+from llama_jax.engine.line_seeds import line_seed
 from tests.helpers import ROOT
 from tests.helpers.demo import load_demo
 from tests.helpers.processes import END_S

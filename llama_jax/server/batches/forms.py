@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_jax.card import contract
-from llama_jax.engine.line_seed import line_seed
+from llama_jax.engine.line_seeds import line_seed
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.result import Result
 from llama_jax.errors import InputError
