@@ -19,10 +19,11 @@ import pytest
 from scipy.special import log_softmax
 
 from llama_jax import Llama
-from llama_jax.decode.executor import Executor, serving_programs
+from llama_jax.decode.executor import Executor
 from llama_jax.decode.model_programs import FirstToken, Score
 from llama_jax.decode.needs import Needs
 from llama_jax.decode.plan import choose_plan
+from llama_jax.decode.warm_up import serving_programs
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.engine import (
     MAX_FAILURES,
