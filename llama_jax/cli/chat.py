@@ -11,7 +11,7 @@ from llama_jax.cli.flags import FLAGS
 from llama_jax.cli.model import load_model
 from llama_jax.cli.reader import in_terminal, read_turns
 from llama_jax.cli.requests import parameters_from_flags
-from llama_jax.engine.engine import ContextError
+from llama_jax.engine.fit import ContextError
 from llama_jax.engine.request import make_request
 from llama_jax.engine.stream import Stream
 from llama_jax.errors import InputError

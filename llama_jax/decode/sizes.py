@@ -92,16 +92,15 @@ class Sizes:
             bucket *= 2
         return min(bucket, self.capacity)
 
-    @functools.cached_property
-    def verify_counts(self) -> list[int]:
-        """Every number of slots that one program verifies drafts of, in rising order.
+    def windows(self, count: int) -> tuple[int, ...]:
+        """Return the windows that a program computes for so many slots, in rising order.
 
         Where windows and single tokens have the same bits, drafts of many slots are not worth it.
         """
         if not self.plan.batch_invariant:
-            return self.decode_counts
-        most = MAX_WINDOW_ROWS // min(self.plan.windows, default=1)
-        return [count for count in self.decode_counts if count // self.replicas <= most]
+            return self.plan.windows
+        most = MAX_WINDOW_ROWS * self.replicas // count
+        return tuple(width for width in self.plan.windows if width <= most)
 
     def decode_slots(self, slots: Sequence[int]) -> list[int]:
         """Return the slots to compute: all, unless the plan is batch-invariant.

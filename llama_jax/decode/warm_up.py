@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode.model_programs import Decode, FirstToken, Prefill, Score
+from llama_jax.decode.needs import Needs
 from llama_jax.decode.program import Program
 from llama_jax.decode.sizes import Sizes
 from llama_jax.decode.state import DecodeState
@@ -22,6 +23,9 @@ from llama_jax.decode.steps import ReadChunk
 from llama_jax.decode.window_programs import Draft, Verify
 from llama_jax.nn.transformer import Params
 
+DRAFT_NEEDS = Needs(), Needs(noise=True, filters=True)
+"""Of the programs that draft: one for greedy requests, and one for all."""
+
 
 def serving_programs(sizes: Sizes) -> Iterator[Program]:
     """Yield the programs that serve every request at these sizes; `Score` is not among them."""
@@ -33,8 +37,8 @@ def serving_programs(sizes: Sizes) -> Iterator[Program]:
         if plan.batch_invariant or not plan.windows:
             for count in sizes.decode_counts:
                 yield Decode(count, plan.decode_steps, bucket)
-        for width in plan.windows:
-            for count in sizes.verify_counts:
+        for count in sizes.decode_counts:
+            for width in sizes.windows(count):
                 yield Verify(count, width, bucket)
 
 
@@ -43,9 +47,10 @@ def drafting_programs(sizes: Sizes) -> Iterator[Program]:
     yield from (InitState(), Admit())
     for bucket in sizes.buckets:
         yield from _prefills(sizes, bucket)
-        for width in sizes.plan.windows:
-            for count in sizes.verify_counts:
-                yield Draft(count, width - 1, bucket)
+        for count in sizes.decode_counts:
+            for width in sizes.windows(count):
+                for needs in DRAFT_NEEDS:
+                    yield Draft(count, width - 1, bucket, needs)
 
 
 def _prefills(sizes: Sizes, bucket: int) -> Iterator[Program]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -62,6 +62,17 @@ class Verify(ModelProgram):
         return f"verify({self.num_slots}, {self.width}, {self.attend_len}{self.needs})"
 
 
+class Text(NamedTuple):
+    """What is to be continued by drafts."""
+
+    tokens: Sequence[int]
+    """Of prompt and output, two at least."""
+    num_drawn: int
+    """How many of them are the output's."""
+    uncounted: Sequence[int]
+    """The last of these, which the state has not counted yet."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Draft(ModelProgram):
     """Draw drafts for some slots; no replica, no process beside this one."""
@@ -90,22 +101,29 @@ class Draft(ModelProgram):
         params: Params,
         old: DecodeState,
         slots: Sequence[int],
-        texts: Sequence[tuple[Sequence[int], int, Sequence[int]]] = (),
+        texts: Sequence[Text | None] = (),
     ) -> tuple[Any, ...]:
         """Return the arguments of a call; all slots, in order, are given no indices.
 
         Args:
             params, old: the model's parameters, and the state.
             slots: those to compute.
-            texts: of each its tokens, prompt and output, how many are the output's, and the last
-                of them that are not counted yet; none are given to warm up.
+            texts: of each of them; None: nothing is drafted for it, and nothing that its cache
+                holds is changed. None are given to warm up.
         """
-        texts = texts or [([0] * LAST, 1, ())] * len(slots)
-        last = np.asarray([text[-LAST:] for text, _, _ in texts], np.int32)
-        starts = np.asarray([len(text) - LAST for text, _, _ in texts], np.int32)
-        steps = np.asarray([count for _, count, _ in texts], np.int32)
-        accepted = padded_rows([new for _, _, new in texts], self.num_drafts + 1)
-        return params, old, last, starts, steps, accepted, *_indices(old, slots)
+        # The cache's last positions: no text with its drafts reaches them.
+        unused = old.cache[0].k.shape[2] - self.num_drafts - 1
+        own = [text or Text([0] * LAST, 1, ()) for text in texts or [None] * len(slots)]
+        starts = [unused if text is None else len(text.tokens) - LAST for text in texts]
+        return (
+            params,
+            old,
+            np.asarray([text.tokens[-LAST:] for text in own], np.int32),
+            np.asarray(starts or [unused] * len(slots), np.int32),
+            np.asarray([text.num_drawn for text in own], np.int32),
+            padded_rows([text.uncounted for text in own], self.num_drafts + 1),
+            *_indices(old, slots),
+        )
 
     def __str__(self) -> str:
         return f"draft({self.num_slots}, {self.num_drafts}, {self.attend_len}{self.needs})"

@@ -10,17 +10,16 @@ tokens need not read them again (a prefix cache hit). It makes no difference to 
 """
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
 
 from llama_jax.decode import sampling
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.needs import needs_of
-from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE
+from llama_jax.decode.sampling import NOT_FINITE
 from llama_jax.decode.state import make_admission
 from llama_jax.engine.clock import Clock
 from llama_jax.engine.counts import Counts
-from llama_jax.engine.draw import Draw
+from llama_jax.engine.delivery import NotFiniteError, hand_over, tokens_of
+from llama_jax.engine.drafter import Drafter
 from llama_jax.engine.generation import Generation, token_logprobs
 from llama_jax.engine.parameters import sampling_params
 from llama_jax.engine.pipeline import Column, InFlight, Pipeline
@@ -28,10 +27,7 @@ from llama_jax.engine.prefills import Prefills
 from llama_jax.engine.queue import Queue
 from llama_jax.engine.result import FinishReason
 from llama_jax.engine.slots import Placement, Slot, assign_slot
-
-
-class NotFiniteError(ArithmeticError):
-    """The model's logits have a NaN or an infinity, so there is no token to draw."""
+from llama_jax.engine.speculation import Speculation
 
 
 class Scheduler:
@@ -42,6 +38,7 @@ class Scheduler:
         queue: requests that wait; those that get a slot or end are taken out.
         clock: brought up to now before tokens are handed over.
         reuse: let prompts reuse what slots hold.
+        drafter: what proposes tokens, if the executor's plan speculates.
     """
 
     def __init__(
@@ -51,6 +48,7 @@ class Scheduler:
         clock: Clock,
         *,
         reuse: bool,
+        drafter: Drafter | None,
     ):
         self.counts = Counts()
         self.failures = 0
@@ -61,6 +59,7 @@ class Scheduler:
         self._executor, self._queue, self._clock, self._reuse = executor, queue, clock, reuse
         self._prefills = [Prefills() for _ in range(sizes.replicas)]
         self._admitted = itertools.count(1)
+        self._speculation = drafter and Speculation(executor, drafter, clock, self.counts)
 
     @property
     def running(self) -> int:
@@ -80,6 +79,8 @@ class Scheduler:
         for prefills in self._prefills:
             prefills.clear()
         self.pipeline.reset()
+        if self._speculation is not None:
+            self._speculation.reset()
         for slot in self.slots:
             if slot.generation is not None and not slot.generation.done:
                 self._fail(slot.generation, error)
@@ -203,14 +204,33 @@ class Scheduler:
     def _decode(self) -> None:
         """Dispatch the next steps of all answers; hand over the results that are due."""
         active = [slot for slot in self.slots if slot.is_decoding]
-        if active:
-            self.pipeline.decode(active)
-            for slot in active:
-                slot.num_dispatched += self._executor.plan.decode_steps
-            self._receive_ready()
+        if active and self._speculation is not None:
+            self._decode_or_verify(active, self._speculation)
+        elif active:
+            self._decode_steps(active)
         else:
             while not self.pipeline.is_empty:
                 self._receive()
+
+    def _decode_steps(self, active: list[Slot]) -> None:
+        self.pipeline.decode(active)
+        for slot in active:
+            slot.num_dispatched += self._executor.plan.decode_steps
+        self._receive_ready()
+
+    def _decode_or_verify(self, active: list[Slot], speculation: Speculation) -> None:
+        """Dispatch the next steps of all answers, or a pass over drafts of them."""
+        window = speculation.choose(active)
+        if window is None:
+            self._decode_steps(active)
+        else:
+            self.pipeline.verify(active, window)
+            self._receive_ready()
+        assert self.pipeline.is_empty, "drafts are made from tokens that were read"
+        speculation.end()
+        for slot in active:
+            if slot.generation is not None:
+                slot.num_dispatched = len(slot.generation.tokens)
 
     def _receive_ready(self) -> None:
         """Hand over results until no more than the plan allows are in flight."""
@@ -241,29 +261,15 @@ class Scheduler:
 
     def _hand_over(self, column: Column, results: InFlight) -> None:
         """Give a generation its next tokens, up to the one that ends it."""
-        generation, parameters = column.generation, column.generation.request.parameters
-        tokens, measures = results.tokens[:, column.index], results.measures[:, column.index]
-        own = [token for token in tokens.tolist() if token != NO_TOKEN]
+        generation, own = column.generation, tokens_of(column, results)
         if generation.max_tokens == 0 and NOT_FINITE not in own:
             return self._end(generation, "length")  # its prompt was scored, which draws a token
-        scores: Sequence[Any] = [None] * len(own)
-        if parameters.logprobs is not None:
-            assert results.logprobs is not None
-            scores = token_logprobs(results.logprobs, column.index, own, parameters.logprobs)
-        # Once a slot is done it stays so: the first entries are its own.
-        for token, logprob, measured in zip(own, scores, measures.tolist(), strict=False):
-            if token == NOT_FINITE:
-                raise NotFiniteError(
-                    f"the logits of output token {len(generation.tokens)} have a NaN or an "
-                    "infinity, so none can be drawn: the weights have one, a repetition penalty is "
-                    "near 0, or a value exceeds the dtype; use bfloat16 or float32"
-                )
-            self.counts.tokens += 1
-            generation.push(Draw(token, *measured), logprob)
-            if generation.result is not None:
-                self.failures = 0
-                self.counts.count_end(generation.result.finish_reason)
-                break
+        if self._speculation is not None:
+            self._speculation.observe(generation, own)
+        hand_over(column, results, self.counts)
+        if generation.result is not None:
+            self.failures = 0
+            self.counts.count_end(generation.result.finish_reason)
         return None
 
     # Ends.

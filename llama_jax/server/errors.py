@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import jax
 
-from llama_jax.engine.engine import ClientShareError, ContextError, QueueFullError
-from llama_jax.engine.scheduler import NotFiniteError
+from llama_jax.engine.delivery import NotFiniteError
+from llama_jax.engine.engine import ClientShareError, QueueFullError
+from llama_jax.engine.fit import ContextError
 from llama_jax.errors import InputError
 from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.types import Error, ErrorNote, OpenAIError
