@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from llama_jax.cli import receipt_flags
+from llama_jax.cli import receipt_flags, speculation_flags
 from llama_jax.decode.chips import CHIPS
 from llama_jax.decode.plan import DETERMINISM
 from llama_jax.weights.dtypes import DTYPES
@@ -20,6 +20,7 @@ def define() -> None:
     _define_token_flags()
     _define_output_flags()
     _define_score_flags()
+    speculation_flags.define()
     receipt_flags.define()
     _define_serve_flags()
     flags.DEFINE_string("input", None, "Requests, or texts to score, one JSON object per line.")

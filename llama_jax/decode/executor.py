@@ -98,6 +98,16 @@ class Executor:
         """What was compiled so far."""
         return self.programs.log
 
+    @property
+    def weight_bytes_per_token(self) -> int:
+        """Bytes of weights that a device reads for one decoded token; of the embedding table, next
+        to none."""
+        params = dict(self.params)
+        if not self.config.tie_embeddings:
+            del params["embed"]
+        parts = (array.addressable_shards[0].data for array in jax.tree.leaves(params))
+        return sum(part.nbytes for part in parts)
+
     def init_state(self) -> DecodeState:
         """Return a fresh state of idle slots."""
         return self.call(InitState())

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from llama_jax.decode import sampling
+from llama_jax.decode.compiled import CompileLog
 from llama_jax.decode.draft import LAST
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.needs import together
@@ -52,6 +53,11 @@ class DraftModel(Drafter):
         self._held = [_Held() for _ in range(executor.batch)]
         self._programs = list(drafting_programs(executor.sizes))
         self.num_programs = len(self._programs)
+
+    @property
+    def compiled(self) -> Sequence[CompileLog]:
+        """Of the small model's executor."""
+        return [self._executor.compiled]
 
     def draft(self, slots: Sequence[Slot], count: int) -> list[list[int]]:
         """Return so many next tokens of each slot; none for a text that leaves no room."""

@@ -3,6 +3,7 @@
 import abc
 from collections.abc import Iterator, Sequence
 
+from llama_jax.decode.compiled import CompileLog
 from llama_jax.engine.slots import Slot
 
 
@@ -18,6 +19,11 @@ class Drafter(abc.ABC):
     """All drafts are verified, whatever that costs; for tests and measurements."""
     num_programs = 0
     """How many programs `warm_up` compiles."""
+
+    @property
+    def compiled(self) -> Sequence[CompileLog]:
+        """What it compiles: the time counts as the executor's own."""
+        return ()
 
     @abc.abstractmethod
     def draft(self, slots: Sequence[Slot], count: int) -> list[list[int]]:

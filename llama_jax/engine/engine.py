@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TypeVar
 
+import jax
+
 from llama_jax.decode.executor import Executor
 from llama_jax.engine.clock import Clock
 from llama_jax.engine.counts import Counts
@@ -21,6 +23,7 @@ from llama_jax.engine.generation import Generation
 from llama_jax.engine.queue import Queue
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.scheduler import Scheduler
+from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -70,7 +73,7 @@ class Engine:
     ):
         self.executor, self.tokenizer = executor, tokenizer
         self.environment, self.max_queue = environment, max_queue
-        self._clock = Clock(executor.compiled)
+        self._clock = Clock(executor.compiled, *(drafter.compiled if drafter else ()))
         self._queue = Queue()
         assert (drafter is None) == (executor.plan.draft_tokens == 0), executor.plan
         self._drafter = drafter
@@ -129,12 +132,14 @@ class Engine:
             invocation: what its record is to name it; "": one is made up.
 
         Raises:
-            InputError: text without a tokenizer, or ids outside the vocabulary.
+            InputError: text without a tokenizer, or ids outside the vocabulary; speculation in
+                several processes without lockstep.
             ContextError: prompt and max_tokens, or 1 token if none is given, do not fit the
                 context.
             QueueFullError: the queue is full, or the client's share of it (ClientShareError).
             EngineFailedError: `run` gave up.
         """
+        self._check_processes()
         vocab_size = self.executor.config.vocab_size
         prompt = request.encode(self.tokenizer, vocab_size)
         drawable = vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
@@ -155,6 +160,14 @@ class Engine:
         if not generation.done:  # what it continues may have ended
             self._enqueue(generation, share)
         return generation
+
+    def _check_processes(self) -> None:
+        """Refuse to speculate in processes that decide by themselves: it depends on time."""
+        if self._drafter is not None and self.executor.lockstep is None and jax.process_count() > 1:
+            raise InputError(
+                "several processes speculate, and none tells the others of its calls; load the "
+                "model with a lockstep, or with speculate off"
+            )
 
     def _enqueue(self, generation: Generation, share: int | None) -> None:
         """Put a generation into the queue, if there is room for it."""

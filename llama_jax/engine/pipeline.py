@@ -12,7 +12,7 @@ from llama_jax.decode.needs import together
 from llama_jax.decode.sampling import AnyArray
 from llama_jax.decode.state import Admission, DecodeState
 from llama_jax.decode.steps import MEASURES, Logprobs, StepOutputs, with_infinities
-from llama_jax.engine.generation import Generation
+from llama_jax.engine.generation import Generation, token_logprobs
 from llama_jax.engine.slots import Slot
 from llama_jax.engine.speculation import Window
 from llama_jax.jax_settings import copy_to_host_async, to_host
@@ -35,6 +35,12 @@ class PromptScores:
     logprobs: Logprobs
     targets: list[int]
     """The tokens that were scored."""
+
+    def hand_over(self) -> None:
+        """Give them to the generation."""
+        count = self.generation.request.parameters.logprobs or 0
+        logprobs = token_logprobs(self.logprobs, 0, self.targets, count)
+        self.generation.push_prompt_logprobs(logprobs)
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ from llama_jax.engine.clock import Clock
 from llama_jax.engine.counts import Counts
 from llama_jax.engine.delivery import NotFiniteError, hand_over, tokens_of
 from llama_jax.engine.drafter import Drafter
-from llama_jax.engine.generation import Generation, token_logprobs
+from llama_jax.engine.generation import Generation
 from llama_jax.engine.parameters import sampling_params
 from llama_jax.engine.pipeline import Column, InFlight, Pipeline
 from llama_jax.engine.prefills import Prefills
@@ -242,10 +242,7 @@ class Scheduler:
         results = self.pipeline.receive()
         self._clock.update()
         if (scores := results.prompt_scores) is not None and not scores.generation.done:
-            count = scores.generation.request.parameters.logprobs or 0
-            scores.generation.push_prompt_logprobs(
-                token_logprobs(scores.logprobs, 0, scores.targets, count)
-            )
+            scores.hand_over()
         for column in results.columns:
             generation = column.generation
             if generation.done:
