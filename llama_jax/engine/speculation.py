@@ -70,6 +70,7 @@ class Speculation:
         else:
             chosen = self._pace.choose(self._count, windows, rates, [most] * len(slots))
             drafts = self.drafter.draft(slots, chosen - 1) if chosen > 1 else [[] for _ in slots]
+        drafts = [_useful(slot, own) for slot, own in zip(slots, drafts, strict=True)]
         self._chosen = chosen
         generations = [slot.generation for slot in slots]
         self._drafts = {g: own for g, own in zip(generations, drafts, strict=True) if g is not None}
@@ -117,6 +118,12 @@ class Speculation:
         if rate is None:
             rate = self._rates[slot.generation] = Rate(self.drafter.expected_rate)
         return rate
+
+
+def _useful(slot: Slot, drafts: list[int]) -> list[int]:
+    """Return those drafts that `max_tokens` has room for, with the token after them."""
+    assert slot.generation is not None
+    return drafts[: max(0, slot.generation.max_tokens - len(slot.generation.tokens) - 1)]
 
 
 def _common(drafts: Sequence[int], tokens: Sequence[int]) -> int:
