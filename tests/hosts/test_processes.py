@@ -39,7 +39,7 @@ REQUESTS = [
         "max_tokens": 20,
         "stop": ["the"],
     },
-    {"prompt": "x", "temperature": 0, "allowed_tokens": [345, 346], "max_tokens": 40},
+    {"prompt": "x", "seed": 1, "temperature": 0, "allowed_tokens": [345, 346], "max_tokens": 40},
     {"prompt": "x", "max_tokens": 100_000},
 ]
 """The last but one repeats itself, and the last does not fit."""
