@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.decode.needs import Needs
-from llama_jax.decode.sampling import NO_TOKEN, TOP_LOGPROBS
+from llama_jax.decode.sampling import DIRTY, NO_TOKEN, NOT_FINITE, TOP_LOGPROBS
 from llama_jax.decode.state import DecodeState, gather_rows, scatter_rows
 from llama_jax.decode.steps import MEASURES, Logprobs, StepOutputs, emit
 from llama_jax.nn.transformer import Params, Transformer, forward
@@ -55,19 +55,27 @@ def verify(
 
     Returns:
         The state, and the outputs of K + 1 steps: NO_TOKEN after the first that no draft equals.
+        DIRTY in its place: numbers of a draft are not finite. If no token precedes it, the slot is
+        as before.
     """
     part = state if slots is None else gather_rows(state, slots)
-    window = jnp.concatenate([part.tokens[:, None], jnp.maximum(drafts, 0)], axis=1)
+    last = part.tokens[:, None]
+    window = jnp.concatenate([last, jnp.where(drafts == NO_TOKEN, last, drafts)], axis=1)
     model = model.clone(kernels=model.kernels.of_window())
     logits, cache = forward(
         model, params, window, part.positions, state.cache, slots=slots, attend_len=attend_len
     )
-    # A GPU's host would wait for the answer at every place.
+    # The CPU kernels read no position beyond a query's. Others give it the weight 0, and 0 times
+    # NaN is NaN. And a GPU's host would wait at every place for the answer whether to go on.
     early = model.kernels.projection == "native"
     drawn, outputs = _draw(
         part._replace(cache=()), lax.optimization_barrier(logits), drafts, needs, drawable, early
     )
     drawn = drawn._replace(cache=cache)
+    if not early:
+        is_finite = jnp.all(jnp.isfinite(logits), axis=-1).T
+        is_dirty = (outputs.tokens == NO_TOKEN) & ~is_finite & ~part.done[None, :]
+        outputs = outputs._replace(tokens=jnp.where(is_dirty, DIRTY, outputs.tokens))
     return (drawn if slots is None else scatter_rows(state, drawn, slots)), outputs
 
 
@@ -92,14 +100,29 @@ def _draw(
         after, new = emit(before, logits[:, i], needs, drawable)
         active = jnp.logical_not(before.done)
         after = after._replace(positions=before.positions + active.astype(jnp.int32))
+        if not early:
+            # A draft may have spoiled it: the slot is to be computed again, without drafts.
+            spoiled = (new.tokens == NOT_FINITE) & (drafts[:, 0] != NO_TOKEN)
+            after = _unless(spoiled, after, before)
+            new = new._replace(tokens=jnp.where(spoiled, DIRTY, new.tokens))
         ended = progress.ended | (active & after.done)
-        rejected = active & (following[:, i] != after.tokens)
+        rejected = active & ((following[:, i] != after.tokens) | (new.tokens == DIRTY))
         outputs = jax.tree.map(lambda rows, row: rows.at[i].set(row), progress.outputs, new)
         return _Progress(i + 1, after._replace(done=after.done | rejected), ended, outputs)
 
     outputs = _no_outputs(width, logits, needs)
     end = lax.while_loop(goes_on, draw, _Progress(jnp.int32(0), part, part.done, outputs))
     return end.state._replace(done=end.ended), end.outputs
+
+
+def _unless(condition: Bool[Array, "n"], new: DecodeState, old: DecodeState) -> DecodeState:
+    """Return a state whose slots are advanced, but for those of a condition."""
+    return new._replace(
+        steps=jnp.where(condition, old.steps, new.steps),
+        positions=jnp.where(condition, old.positions, new.positions),
+        done=jnp.where(condition, old.done, new.done),
+        output_counts=jnp.where(condition[:, None], old.output_counts, new.output_counts),
+    )
 
 
 def _no_outputs(width: int, logits: Float[Array, "n T V"], needs: Needs) -> StepOutputs:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE
+from llama_jax.decode.sampling import DIRTY, NO_TOKEN, NOT_FINITE
 from llama_jax.engine.counts import Counts
 from llama_jax.engine.draw import Draw
 from llama_jax.engine.generation import token_logprobs
@@ -15,10 +15,13 @@ class NotFiniteError(ArithmeticError):
 
 
 def tokens_of(column: Column, results: InFlight) -> list[int]:
-    """Return what was drawn in a column; NOT_FINITE may be the last."""
+    """Return what was drawn in a column; NOT_FINITE may be the last. Note what drafts left."""
     # Once a slot is done it stays so, and where a draft is rejected the rest is not drawn: the
     # first entries are the column's own.
-    return [token for token in results.tokens[:, column.index].tolist() if token != NO_TOKEN]
+    tokens = results.tokens[:, column.index].tolist()
+    if DIRTY in tokens:
+        column.slot.is_dirty, column.slot.cached = True, []
+    return [token for token in tokens if token not in (NO_TOKEN, DIRTY)]
 
 
 def hand_over(column: Column, results: InFlight, counts: Counts) -> None:

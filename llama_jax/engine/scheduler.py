@@ -276,9 +276,9 @@ class Scheduler:
         generation, slot.generation = slot.generation, None
         assert generation is not None
         self._prefills[slot.replica].remove(generation)
-        if isinstance(generation.error, NotFiniteError):
+        if slot.is_dirty or isinstance(generation.error, NotFiniteError):
             self.pipeline.clear_slot(slot)
-            slot.cached = []
+            slot.cached, slot.is_dirty = [], False
         elif self._executor.plan.batch_invariant and slot.num_dispatched:
             # Else tokens read one by one have other bits than those of a prompt.
             slot.cached = [*generation.prompt, *generation.tokens[:-1]]

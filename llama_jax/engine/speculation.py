@@ -123,6 +123,8 @@ class Speculation:
 def _useful(slot: Slot, drafts: list[int]) -> list[int]:
     """Return those drafts that `max_tokens` has room for, with the token after them."""
     assert slot.generation is not None
+    if slot.is_dirty:
+        return []
     return drafts[: max(0, slot.generation.max_tokens - len(slot.generation.tokens) - 1)]
 
 

@@ -245,6 +245,27 @@ def test_cancelled_requests_leave_others_and_the_cache_as_they_are(native):
     assert [parts(r) for r in again] == [parts(r) for r in expected]
 
 
+def test_a_rejected_draft_that_is_not_finite_leaves_no_trace(plan):
+    """The token 7 has such an embedding; it is drafted, and never drawn."""
+    params = executor(plan).params
+    params = params | {"embed": params["embed"].at[7].set(jnp.nan)}
+
+    def run(drafter):
+        own = plan.speculating(DRAFTS if drafter else 0)
+        ex = Executor(CONFIG, params, "float32", batch=2, context=256, plan=own)
+        work = Engine(ex, None, drafter=drafter)
+        # Long answers, then prompts that are as long as these in slots that had them.
+        first = requests(0, prompt_tokens=[5, 6], max_tokens=60)
+        then = requests(1, prompt_tokens=[8, 9] * 25, max_tokens=9)
+        return [parts(r, plan.batch_invariant) for r in answers(work, first) + answers(work, then)]
+
+    def requests(seed, **fixed):
+        bias = {"logit_bias": {"7": -100}, "stop": [], "ignore_eos": True, "logprobs": None}
+        return mixed_requests(4, VOCAB, seed, temperature=0, **fixed, **bias)
+
+    assert run(Scripted(lambda _, count: [7] * count)) == run(None)
+
+
 def test_a_drafter_that_fails_ends_the_requests_in_slots_alone(native):
     failures = [True]
 
