@@ -1,8 +1,8 @@
 """Llama: load a checkpoint, generate, stream, score. What a notebook imports."""
 
-import collections
 import dataclasses
 import functools
+import os
 import pathlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,13 +17,14 @@ from llama_jax.decode.executor import Executor
 from llama_jax.decode.lockstep import Lockstep
 from llama_jax.decode.memory import check_fits
 from llama_jax.decode.plan import choose_plan
+from llama_jax.drafters import DEFAULT_TOKENS, OFF, check_speculation, open_drafter
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.environment import describe
 from llama_jax.engine.queue import check_max_queue
 from llama_jax.engine.request import GenerationRequest, Request, check_tokens, make_request
 from llama_jax.engine.result import Result
 from llama_jax.engine.score import Score, ScoreRequest, Text, make_score_request
-from llama_jax.engine.stream import Stream, finish_in_order
+from llama_jax.engine.stream import Stream, finish_in_order, read_all
 from llama_jax.errors import InputError
 from llama_jax.nn.sharding import check_replicas, find_mesh, replicas_of
 from llama_jax.progress import progress_bar, say
@@ -44,7 +45,7 @@ class Llama:
         context, slots, max_queue: see `load`.
         reuse: see `Engine`.
         load_s: seconds that loading took, for the results' timings.
-        lockstep: see `load`.
+        speculate, speculate_tokens, lockstep: see `load`.
     """
 
     def __init__(
@@ -56,10 +57,13 @@ class Llama:
         reuse: bool = True,
         max_queue: int | None = None,
         determinism: str = "strict",
+        speculate: str | os.PathLike[str] | None = OFF,
+        speculate_tokens: int = DEFAULT_TOKENS,
         load_s: float = 0.0,
         lockstep: Lockstep | None = None,
     ):
         config = checkpoint.config
+        draft_tokens = check_speculation(speculate, speculate_tokens)
         replicas = 1 if checkpoint.mesh is None else replicas_of(checkpoint.mesh)
         check_sizes(config, context, slots, replicas)
         check_max_queue(max_queue)
@@ -77,7 +81,7 @@ class Llama:
             checkpoint.dtype,
             batch=slots,
             context=context,
-            plan=choose_plan(config, checkpoint.dtype, determinism),
+            plan=choose_plan(config, checkpoint.dtype, determinism).speculating(draft_tokens),
             drawable=tokenizer and tokenizer.vocab_size,
             mesh=checkpoint.mesh,
             lockstep=lockstep,
@@ -88,6 +92,7 @@ class Llama:
             environment=describe(checkpoint, self.executor),
             max_queue=max_queue,
             reuse=reuse,
+            drafter=open_drafter(speculate, self.executor, checkpoint, determinism),
         )
 
     @classmethod
@@ -103,6 +108,8 @@ class Llama:
         devices: int | str = 1,
         replicas: int = 1,
         eos_tokens: Sequence[int] | None = None,
+        speculate: str | os.PathLike[str] | None = OFF,
+        speculate_tokens: int = DEFAULT_TOKENS,
         verify: bool = False,
         convert: bool = False,
         progress: bool = False,
@@ -123,19 +130,22 @@ class Llama:
             max_queue: requests that may wait beyond those; None: any number.
             determinism: `strict`: a request's tokens depend neither on `slots` nor on the others;
                 `fast`: on a GPU or TPU, or a CPU without the kernels, they may.
-            devices: how many to split the model over, or "all"; see `find_devices`. Each holds its
-                part of the weights and caches. A request's tokens do not depend on it with the
-                CPU kernels; elsewhere see docs/scaling.md.
+            devices: how many to split the model over, or "all"; see `find_devices`. A request's
+                tokens do not depend on it with the CPU kernels; elsewhere see docs/scaling.md.
             replicas: copies of the model, which share the slots, and each of which has so many
-                devices; with "all", all of this machine's are shared equally. For more answers at
-                once from a model that fits; a request's tokens depend on it as on `devices`.
+                devices; with "all", all of this machine's are shared equally. A request's tokens
+                depend on it as on `devices`.
             eos_tokens: ids that end an answer, in place of the checkpoint's.
+            speculate: what drafts tokens, several of which are verified in one pass: "ngram" (the
+                text itself), the path of a checkpoint of the same vocabulary, or "off". The tokens
+                are the same; see docs/reproducibility.md.
+            speculate_tokens: drafts of a pass at most, 1 to 15.
             convert: take Hugging Face's or Meta's folder, or hf://ORG/NAME, too. It is converted
                 once, into the user's cache (docs/checkpoints.md).
             verify: first compare all weights with the checkpoint's digests.
             progress: say on stderr what memory it takes, if much, and how far it is, if slow.
-            lockstep: tells other processes, which hold a part of the model, of each call; see
-                `hosts.Leader`. None: there are none, or they make the same calls by themselves.
+            lockstep: tells other processes of each call; see `hosts.Leader`. None: there are none,
+                or they make the same calls by themselves.
 
         Raises:
             InputError: see `load_checkpoint`; context out of range; a tokenizer of another model;
@@ -150,7 +160,8 @@ class Llama:
         check_sizes(config, context, slots, replicas)
         check_max_queue(max_queue)
         dtype = choose_dtype(dtype, manifest["dtype"])
-        plan = choose_plan(config, dtype, determinism)
+        draft_tokens = check_speculation(speculate, speculate_tokens)
+        plan = choose_plan(config, dtype, determinism).speculating(draft_tokens)
         mesh = find_mesh(config, devices, replicas)
         say(check_fits(config, plan, slots, context or config.max_seq_len, mesh), shown=progress)
         if eos_tokens is not None:
@@ -160,8 +171,8 @@ class Llama:
         jax.block_until_ready(checkpoint.params)
         load_s = time.perf_counter() - began
         sizes = {"context": context, "slots": slots, "max_queue": max_queue}
-        how = {"determinism": determinism, "lockstep": lockstep}
-        return cls(checkpoint, **sizes, **how, load_s=load_s)
+        how = {"determinism": determinism, "speculate": speculate, "lockstep": lockstep}
+        return cls(checkpoint, **sizes, **how, speculate_tokens=speculate_tokens, load_s=load_s)
 
     @property
     def context(self) -> int:
@@ -170,13 +181,8 @@ class Llama:
 
     @property
     def weight_bytes_per_token(self) -> int:
-        """Bytes of weights that a device reads for one decoded token; of the embedding table, next
-        to none."""
-        params = dict(self.executor.params)
-        if not self.config.tie_embeddings:
-            del params["embed"]
-        parts = (array.addressable_shards[0].data for array in jax.tree.leaves(params))
-        return sum(part.nbytes for part in parts)
+        """Bytes of weights that a device reads for one decoded token."""
+        return self.executor.weight_bytes_per_token
 
     def generate(self, **request: Any) -> Result:
         """Generate a whole answer.
@@ -188,7 +194,7 @@ class Llama:
             InputError: naming what is wrong with the request, or that it does not fit the context.
             QueueFullError: `max_queue` requests wait already.
         """
-        return _read(self.stream(**request))
+        return read_all(self.stream(**request))
 
     def stream(self, **request: Any) -> Stream:
         """Generate piece by piece: the same tokens and text as `generate`.
@@ -205,8 +211,8 @@ class Llama:
     def generate_all(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Generate for many requests, as many at once as there are slots; yield in their order.
 
-        The tokens are those of each request alone (on a GPU or TPU as far as docs/design.md says,
-        Exactness). Requests are taken one by one as slots get free.
+        The tokens are those of each request alone (docs/design.md, Exactness). Requests are taken
+        one by one as slots get free.
 
         Args:
             requests: see `Request`.
@@ -219,7 +225,7 @@ class Llama:
             if stream is None:
                 assert error is not None
                 raise error
-            yield _read(stream)
+            yield read_all(stream)
 
     def _submit(self, request: Request) -> tuple[InputError | None, Stream | None]:
         try:
@@ -254,13 +260,12 @@ class Llama:
             progress: show a bar on stderr if it takes over a second.
 
         Raises:
-            InputError: nothing to score, a stride out of range, text without a tokenizer, or ids
-                outside the vocabulary.
+            InputError: nothing to score, a stride out of range, or see `Engine.submit`.
         """
         request = self.score_request(text, continuation, stride=stride, parse_control=parse_control)
         streams = map(self.start, request.requests)
         bar = progress_bar(request.windows, unit="window", shown=progress)
-        return request.score(_read(next(streams)) for _ in bar)
+        return request.score(read_all(next(streams)) for _ in bar)
 
     def score_request(
         self,
@@ -293,8 +298,3 @@ class Llama:
                 f"got {len(token_ids):,} tokens, but the context holds {self.context:,}; give fewer"
             )
         return self.engine.between_turns(lambda executor: executor.logits(token_ids))
-
-
-def _read(stream: Stream) -> Result:
-    collections.deque(stream, maxlen=0)
-    return stream.result

@@ -17,6 +17,7 @@ ORDER = [
     {"decode", "weights"},
     {"provenance"},
     {"engine", "source"},
+    {"drafters"},
     {"card", "llama"},
     {"receipt"},
     {"replay"},

@@ -144,6 +144,11 @@ def summary(llm: Llama, result: Result, repeat: str) -> str:
             f"decode {t.decode_s:.3f} s "
             f"({rate:,.0f} tok/s, {rate * llm.weight_bytes_per_token / 1e9:.2f} GB/s of weights)"
         )
+    if (drafts := result.speculation) is not None:
+        parts.append(
+            f"{drafts.tokens_per_pass:.2f} tokens a pass ({drafts.accepted} of {drafts.drafted} "
+            "drafts accepted)"
+        )
     parts.append(f"{result.usage.completion_tokens} tokens, {result.finish_reason}")
     seed = f"seed {result.seed}"
     if repeat:

@@ -2,7 +2,13 @@
 
 from absl import flags
 
-from llama_jax.cli import batch_flags, ray_flags, receipt_flags, serve_flags
+from llama_jax.cli import (
+    batch_flags,
+    ray_flags,
+    receipt_flags,
+    serve_flags,
+    speculation_flags,
+)
 from llama_jax.decode.chips import CHIPS
 from llama_jax.decode.plan import DETERMINISM
 from llama_jax.weights.dtypes import DTYPES
@@ -21,6 +27,7 @@ def define() -> None:
     _define_output_flags()
     _define_score_flags()
     ray_flags.define()
+    speculation_flags.define()
     receipt_flags.define()
     serve_flags.define()
     batch_flags.define()

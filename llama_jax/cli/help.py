@@ -22,6 +22,7 @@ from llama_jax.cli.verbs import (
     SAMPLING,
     SCORE,
     SERVE,
+    SPECULATION,
     SWEEP,
     VERBS,
     VERIFY,
@@ -42,6 +43,7 @@ _GROUPS = {
     "Ray": RAY,
     "Score": SCORE,
     "Model": tuple(name for name in MODEL if name not in HOSTS),
+    "Speculation": SPECULATION,
     "Memory": ESTIMATE,
     "Receipt": tuple(
         dict.fromkeys(("receipt", *KEPT_RECEIPTS, *RECEIPT, *VERIFY, *REPLAY, *RESUME))
@@ -77,6 +79,7 @@ _VALUES = {
     "api_token": "TOKEN",
     "allowed_origins": "URL,...",
     "served_model_name": "NAME",
+    "speculate": "WORD|DIR",
 }
 """Names of the flags' values; the others are named by their type."""
 
@@ -110,7 +113,11 @@ _EXAMPLES = {
         "compare DIR DIR,dtype=bfloat16 --input=requests.jsonl",
     ),
     "selftest": ("selftest", "selftest --devices=all"),
-    "serve": ("serve --port=8787 --slots=16 --receipts=1000", "serve --estimate --slots=64"),
+    "serve": (
+        "serve --port=8787 --slots=16 --receipts=1000",
+        "serve --speculate=ngram --speculate_tokens=4",
+        "serve --estimate --slots=64",
+    ),
 }
 
 _END = """\

@@ -74,6 +74,8 @@ def load_model(
         "devices": parse_devices(),
         "replicas": FLAGS.replicas,
         "eos_tokens": FLAGS.eos_tokens and parse_tokens("eos_tokens", FLAGS.eos_tokens),
+        "speculate": FLAGS.speculate,
+        "speculate_tokens": FLAGS.speculate_tokens,
         "verify": FLAGS.verify,
     } | instead
     with contextlib.nullcontext() if FLAGS.debug else orbax_muted():

@@ -10,6 +10,7 @@ MODEL = (
     *("checkpoint", "dtype", "context", "slots", "determinism", "devices", "replicas"),
     *("eos_tokens", "verify", "convert", *HOSTS),
 )
+SPECULATION = ("speculate", "speculate_tokens")
 ESTIMATE = ("estimate", "config", "chip")
 PROMPT = (
     *("prompt", "prompt_file", "system", "messages", "prompt_tokens", "request"),
@@ -90,7 +91,7 @@ VERBS = {
             arguments="--prompt=TEXT [flags]",
             summary="Answer one prompt.",
             takes=(
-                *(*MODEL, *ESTIMATE, *PROMPT, *SAMPLING, *OUTPUT),
+                *(*MODEL, *SPECULATION, *ESTIMATE, *PROMPT, *SAMPLING, *OUTPUT),
                 *(*RECEIPT, *RESUME, *VERIFY, *GENERAL),
             ),
         ),
@@ -98,7 +99,7 @@ VERBS = {
             name="chat",
             arguments="[flags]",
             summary="Chat in the terminal.",
-            takes=(*MODEL, "system", "allow_control_tags", *SAMPLING, *GENERAL),
+            takes=(*MODEL, *SPECULATION, "system", "allow_control_tags", *SAMPLING, *GENERAL),
             refuses_others="which reads turns from stdin and streams text in the chat format",
             takes_at_default=("raw", "output", "stream"),
         ),
@@ -106,7 +107,17 @@ VERBS = {
             name="batch",
             arguments="--input=FILE --output=FILE",
             summary="Answer a file of requests.",
-            takes=(*MODEL, *ESTIMATE, *BATCH, "output", "seed", *RAY, *RECEIPT, *GENERAL),
+            takes=(
+                *MODEL,
+                *SPECULATION,
+                *ESTIMATE,
+                *BATCH,
+                "output",
+                "seed",
+                *RAY,
+                *RECEIPT,
+                *GENERAL,
+            ),
             refuses_others="whose requests are in --input",
         ),
         Verb(
@@ -125,7 +136,7 @@ VERBS = {
             arguments="--seeds=0:64 --prompt=TEXT [flags]",
             summary="Answer one prompt by many seeds.",
             takes=(
-                *(*MODEL, *PROMPT, *SWEEP, *RECEIPT, *GENERAL),
+                *(*MODEL, *SPECULATION, *PROMPT, *SWEEP, *RECEIPT, *GENERAL),
                 *(name for name in SAMPLING if name != "seed"),
             ),
             refuses_others="which prints a line of JSON for each of --seeds",
@@ -166,7 +177,7 @@ VERBS = {
             name="serve",
             arguments="[flags]",
             summary="Serve the HTTP API.",
-            takes=(*MODEL, *ESTIMATE, *SERVE, *KEPT_RECEIPTS, *GENERAL),
+            takes=(*MODEL, *SPECULATION, *ESTIMATE, *SERVE, *KEPT_RECEIPTS, *GENERAL),
             refuses_others="whose requests come over HTTP",
         ),
     )

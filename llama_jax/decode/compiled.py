@@ -46,6 +46,11 @@ class CompiledPrograms:
         self._log_lock = threading.Lock()
         self._was_wanted: set[Program] = set()
 
+    @property
+    def drawable(self) -> int | None:
+        """Ids below it are sampled; None: all."""
+        return self._target.drawable
+
     def __getitem__(self, name: str) -> jax.stages.Compiled:
         """Return the executable of a program that is compiled, to inspect it."""
         return next(e for program, e in self._executables.items() if str(program) == name)

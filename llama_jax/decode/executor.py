@@ -1,7 +1,7 @@
 """Executor: one set of weights on the device, and the calls that read prompts and decode."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,10 +33,11 @@ from llama_jax.decode.state_programs import (
     InitCache,
     InitState,
     Release,
-    empty_admission,
 )
 from llama_jax.decode.steps import Logprobs, ReadChunk, StepOutputs, with_infinities
 from llama_jax.decode.texts import CheckedDraws, Law
+from llama_jax.decode.warm_up import example, serving_programs
+from llama_jax.decode.window_programs import Verify
 from llama_jax.jax_settings import pinned_settings, to_host
 from llama_jax.nn.sharding import ONE_DEVICE, make_mesh, place, replicas_of, shards_of
 from llama_jax.nn.transformer import Params, Transformer
@@ -96,6 +97,16 @@ class Executor:
     def compiled(self) -> CompileLog:
         """What was compiled so far."""
         return self.programs.log
+
+    @property
+    def weight_bytes_per_token(self) -> int:
+        """Bytes of weights that a device reads for one decoded token; of the embedding table, next
+        to none."""
+        params = dict(self.params)
+        if not self.config.tie_embeddings:
+            del params["embed"]
+        parts = (array.addressable_shards[0].data for array in jax.tree.leaves(params))
+        return sum(part.nbytes for part in parts)
 
     def init_state(self) -> DecodeState:
         """Return a fresh state of idle slots."""
@@ -182,6 +193,31 @@ class Executor:
         state, outputs = self.call(program, self.params, state, slots)
         return state, outputs, slots
 
+    def verify(
+        self,
+        state: DecodeState,
+        drafts: Mapping[int, Sequence[int]],
+        width: int,
+        longest: int,
+        needs: Needs = ALL_NEEDS,
+    ) -> tuple[DecodeState, StepOutputs, list[int]]:
+        """Draw the next tokens of some slots, one and one more for each draft that equals it.
+
+        Args:
+            state, longest, needs: see `decode`.
+            drafts: of each slot to decode, at most `width` - 1.
+            width: one of the plan's windows.
+
+        Returns:
+            As `decode`: `width` steps.
+        """
+        slots = self.sizes.decode_slots(list(drafts))
+        sizes = len(slots), width, self.sizes.bucket(longest + width)
+        program = self.programs.choose([Verify(*sizes, each) for each in covering(needs)])
+        own = [drafts.get(slot, ()) for slot in slots]
+        state, outputs = self.call(program, self.params, state, slots, own)
+        return state, outputs, slots
+
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return the float32 logits [T, V] after each token of a text."""
         cache = self.call(InitCache())
@@ -211,13 +247,13 @@ class Executor:
         ids, *measured = (np.concatenate(rows)[drawn] for rows in zip(*parts, strict=True))
         return CheckedDraws(ids, *map(with_infinities, measured))
 
-    def warm_up(self) -> Iterator[tuple[int, int]]:
-        """Compile programs that serve every request; yield (done, total) after each.
+    def warm_up(self, programs: Iterable[Program] | None = None) -> Iterator[tuple[int, int]]:
+        """Compile some programs, or those that serve every request; yield (done, total) after each.
 
         Those that do less, where less is needed, are compiled when they are first `wanted`, and
         `Score`, which takes little time, when it is first called.
         """
-        needed = list(serving_programs(self.sizes))
+        needed = list(serving_programs(self.sizes) if programs is None else programs)
         for done, program in enumerate(needed, start=1):
             self.compile(program)
             yield done, len(needed)
@@ -233,35 +269,8 @@ class Executor:
         """Compile one of the programs that requests need; any thread may, beside calls."""
         if self.lockstep is not None:
             self.lockstep.compile(program)
-        self.programs.compile(program, *self._example(program))
-
-    def _example(self, program: Any) -> tuple[Any, ...]:
-        """Return arguments of a program's shapes; no state is allocated."""
-        match program:
-            case Admit():
-                new = empty_admission(self.config)
-                return program.arguments(self._state_shapes, 0, new)
-            case FirstToken():
-                return program.arguments(self.params, self._state_shapes, 0, self._chunk_shapes(1))
-            case Score():
-                chunk = self._chunk_shapes(program.size)
-                return program.arguments(self.params, chunk, 0, [0], 0)
-            case Prefill():
-                return program.arguments(self.params, self._state_shapes)
-            case Decode():
-                slots = range(program.num_slots)
-                return program.arguments(self.params, self._state_shapes, slots)
-            case InitState():
-                return program.arguments()
-            case _:
-                return program.arguments(self._state_shapes)
-
-    def _chunk_shapes(self, size: int) -> ReadChunk:
-        def of_rows(rows: int) -> Any:
-            shape = (rows * self.sizes.replicas, self.config.dim)
-            return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-        return ReadChunk(last=of_rows(1), hidden=of_rows(size))
+        model = self.config, self.params, self._state_shapes, self.sizes.replicas
+        self.programs.compile(program, *example(program, *model))
 
     @functools.cached_property
     def _state_shapes(self) -> DecodeState:
@@ -276,14 +285,3 @@ class Executor:
     def _part_of(self, results: Any, slot: int) -> Any:
         """Return the results that a slot's replica has of a program about the slot."""
         return part_of(results, self.mesh, self.sizes.replica_of(slot))
-
-
-def serving_programs(sizes: Sizes) -> Iterator[Program]:
-    """Yield the programs that serve every request at these sizes; `Score` is not among them."""
-    yield from (InitState(), Admit(), Release(), CopySlot(), FirstToken())
-    for bucket in sizes.buckets:
-        for size in sizes.plan.prefill_sizes:
-            if size <= bucket:
-                yield Prefill(size, bucket)
-        for count in sizes.decode_counts:
-            yield Decode(count, sizes.plan.decode_steps, bucket)

@@ -49,7 +49,8 @@ def needed_memory(
         context: tokens of prompt plus output that each holds.
         shards: into how many parts it is split.
     """
-    capacity = Sizes(plan, slots, context).capacity
+    sizes = Sizes(plan, slots, context)
+    capacity = sizes.capacity
     heads = config.num_kv_heads // shards.kv
     numbers = 2 * config.num_layers * heads * config.head_dim * capacity
     item = jnp.dtype(plan.cache).itemsize
@@ -57,25 +58,30 @@ def needed_memory(
         weights=num_params(config, shards) * jnp.dtype(plan.weights).itemsize,
         caches=slots * numbers * item,
         working=slots * _STATE_BYTES * config.vocab_size
-        + _temporary(config, plan, shards, slots, capacity)
+        + _temporary(config, sizes, shards)
         # XLA on a TPU turns some layers' caches of one slot to another layout for a prefill.
         + (0 if plan.batch_invariant else numbers * item // 8),
     )
 
 
-def _temporary(config: ModelConfig, plan: Plan, shards: Shards, slots: int, capacity: int) -> int:
+def _temporary(config: ModelConfig, sizes: Sizes, shards: Shards) -> int:
     """Return an upper bound on the bytes of the largest program's temporary arrays."""
+    plan, slots, capacity = sizes.plan, sizes.batch, sizes.capacity
+    # Tokens that one pass decodes: one of each slot, or the windows of some.
+    windows = (count * max(sizes.windows(count), default=1) for count in sizes.decode_counts)
+    rows = max(slots, *windows)
     kernels, chunk, item = plan.kernels, max(plan.prefill_sizes), jnp.dtype(plan.cache).itemsize
     seen = {"whole": capacity, "tree": capacity, "native": 0}
     prefill = kernels.prefill_attention or kernels.attention
     scores = (
         config.num_heads
         // shards.devices
-        * max(chunk * seen.get(prefill, BLOCK), slots * seen.get(kernels.attention, BLOCK))
+        * max(chunk * seen.get(prefill, BLOCK), rows * seen.get(kernels.attention, BLOCK))
     )
     activations = chunk * (3 * config.ffn_dim + 4 * config.dim)
     # Of each slot's last token, or of every token of a prompt that is scored.
-    logits = max(8 * max(slots, kernels.decode_rows or 1), 4 * chunk) * config.vocab_size
+    padded = max(rows, (kernels.decode_rows or 1) * max(plan.windows, default=1))
+    logits = max(8 * padded, 4 * chunk) * config.vocab_size
     # Scores in float32, and once more as the weights of values.
     return scores * (4 + item) + 4 * max(activations, logits)
 

@@ -17,6 +17,9 @@ DETERMINISM = ("strict", "fast")
 """strict: the tokens of a request depend neither on the number of slots nor on other requests.
 fast: where that costs time, they may."""
 
+NARROW_WINDOWS = 4, 8
+"""Widths of windows with fewer drafts than the most: on a CPU up to 4 rows cost little."""
+
 DECODE_ROWS = 8
 """Rows of a product of strict plans: slots are padded to a multiple of them. A server has so many
 by default, and a TPU's tiles too."""
@@ -36,6 +39,8 @@ class Plan(NamedTuple):
     """Tokens decoded per call."""
     max_in_flight: int = 1
     """Calls in flight before the oldest one's tokens are read."""
+    draft_tokens: int = 0
+    """Tokens that may be drafted and then verified in one pass; 0: no speculation."""
 
     @property
     def by_bucket(self) -> bool:
@@ -57,6 +62,27 @@ class Plan(NamedTuple):
         """Whether a logit's bits depend neither on the number of slots nor on their lengths."""
         in_one_sum = self.kernels.attention == "whole"
         return self.batch_invariant or (self.kernels.decode_rows is not None and not in_one_sum)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Tokens of a slot that one pass computes, in rising order: the last one and its drafts.
+
+        A narrower window takes less time. Where bits may depend on its width there is but one.
+        """
+        if not self.draft_tokens:
+            return ()
+        widest = self.draft_tokens + 1
+        narrower = (width for width in NARROW_WINDOWS if width < widest and self.batch_invariant)
+        return (*narrower, widest)
+
+    def speculating(self, draft_tokens: int) -> "Plan":
+        """Return the plan with speculation, or without for 0.
+
+        Drafts are made from tokens that were read, so one call is in flight.
+        """
+        if not draft_tokens:
+            return self
+        return self._replace(draft_tokens=draft_tokens, max_in_flight=1)
 
     @property
     def reuse_multiple(self) -> int:

@@ -35,6 +35,9 @@ NO_TOKEN = -1
 NOT_FINITE = -2
 """In place of a token: a NaN or plus infinity among the row's logits, or no finite one allowed."""
 
+DIRTY = -3
+"""In place of no token: a draft has numbers that are not finite, in the cache too."""
+
 
 class SamplingParams(NamedTuple):
     """How each row is sampled: arrays, so that a change of values never recompiles."""

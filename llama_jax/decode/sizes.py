@@ -12,6 +12,10 @@ from collections.abc import Iterator, Sequence
 from llama_jax.decode.plan import Plan
 from llama_jax.nn import attention
 
+MAX_WINDOW_ROWS = 32
+"""Tokens of all slots of a replica that a pass verifies at most, if the engine may choose: beyond
+that a pass takes as much longer as it computes more."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -36,9 +40,13 @@ class Sizes:
 
     @functools.cached_property
     def capacity(self) -> int:
-        """Cache positions of each slot: the context, padded to whole attention blocks."""
+        """Cache positions of each slot: the context, padded to whole attention blocks.
+
+        With room for a window that begins at the last token.
+        """
         # Two blocks at least: XLA compiles a loop of one turn as no loop, to other bits.
-        blocks = -(-self.padded(self.context) // attention.BLOCK)
+        longest = max(self.padded(self.context), self.context + self.plan.draft_tokens)
+        blocks = -(-longest // attention.BLOCK)
         return max(2, blocks) * attention.BLOCK
 
     @functools.cached_property
@@ -83,6 +91,16 @@ class Sizes:
         while bucket < length:
             bucket *= 2
         return min(bucket, self.capacity)
+
+    def windows(self, count: int) -> tuple[int, ...]:
+        """Return the windows that a program computes for so many slots, in rising order.
+
+        Where windows and single tokens have the same bits, drafts of many slots are not worth it.
+        """
+        if not self.plan.batch_invariant:
+            return self.plan.windows
+        most = MAX_WINDOW_ROWS * self.replicas // count
+        return tuple(width for width in self.plan.windows if width <= most)
 
     def decode_slots(self, slots: Sequence[int]) -> list[int]:
         """Return the slots to compute: all, unless the plan is batch-invariant.

@@ -133,7 +133,7 @@ def first_token(
     logits = model.bind({"params": params}).logits(last[None])[0]
     part = gather_rows(state, slot[None])
     part = part._replace(done=jnp.zeros_like(part.done))
-    part, outputs = _emit(part, lax.optimization_barrier(logits), needs, drawable)
+    part, outputs = emit(part, lax.optimization_barrier(logits), needs, drawable)
     return scatter_rows(state, part, slot[None]), jax.tree.map(lambda a: a[None], outputs)
 
 
@@ -165,7 +165,7 @@ def decode_step(
     positions = state.positions + active.astype(jnp.int32)
     state = state._replace(cache=cache, positions=positions)
     # The programs of other needs must find the same logits: nothing below is fused into the model.
-    return _emit(state, lax.optimization_barrier(logits[:, 0, :]), needs, drawable)
+    return emit(state, lax.optimization_barrier(logits[:, 0, :]), needs, drawable)
 
 
 def decode(
@@ -211,7 +211,7 @@ def decode(
     return scatter_rows(state, part, slots), outputs
 
 
-def _emit(
+def emit(
     state: DecodeState,
     logits: Float[Array, "B V"],
     needs: Needs,

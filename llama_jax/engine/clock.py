@@ -9,13 +9,13 @@ class Clock:
     """Seconds of work, and seconds of compiling within the engine's turns.
 
     Args:
-        compiled: the executor's.
+        compiled: of each executor.
     """
 
-    def __init__(self, compiled: CompileLog | None = None):
+    def __init__(self, *compiled: CompileLog):
         self.worked_s = 0.0
         self.compiled_s = 0.0
-        self._compiled = CompileLog() if compiled is None else compiled
+        self._compiled = compiled
         self._mark = self._now()
 
     def start(self) -> None:
@@ -30,4 +30,4 @@ class Clock:
         self.worked_s += now - began - (compiled_now - compiled_before)
 
     def _now(self) -> tuple[float, float]:
-        return time.perf_counter(), self._compiled.waited_s
+        return time.perf_counter(), sum(log.waited_s for log in self._compiled)

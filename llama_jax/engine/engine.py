@@ -4,30 +4,32 @@ A fixed number of slots, and one queue, in which clients take turns. `Scheduler`
 does; this is the part that many threads may call.
 """
 
-import dataclasses
 import logging
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TypeVar
+
+import jax
 
 from llama_jax.decode.executor import Executor
 from llama_jax.engine.clock import Clock
 from llama_jax.engine.counts import Counts
+from llama_jax.engine.drafter import Drafter
 from llama_jax.engine.environment import UNKNOWN, Environment
 from llama_jax.engine.fair_lock import FairLock
+from llama_jax.engine.fit import fit
+from llama_jax.engine.frames import drop_locals
 from llama_jax.engine.generation import Generation
-from llama_jax.engine.parameters import DEFAULT_MAX_TOKENS
 from llama_jax.engine.queue import Queue
 from llama_jax.engine.refusals import (
     ClientShareError,
-    ContextError,
     EngineFailedError,
     QueueFullError,
 )
 from llama_jax.engine.request import GenerationRequest
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.waiting import Waiting
+from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -50,6 +52,7 @@ class Engine:
         environment: what results are to carry.
         max_queue: requests that may wait beyond those in slots; None: any number.
         reuse: let a prompt reuse what slots hold.
+        drafter: what proposes tokens, if the executor's plan has `draft_tokens`.
     """
 
     def __init__(
@@ -60,13 +63,18 @@ class Engine:
         environment: Environment = UNKNOWN,
         max_queue: int | None = None,
         reuse: bool = True,
+        drafter: Drafter | None = None,
     ):
         self.executor, self.tokenizer = executor, tokenizer
         self.environment, self.max_queue = environment, max_queue
-        self._clock = Clock(executor.compiled)
+        self._clock = Clock(executor.compiled, *(drafter.compiled if drafter else ()))
         self._queue = Queue()
         self._waiting = Waiting(self._queue)
-        self._scheduler = Scheduler(executor, self._waiting, self._clock, reuse=reuse)
+        assert (drafter is None) == (executor.plan.draft_tokens == 0), executor.plan
+        self._drafter = drafter
+        self._scheduler = Scheduler(
+            executor, self._waiting, self._clock, reuse=reuse, drafter=drafter
+        )
         self._turn_lock, self._submit_lock = FairLock(), threading.Lock()
         self._work = threading.Event()
         self._failed: EngineFailedError | None = None
@@ -126,17 +134,19 @@ class Engine:
             background: it has slots that no live request needs, see `Waiting`; any number waits.
 
         Raises:
-            InputError: text without a tokenizer, or ids outside the vocabulary.
+            InputError: text without a tokenizer, or ids outside the vocabulary; speculation in
+                several processes without lockstep.
             ContextError: prompt and max_tokens, or 1 token if none is given, do not fit the
                 context.
             QueueFullError: the queue is full, or the client's share of it (ClientShareError).
             EngineFailedError: `run` gave up.
         """
+        self._check_processes()
         vocab_size = self.executor.config.vocab_size
         prompt = request.encode(self.tokenizer, vocab_size)
         drawable = vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
         request.parameters.check_token_ids(drawable)
-        request = _fit(request, len(prompt), self.executor.context)
+        request = fit(request, len(prompt), self.executor.context)
         generation = Generation(
             request,
             prompt,
@@ -153,6 +163,14 @@ class Engine:
         if not generation.done:  # what it continues may have ended
             self._enqueue(generation, share)
         return generation
+
+    def _check_processes(self) -> None:
+        """Refuse to speculate in processes that decide by themselves: it depends on time."""
+        if self._drafter is not None and self.executor.lockstep is None and jax.process_count() > 1:
+            raise InputError(
+                "several processes speculate, and none tells the others of its calls; load the "
+                "model with a lockstep, or with speculate off"
+            )
 
     def _enqueue(self, generation: Generation, share: int | None) -> None:
         """Put a generation into the queue, if there is room for it."""
@@ -220,7 +238,7 @@ class Engine:
             try:
                 return self._scheduler.turn()
             except BaseException as error:  # an interrupt too: the state was given away
-                _drop_locals(error)
+                drop_locals(error)
                 self._scheduler.fail_all(error)
                 if not isinstance(error, Exception):
                     raise
@@ -248,7 +266,15 @@ class Engine:
         """
         with self._turn_lock:
             self._scheduler.pipeline.allocate()
-        yield from self.executor.warm_up()
+        drafter, done, total = self._drafter, 0, 0
+        more = 0 if drafter is None else drafter.num_programs
+        for done, total in self.executor.warm_up():
+            yield done, total + more
+        if drafter is not None:
+            with self._turn_lock:
+                drafter.allocate()
+            for also_done, _ in drafter.warm_up():
+                yield done + also_done, total + more
 
     def compile_wanted(self, stopping: threading.Event) -> None:
         """Compile, beside the turns, programs that serve the requests so far in less time.
@@ -264,25 +290,3 @@ class Engine:
                 self.executor.compile(program)
             except Exception:
                 _LOGGER.exception("%s is not compiled; a slower program serves", program)
-
-
-def _fit(request: GenerationRequest, prompt_tokens: int, context: int) -> GenerationRequest:
-    """Return a request with its max_tokens; refuse one that the context has no room for."""
-    given, room = request.parameters.max_tokens, context - prompt_tokens
-    if (1 if given is None else given) > room:
-        raise ContextError(prompt_tokens, given, context)
-    limit = min(DEFAULT_MAX_TOKENS, room) if given is None else given
-    parameters = dataclasses.replace(request.parameters, max_tokens=limit)
-    return dataclasses.replace(request, parameters=parameters)
-
-
-def _drop_locals(error: BaseException) -> None:
-    """Empty the frames that an error came through: they hold the whole decode state."""
-    seen: set[int] = set()
-    chain: list[BaseException | None] = [error]
-    while chain:
-        link = chain.pop()
-        if link is not None and id(link) not in seen:
-            seen.add(id(link))
-            traceback.clear_frames(link.__traceback__)
-            chain += [link.__cause__, link.__context__]

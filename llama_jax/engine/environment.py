@@ -14,6 +14,7 @@ import jax
 
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.host import vector_instructions
+from llama_jax.decode.plan import Plan
 from llama_jax.decode.sampling import SAMPLER_VERSION
 from llama_jax.jax_settings import IN_FINGERPRINT
 from llama_jax.nn.cpu_kernels import instruction_set
@@ -74,7 +75,7 @@ def describe(checkpoint: Checkpoint, executor: Executor) -> Environment:
         "tokenizer": checkpoint.tokenizer_digest,
         "config": dataclasses.asdict(checkpoint.config),
         "dtype": checkpoint.dtype,
-        "plan": plan._asdict() | {"kernels": plan.kernels._asdict()},
+        "plan": _parts_of(plan),
         "invariance": _invariance(executor),
         "sizes": None if is_known else (executor.sizes.slots_each, executor.sizes.capacity),
         "mesh": None if plan.batch_invariant else mesh,
@@ -94,6 +95,14 @@ def describe(checkpoint: Checkpoint, executor: Executor) -> Environment:
     sizes["replicas"] = executor.sizes.replicas
     values = json.loads(json.dumps(parts))
     return Environment(values, checkpoint.verified, sizes, checkpoint.folder)
+
+
+def _parts_of(plan: Plan) -> dict[str, Any]:
+    """Return the plan as JSON has it, without what changes no bit."""
+    parts = plan._asdict() | {"kernels": plan.kernels._asdict()}
+    if plan.batch_invariant:
+        del parts["draft_tokens"]
+    return parts
 
 
 def _invariance(executor: Executor) -> str:

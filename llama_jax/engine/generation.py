@@ -12,11 +12,20 @@ from typing import NoReturn
 from llama_jax.decode.sampling import NO_TOKEN
 from llama_jax.decode.steps import Logprobs
 from llama_jax.engine.clock import Clock
+from llama_jax.engine.counts import Counts
 from llama_jax.engine.draw import Draw
 from llama_jax.engine.environment import UNKNOWN, Environment
 from llama_jax.engine.record import Record
 from llama_jax.engine.request import GenerationRequest
-from llama_jax.engine.result import FinishReason, Piece, Result, Timings, TokenLogprob, Usage
+from llama_jax.engine.result import (
+    FinishReason,
+    Piece,
+    Result,
+    Speculated,
+    TokenLogprob,
+    Usage,
+)
+from llama_jax.engine.times import Times
 from llama_jax.jax_settings import to_host
 from llama_jax.text.stop import StopCutter
 from llama_jax.text.tokenizer import EOS_ID, StreamDecoder, Tokenizer
@@ -71,6 +80,7 @@ class Generation:
         """Slots in a row that it gave up, as background work, before it drew a token; `Waiting`."""
         self.reused = 0
         """Tokens of the prompt served from the prefix cache."""
+        self._passes: Counts = Counts()
         self._pieces: collections.deque[Piece] = collections.deque()
         self._tokenizer = tokenizer
         self._decoder = _decoder(request, prompt, tokenizer)
@@ -81,7 +91,7 @@ class Generation:
         self._prompt_logprobs: list[TokenLogprob | None] = [None]
         self._environment, self._on_change = environment, on_change
         self._invocation, self._started = invocation or str(uuid.uuid4()), time.time()
-        self._times = _Times(clock)
+        self._times = Times(clock)
         self._ended = threading.Event()
         is_scored = request.parameters.logprobs is not None
         for draw in request.resumed:
@@ -137,6 +147,10 @@ class Generation:
         """Record that it has a slot, whose cache holds `reused` tokens of its prompt."""
         self.reused = reused
         self._times.begin()
+
+    def count_passes(self, drafted: int, accepted: int, passes: int, tokens: int) -> None:
+        """Count what speculation did for it in a turn."""
+        self._passes.count_passes(drafted, accepted, passes, tokens)
 
     def push(self, draw: Draw, logprob: TokenLogprob | None = None) -> None:
         """Add the next draw, up to the one that ends it; turn it into text."""
@@ -196,9 +210,17 @@ class Generation:
             warnings=self.request.warnings(self._tokenizer),
             logprobs=None if parameters.logprobs is None else self._logprobs,
             prompt_logprobs=self._prompt_logprobs if parameters.prompt_logprobs else None,
+            speculation=self._speculated(),
             record=self._record(),
         )
         self._end()
+
+    def _speculated(self) -> Speculated | None:
+        done = self._passes
+        if not done.passes:
+            return None
+        rate = round(done.pass_tokens / done.passes, 6)
+        return Speculated(done.drafted, done.accepted, done.passes, rate)
 
     def _record(self) -> Record:
         return Record(
@@ -255,42 +277,3 @@ def token_logprobs(
         TokenLogprob(token, chosen[t], list(zip(ids[t][:count], top[t][:count], strict=True)))
         for t, token in enumerate(tokens)
     ]
-
-
-class _Times:
-    """When a generation waited (wall-clock time) and progressed (the engine's clock)."""
-
-    def __init__(self, clock: Clock):
-        self._clock = clock
-        self.submitted = time.perf_counter()
-        self._compiled = clock.compiled_s
-        self._queue_s: float | None = None
-        self._began = self._first = self._last = clock.worked_s
-        self._count = 0
-
-    def begin(self) -> None:
-        self._queue_s = self._waited()
-        self._began = self._first = self._last = self._clock.worked_s
-
-    def token(self) -> None:
-        self._count += 1
-        self._last = self._clock.worked_s
-        if self._count == 1:
-            self._first = self._last
-
-    def _waited(self) -> float:
-        return time.perf_counter() - self.submitted
-
-    def summary(self, prompt_length: int, reused: int) -> Timings:
-        """Return the timings; load_s, which the engine does not know, is 0."""
-        prefill_s, decode_s = self._first - self._began, self._last - self._first
-        read, decoded = prompt_length - reused, self._count - 1
-        return Timings(
-            load_s=0.0,
-            compile_s=self._clock.compiled_s - self._compiled,
-            queue_s=self._waited() if self._queue_s is None else self._queue_s,
-            prefill_s=prefill_s,
-            decode_s=decode_s,
-            prefill_tokens_per_s=read / prefill_s if self._count and prefill_s else None,
-            decode_tokens_per_s=decoded / decode_s if decoded > 0 and decode_s else None,
-        )

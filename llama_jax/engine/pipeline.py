@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -11,8 +12,9 @@ from llama_jax.decode.needs import together
 from llama_jax.decode.sampling import AnyArray
 from llama_jax.decode.state import Admission, DecodeState
 from llama_jax.decode.steps import MEASURES, Logprobs, StepOutputs, with_infinities
-from llama_jax.engine.generation import Generation
+from llama_jax.engine.generation import Generation, token_logprobs
 from llama_jax.engine.slots import Slot
+from llama_jax.engine.speculation import Window
 from llama_jax.jax_settings import copy_to_host_async, to_host
 
 
@@ -33,6 +35,12 @@ class PromptScores:
     logprobs: Logprobs
     targets: list[int]
     """The tokens that were scored."""
+
+    def hand_over(self) -> None:
+        """Give them to the generation."""
+        count = self.generation.request.parameters.logprobs or 0
+        logprobs = token_logprobs(self.logprobs, 0, self.targets, count)
+        self.generation.push_prompt_logprobs(logprobs)
 
 
 @dataclasses.dataclass
@@ -119,6 +127,17 @@ class Pipeline:
         if outputs is not None or scores is not None:
             self._send(outputs, columns, {slot.replica}, scores)
 
+    def verify(self, slots: list[Slot], window: Window) -> None:
+        """Draw the next tokens of some slots as far as drafts equal them; put them in flight."""
+        self._state, outputs, computed = self._executor.verify(
+            self._take_state(),
+            window.drafts,
+            window.width,
+            max(slot.position for slot in slots),
+            together(slot.needs for slot in slots),
+        )
+        self._send(outputs, _columns(slots, computed), {slot.replica for slot in slots})
+
     def decode(self, slots: list[Slot]) -> None:
         """Run the next decode steps of some slots; put their results in flight."""
         longest = max(slot.position for slot in slots)
@@ -127,12 +146,7 @@ class Pipeline:
         self._state, outputs, computed = self._executor.decode(
             self._take_state(), indices, longest, needs
         )
-        columns = [
-            Column(slot, slot.generation, computed.index(slot.index))
-            for slot in slots
-            if slot.generation is not None
-        ]
-        self._send(outputs, columns, {slot.replica for slot in slots})
+        self._send(outputs, _columns(slots, computed), {slot.replica for slot in slots})
 
     def receive(self) -> InFlight:
         """Wait for the oldest results in flight; return them with what was drawn on the host."""
@@ -163,3 +177,12 @@ class Pipeline:
         """Return the state for a call that consumes it."""
         state, self._state = self._state, None
         return self._executor.init_state() if state is None else state
+
+
+def _columns(slots: Sequence[Slot], computed: Sequence[int]) -> list[Column]:
+    """Return whose the columns of results are, given the slot of each."""
+    return [
+        Column(slot, slot.generation, computed.index(slot.index))
+        for slot in slots
+        if slot.generation is not None
+    ]

@@ -66,6 +66,20 @@ class Timings:
 
 
 @dataclasses.dataclass(frozen=True)
+class Speculated:
+    """What drafts saved; see docs/performance.md. It depends on time, and decides no token."""
+
+    drafted: int
+    """Draft tokens that were verified."""
+    accepted: int
+    """Of those, the ones that equal the token drawn."""
+    passes: int
+    """Passes of the model over the last token and its drafts; a step without drafts is one."""
+    tokens_per_pass: float
+    """Tokens drawn in a pass, 1 without any accepted draft."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
     """A finished generation; its fields are those of the command line's JSON."""
 
@@ -92,6 +106,8 @@ class Result:
     """One for each of `tokens`, if requested."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """One for each of `prompt_tokens`, if requested; the first is None."""
+    speculation: Speculated | None = None
+    """None: the model does not speculate, or drew one token at most."""
     record: Record | None = dataclasses.field(default=None, repr=False, compare=False)
     """What a receipt is made of beside this; see `receipt`."""
 

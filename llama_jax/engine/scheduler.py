@@ -10,25 +10,21 @@ tokens need not read them again (a prefix cache hit). It makes no difference to 
 """
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
 
 from llama_jax.decode.executor import Executor
-from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE
+from llama_jax.decode.sampling import NOT_FINITE
 from llama_jax.engine.admission import admission_of
 from llama_jax.engine.clock import Clock
 from llama_jax.engine.counts import Counts
-from llama_jax.engine.draw import Draw
-from llama_jax.engine.generation import Generation, token_logprobs
+from llama_jax.engine.delivery import NotFiniteError, hand_over, tokens_of
+from llama_jax.engine.drafter import Drafter
+from llama_jax.engine.generation import Generation
 from llama_jax.engine.pipeline import Column, InFlight, Pipeline
 from llama_jax.engine.prefills import Prefills
 from llama_jax.engine.result import FinishReason
 from llama_jax.engine.slots import Placement, Slot, assign_slot
+from llama_jax.engine.speculation import Speculation
 from llama_jax.engine.waiting import Waiting
-
-
-class NotFiniteError(ArithmeticError):
-    """The model's logits have a NaN or an infinity, so there is no token to draw."""
 
 
 class Scheduler:
@@ -39,6 +35,7 @@ class Scheduler:
         waiting: requests without a slot; those that get one or end are taken out.
         clock: brought up to now before tokens are handed over.
         reuse: let prompts reuse what slots hold.
+        drafter: what proposes tokens, if the executor's plan speculates.
     """
 
     def __init__(
@@ -48,6 +45,7 @@ class Scheduler:
         clock: Clock,
         *,
         reuse: bool,
+        drafter: Drafter | None,
     ):
         self.counts = Counts()
         self.failures = 0
@@ -58,6 +56,7 @@ class Scheduler:
         self._executor, self._waiting, self._clock, self._reuse = executor, waiting, clock, reuse
         self._prefills = [Prefills() for _ in range(sizes.replicas)]
         self._admitted = itertools.count(1)
+        self._speculation = drafter and Speculation(executor, drafter, clock, self.counts)
 
     @property
     def running(self) -> int:
@@ -87,6 +86,8 @@ class Scheduler:
         for prefills in self._prefills:
             prefills.clear()
         self.pipeline.reset()
+        if self._speculation is not None:
+            self._speculation.reset()
         for slot in self.slots:
             if slot.generation is not None and not slot.generation.done:
                 self._fail(slot.generation, error)
@@ -205,14 +206,33 @@ class Scheduler:
     def _decode(self) -> None:
         """Dispatch the next steps of all answers; hand over the results that are due."""
         active = [slot for slot in self.slots if slot.is_decoding]
-        if active:
-            self.pipeline.decode(active)
-            for slot in active:
-                slot.num_dispatched += self._executor.plan.decode_steps
-            self._receive_ready()
-        else:
+        if not active:
             while not self.pipeline.is_empty:
                 self._receive()
+        elif self._speculation is None:
+            self._decode_steps(active)
+        else:
+            self._decode_or_verify(active, self._speculation)
+
+    def _decode_steps(self, active: list[Slot]) -> None:
+        self.pipeline.decode(active)
+        for slot in active:
+            slot.num_dispatched += self._executor.plan.decode_steps
+        self._receive_ready()
+
+    def _decode_or_verify(self, active: list[Slot], speculation: Speculation) -> None:
+        """Dispatch the next steps of all answers, or a pass over drafts of them."""
+        window = speculation.choose(active)
+        if window is None:
+            self._decode_steps(active)
+        else:
+            self.pipeline.verify(active, window)
+            self._receive_ready()
+        assert self.pipeline.is_empty, "drafts are made from tokens that were read"
+        speculation.end()
+        for slot in active:
+            if slot.generation is not None:
+                slot.num_dispatched = len(slot.generation.tokens)
 
     def _receive_ready(self) -> None:
         """Hand over results until no more than the plan allows are in flight."""
@@ -224,10 +244,7 @@ class Scheduler:
         results = self.pipeline.receive()
         self._clock.update()
         if (scores := results.prompt_scores) is not None and not scores.generation.done:
-            count = scores.generation.request.parameters.logprobs or 0
-            scores.generation.push_prompt_logprobs(
-                token_logprobs(scores.logprobs, 0, scores.targets, count)
-            )
+            scores.hand_over()
         for column in results.columns:
             generation = column.generation
             if generation.done:
@@ -243,29 +260,15 @@ class Scheduler:
 
     def _hand_over(self, column: Column, results: InFlight) -> None:
         """Give a generation its next tokens, up to the one that ends it."""
-        generation, parameters = column.generation, column.generation.request.parameters
-        tokens, measures = results.tokens[:, column.index], results.measures[:, column.index]
-        own = [token for token in tokens.tolist() if token != NO_TOKEN]
+        generation, own = column.generation, tokens_of(column, results)
         if generation.max_tokens == 0 and NOT_FINITE not in own:
             return self._end(generation, "length")  # its prompt was scored, which draws a token
-        scores: Sequence[Any] = [None] * len(own)
-        if parameters.logprobs is not None:
-            assert results.logprobs is not None
-            scores = token_logprobs(results.logprobs, column.index, own, parameters.logprobs)
-        # Once a slot is done it stays so: the first entries are its own.
-        for token, logprob, measured in zip(own, scores, measures.tolist(), strict=False):
-            if token == NOT_FINITE:
-                raise NotFiniteError(
-                    f"the logits of output token {len(generation.tokens)} have a NaN or an "
-                    "infinity, so none can be drawn: the weights have one, a repetition penalty is "
-                    "near 0, or a value exceeds the dtype; use bfloat16 or float32"
-                )
-            self.counts.tokens += 1
-            generation.push(Draw(token, *measured), logprob)
-            if generation.result is not None:
-                self.failures = 0
-                self.counts.count_end(generation.result.finish_reason)
-                break
+        if self._speculation is not None:
+            self._speculation.observe(generation, own)
+        hand_over(column, results, self.counts)
+        if generation.result is not None:
+            self.failures = 0
+            self.counts.count_end(generation.result.finish_reason)
         return None
 
     # Ends.
@@ -275,9 +278,9 @@ class Scheduler:
         generation, slot.generation = slot.generation, None
         assert generation is not None
         self._prefills[slot.replica].remove(generation)
-        if isinstance(generation.error, NotFiniteError):
+        if slot.is_dirty or isinstance(generation.error, NotFiniteError):
             self.pipeline.clear_slot(slot)
-            slot.cached = []
+            slot.cached, slot.is_dirty = [], False
         elif self._executor.plan.batch_invariant and slot.num_dispatched:
             # Else tokens read one by one have other bits than those of a prompt.
             slot.cached = [*generation.prompt, *generation.tokens[:-1]]
@@ -288,8 +291,7 @@ class Scheduler:
     def _end(self, generation: Generation, reason: FinishReason) -> None:
         try:
             generation.finish(reason)
-            assert generation.result is not None
-            self.counts.count_end(generation.result.finish_reason)
+            self.counts.count_end(reason)
         except Exception as error:
             self._fail(generation, error)
 

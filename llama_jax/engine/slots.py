@@ -24,6 +24,8 @@ class Slot:
     num_dispatched: int = 0
     """Tokens of its generation that were dispatched, those it continues included; 0 while the
     prompt is being read."""
+    is_dirty: bool = False
+    """Its cache may hold numbers of drafts that are not finite: nothing more is drafted for it."""
     last_used: int = 0
     """When it was last assigned, counted in generations."""
 

@@ -72,6 +72,12 @@ class Stream:
         self.close()
 
 
+def read_all(stream: Stream) -> Result:
+    """Read a stream to its end; return its result."""
+    collections.deque(stream, maxlen=0)
+    return stream.result
+
+
 def finish_in_order(
     engine: Engine, submissions: Iterable[Callable[[], tuple[T, Stream | None]]]
 ) -> Iterator[tuple[T, Stream | None]]:

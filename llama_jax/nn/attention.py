@@ -156,14 +156,14 @@ def _sum_by_halves(x: Float[Array, "B K q n H"]) -> Float[Array, "B K q H"]:
 
 
 def in_rows(
-    q: Float[Array, "B 1 N H"],
+    q: Float[Array, "B T N H"],
     k: CacheArray,
     v: CacheArray,
-    positions: Int[Array, "B 1"],
+    positions: Int[Array, "B T"],
     *,
     slots: Int[Array, "B"] | None = None,
     attend_len: int,
-) -> Float[Array, "B 1 N H"]:
+) -> Float[Array, "B T N H"]:
     """Attend as `in_blocks`, one sequence after the other.
 
     XLA on a CPU multiplies a few sequences by other code than many. In the body of a loop each is
@@ -172,7 +172,7 @@ def in_rows(
     assert slots is None, "for all slots, in order"
     batch = q.shape[0]
 
-    def attend(row: Int[Array, ""]) -> Float[Array, "1 N H"]:
+    def attend(row: Int[Array, ""]) -> Float[Array, "T N H"]:
         row = jnp.minimum(row, batch - 1)
         part, position = (lax.dynamic_slice_in_dim(a, row, 1) for a in (q, positions))
         out = in_blocks(part, k, v, position, slots=row[None], attend_len=attend_len, widen=True)

@@ -15,6 +15,18 @@ class KernelChoice(NamedTuple):
     prefill_attention: str | None = None
     """Of several queries; None: as `attention`."""
     decode_rows: int | None = None
-    """Rows of every product where a sequence has one query: sequences are padded to a multiple of
-    it and multiplied so many at a time, since the bits of a row may depend on the number of rows.
+    """Sequences of every product where each has one query, or a window: they are padded to a
+    multiple of it and multiplied so many at a time, since the bits of a row may depend on the
+    number of rows.
     None: as many as there are sequences."""
+    windows: bool = False
+    """Several queries of a sequence are a window of its decoding, not a chunk of its prompt. They
+    are padded, multiplied and attended to as one query is: no bit depends on other sequences."""
+
+    def of_window(self) -> "KernelChoice":
+        """Return what computes windows."""
+        return self._replace(windows=True, prefill_attention=None)
+
+    def is_decoding(self, length: int) -> bool:
+        """Return whether so many queries of each sequence are decoded, not read as a prompt."""
+        return self.windows or length == 1

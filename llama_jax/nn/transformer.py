@@ -43,7 +43,8 @@ class _Layer(nn.Module):
         """Multiply the same activations by several weights."""
         multiply = projection.IMPLEMENTATIONS[self.kernels.projection]
         rows = self.kernels.decode_rows
-        if rows is None or x.shape[1] > 1 or x.shape[0] <= rows:
+        decoding = self.kernels.is_decoding(x.shape[1])
+        if rows is None or not decoding or x.shape[0] <= rows:
             return multiply(x, *weights)
         parts: list[list[Array]] = []
         for part in jnp.split(x, x.shape[0] // rows):
@@ -55,7 +56,7 @@ class _Layer(nn.Module):
     def padded(self, x: Float[Array, "b T D"]) -> Float[Array, "padded T D"]:
         """Add sequences of zeros up to whole `decode_rows`."""
         rows = self.kernels.decode_rows
-        if rows is None or x.shape[1] > 1:
+        if rows is None or not self.kernels.is_decoding(x.shape[1]):
             return x
         return jnp.pad(x, ((0, -x.shape[0] % rows), (0, 0), (0, 0)))
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import jax
 
+from llama_jax.engine.delivery import NotFiniteError
 from llama_jax.engine.refusals import ClientShareError, ContextError, QueueFullError
-from llama_jax.engine.scheduler import NotFiniteError
 from llama_jax.errors import InputError
 from llama_jax.server.compact_json import CompactJSONResponse
 from llama_jax.server.types import Error, ErrorNote, OpenAIError

@@ -176,6 +176,19 @@ class _EngineCollector(Collector):
                 engine.counts.cached_tokens,
             ),
             "generation_tokens": ("Tokens generated.", engine.counts.tokens),
+            "speculative_drafted_tokens": ("Draft tokens verified.", engine.counts.drafted),
+            "speculative_accepted_tokens": (
+                "Draft tokens equal to the token drawn.",
+                engine.counts.accepted,
+            ),
+            "speculative_passes": (
+                "Passes over the last token of a generation and its drafts.",
+                engine.counts.passes,
+            ),
+            "speculative_pass_tokens": (
+                "Tokens drawn in these passes.",
+                engine.counts.pass_tokens,
+            ),
             "compile_seconds": ("Seconds spent on compilation.", executor.compiled.seconds),
         }
         for name, (text, value) in gauges.items():

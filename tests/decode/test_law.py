@@ -13,7 +13,7 @@ from llama_jax.decode.filters import apply_filters
 from llama_jax.decode.needs import Needs
 from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE
 from llama_jax.decode.state import init_state, make_admission
-from llama_jax.decode.steps import _emit
+from llama_jax.decode.steps import emit
 from llama_jax.decode.sums import log_softmax, sum_by_halves, sums_before
 from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.engine import Engine
@@ -472,7 +472,7 @@ def test_an_idle_slot_emits_nothing_whatever_its_logits():
     logits[1:3, 50] = np.nan
     active = jnp.asarray([True, False, True, False])
     state = state._replace(done=~active, limits=jnp.full(4, 9), stop_tokens=state.stop_tokens - 1)
-    after, outputs = _emit(state, jnp.asarray(logits), Needs(), None)
+    after, outputs = emit(state, jnp.asarray(logits), Needs(), None)
     best = int(logits[0].argmax())
     assert outputs.tokens.tolist() == [best, NO_TOKEN, NOT_FINITE, NO_TOKEN]
     assert after.done.tolist() == [False, True, True, True]

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from llama_jax.decode import sampling
-from llama_jax.decode.executor import Executor, serving_programs
+from llama_jax.decode.executor import Executor
 from llama_jax.decode.model_programs import Decode, FirstToken
 from llama_jax.decode.needs import ALL_NEEDS, EVERY_NEEDS, Needs, covering, needs_of, together
 from llama_jax.decode.plan import accelerator_plan
 from llama_jax.decode.sizes import Sizes
 from llama_jax.decode.state import make_admission
+from llama_jax.decode.warm_up import serving_programs
 from tests.helpers.models import CONFIG, NATIVE, PURE, random_params
 
 ON_A_GPU, ON_A_TPU = (accelerator_plan(name, "float32") for name in ("gpu", "tpu"))

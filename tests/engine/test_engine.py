@@ -19,24 +19,20 @@ import pytest
 from scipy.special import log_softmax
 
 from llama_jax import Llama
-from llama_jax.decode.executor import Executor, serving_programs
+from llama_jax.decode.executor import Executor
 from llama_jax.decode.model_programs import FirstToken, Score
 from llama_jax.decode.needs import Needs
 from llama_jax.decode.plan import choose_plan
+from llama_jax.decode.warm_up import serving_programs
 from llama_jax.demo import DEMO_CHECKPOINT
-from llama_jax.engine.engine import (
-    MAX_FAILURES,
-    ContextError,
-    Engine,
-    EngineFailedError,
-    QueueFullError,
-)
+from llama_jax.engine.delivery import NotFiniteError
+from llama_jax.engine.engine import MAX_FAILURES, Engine
 from llama_jax.engine.fair_lock import FairLock
 from llama_jax.engine.generation import Generation
 from llama_jax.engine.queue import Queue
+from llama_jax.engine.refusals import ContextError, EngineFailedError, QueueFullError
 from llama_jax.engine.request import make_request
 from llama_jax.engine.result import Piece
-from llama_jax.engine.scheduler import NotFiniteError
 from llama_jax.engine.stream import Stream
 from llama_jax.text.chat import encode_dialog
 from llama_jax.text.tokenizer import EOS_ID, Tokenizer

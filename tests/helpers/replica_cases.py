@@ -15,6 +15,7 @@ import pytest
 
 from llama_jax import Llama
 from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.engine.draft_model import DraftModel
 from llama_jax.errors import InputError
 from tests.helpers import ROOT
 from tests.helpers.serving import ANSWER, QUESTION
@@ -102,6 +103,20 @@ def test_fifty_mixed_requests(native_kernels, dtype, replicas, devices):
     assert llm.engine.counts.cached_tokens > 1000
     assert all(slot.last_used for slot in llm.engine._scheduler.slots)
     assert llm.engine.fingerprint == one.engine.fingerprint
+
+
+def test_drafts_in_every_replica_change_no_token(native_kernels, monkeypatch):
+    """Each replica verifies those of its own slots, whatever they cost."""
+    monkeypatch.setattr(DraftModel, "is_eager", True)
+    requests = draw_requests(30)
+    expected = answers(load(), requests)
+    llm = load(slots=4, replicas=2, devices=2, speculate=DEMO_CHECKPOINT)
+    compiled = len(llm.executor.compiled.names)
+    assert answers(llm, requests) == expected
+    assert llm.engine.counts.accepted > 100
+    # Only the programs of requests that score their prompts are not there from the start.
+    later = llm.executor.compiled.names[compiled:]
+    assert all(name.startswith("score(") for name in later)
 
 
 def test_prompts_are_read_at_the_same_time_in_all_replicas(native_kernels):

@@ -39,22 +39,28 @@ REQUESTS = [
         "max_tokens": 20,
         "stop": ["the"],
     },
+    {"prompt": "x", "seed": 1, "temperature": 0, "allowed_tokens": [345, 346], "max_tokens": 40},
     {"prompt": "x", "max_tokens": 100_000},
 ]
-"""The last does not fit."""
+"""The last but one repeats itself, and the last does not fit."""
 
 
 def without_times(rows):
     for row in rows:
-        row.get("result", {}).pop("timings", None)
+        for name in ("timings", "speculation"):
+            row.get("result", {}).pop(name, None)
     return rows
 
 
 @pytest.mark.parametrize(
-    "devices",
-    [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.exhaustive)],
+    ("devices", "speculate"),
+    [
+        pytest.param(1, "ngram", marks=pytest.mark.slow),
+        pytest.param(1, "off", marks=pytest.mark.exhaustive),
+        pytest.param(2, "off", marks=pytest.mark.exhaustive),
+    ],
 )
-def test_a_batch_gives_what_one_process_gives(tmp_path, devices):
+def test_a_batch_gives_what_one_process_gives(tmp_path, devices, speculate):
     """Tokens, log-probabilities of answers and prompts, errors, and the fingerprint."""
     given = tmp_path / "in.jsonl"
     given.write_text("".join(json.dumps(request) + "\n" for request in REQUESTS))
@@ -62,12 +68,18 @@ def test_a_batch_gives_what_one_process_gives(tmp_path, devices):
     _, _, expected = batches.run((given, alone), Llama.load(slots=2))
     assert [row["line"] for row in expected if "error" in row] == [len(REQUESTS)]
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    files = ("--slots=2", f"--input={given}", f"--output={together}")
+    files = ("--slots=2", f"--speculate={speculate}", f"--input={given}", f"--output={together}")
     with started("batch", *files, environments=[flags, flags]) as running:
         (first, _, said), second = ends(running)
     assert (first, second) == (2, (2, "", ""))  # one request has an error
     assert f"1 of {len(REQUESTS)} requests have an `error`" in said
     rows = [json.loads(line) for line in together.read_text().splitlines()]
+    drafted = sum(
+        row["result"]["speculation"]["drafted"]
+        for row in rows
+        if row.get("result", {}).get("speculation")
+    )
+    assert (drafted > 0) == (speculate == "ngram")
     assert without_times(rows) == without_times(expected)
 
 
@@ -189,6 +201,15 @@ def test_what_another_process_lacks_is_told_by_the_first(tmp_path):
     reason = "checkpoint /proc/self/cwd/demo does not exist; check the path"
     assert (first, said) == (1, f"error: process 1 at 127.0.0.1: {reason}; so all end\n")
     assert (second, others) == (2, ["", ""])
+
+
+@pytest.mark.slow
+def test_a_draft_model_is_refused():
+    flags = ("--prompt=x", f"--speculate={DEMO_CHECKPOINT}")
+    with started(*flags) as running:
+        (first, _, said), _ = ends(running)
+    assert first == 2
+    assert "a model of several processes cannot have a draft model; choose ngram or off" in said
 
 
 def test_a_mistake_ends_all_by_one_line():

@@ -11,8 +11,9 @@ from jsonschema import Draft202012Validator
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from llama_jax import InputError
+from llama_jax import InputError, Llama
 from llama_jax.card import schemas as card
+from llama_jax.demo import DEMO_CHECKPOINT
 from llama_jax.engine.request import make_request
 from llama_jax.server import access_log, middleware, page
 from llama_jax.server.openapi import document as openapi
@@ -907,6 +908,19 @@ def test_metrics_count_reused_tokens(client):
     after = metrics_of(client)
     name = ("llama_jax_prefix_reused_tokens_total",)
     assert after[name] - before[name] >= 16
+
+
+def test_metrics_count_drafts():
+    llm = Llama.load(DEMO_CHECKPOINT, slots=2, context=300, speculate="ngram")
+    with serving(llm) as client:
+        client.post(RUN, json={"prompt": QUESTION, "temperature": 0})
+        found = metrics_of(client)
+    names = ("drafted_tokens", "accepted_tokens", "passes", "pass_tokens")
+    drafted, accepted, passes, tokens = (
+        found[f"llama_jax_speculative_{name}_total",] for name in names
+    )
+    assert 0 <= accepted <= drafted
+    assert 0 < passes <= tokens == found["llama_jax_generation_tokens_total",] - 1
 
 
 def test_access_log_has_no_prompt_answer_or_secret(llm, caplog):
