@@ -5,8 +5,7 @@ flight, and then runs some decode steps of every answer. `Prefills` says in whic
 read, so that a long one does not hold up short ones either.
 
 What a slot's cache holds stays there when its request has ended: a prompt that begins with the same
-tokens need not read them again (a prefix cache hit). It makes no difference to the tokens
-(tests/engine/test_engine.py).
+tokens need not read them again (a prefix cache hit). The tokens are the same either way.
 """
 
 import itertools
@@ -291,7 +290,8 @@ class Scheduler:
     def _end(self, generation: Generation, reason: FinishReason) -> None:
         try:
             generation.finish(reason)
-            self.counts.count_end(reason)
+            assert generation.result is not None
+            self.counts.count_end(generation.result.finish_reason)
         except Exception as error:
             self._fail(generation, error)
 
