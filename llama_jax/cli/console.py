@@ -89,9 +89,10 @@ def keeping_interrupts() -> Iterator[Callable[[], None]]:
     """Yield a function that raises KeyboardInterrupt again if there was one meanwhile.
 
     Python drops an exception in a callback that C++ or the garbage collector calls, and a
-    compilation calls many: there Ctrl-C may have no effect.
+    compilation calls many: there Ctrl-C may have no effect, but for a traceback on stderr.
     """
     was_interrupted = False
+    report = sys.unraisablehook
 
     def interrupt(number: int, frame: types.FrameType | None) -> None:
         nonlocal was_interrupted
@@ -102,10 +103,16 @@ def keeping_interrupts() -> Iterator[Callable[[], None]]:
         if was_interrupted:
             raise KeyboardInterrupt
 
+    def report_others(dropped: Any) -> None:
+        if dropped.exc_type is not KeyboardInterrupt:
+            report(dropped)
+
     before = signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = report_others
     try:
         yield raise_again
     finally:
+        sys.unraisablehook = report
         signal.signal(signal.SIGINT, before)
 
 
