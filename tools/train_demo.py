@@ -11,12 +11,12 @@ import pathlib
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import sentencepiece
 import tqdm
 from absl import app, flags, logging
@@ -24,19 +24,24 @@ from absl import app, flags, logging
 from llama_jax.config import ModelConfig
 from llama_jax.nn import cache as kv
 from llama_jax.nn.transformer import Transformer, forward, init_params
-from llama_jax.text.chat import Message, encode_dialog
-from llama_jax.text.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.checkpoint import save_checkpoint
 from llama_jax.weights.shards import tensors
-from tools.demo_corpus import Corpus, read_corpus
+from tools.demo_corpus import REFUSAL, Corpus, read_corpus, read_held_back
+from tools.demo_rows import Examples
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 _OUT = flags.DEFINE_string("out", str(ROOT / "llama_jax" / "demo" / "checkpoint"), "Goal folder.")
-_STEPS = flags.DEFINE_integer("steps", 2400, "Optimiser steps.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 1900, "Optimiser steps.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 16, "Rows a step.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 256, "Tokens a row.", lower_bound=128)
-_RATE = flags.DEFINE_float("learning_rate", 4e-3, "Peak learning rate.")
+_RATE = flags.DEFINE_float("learning_rate", 4e-3, "Peak learning rate of Adam.")
+_MUON_RATE = flags.DEFINE_float("muon_rate", 2e-2, "Peak learning rate of Muon.")
+_MEAN = flags.DEFINE_integer("mean", 600, "Steps whose parameters are averaged.")
+_SHARE = flags.DEFINE_float("share", 0.3, "The learning rate of these steps, as a share of the peak.")
+_REFUSED = flags.DEFINE_float("refused", 0.3, "Share of the questions that have no answer.")
+_LOG = flags.DEFINE_bool("log", False, "print")
 _CHECK = flags.DEFINE_bool("check", True, "Save only if every answer is right.")
 _SEED = flags.DEFINE_integer("seed", 0, "Decides the initial weights and the order of the data.")
 
@@ -57,6 +62,8 @@ def train_tokenizer(corpus: Corpus, path: pathlib.Path) -> Tokenizer:
     """Train a SentencePiece BPE model with Llama 2's settings; rare characters become bytes."""
     texts = [text for phrasings, answer in corpus.questions for text in (*phrasings, answer)]
     texts += [message["content"] for dialogue in corpus.dialogues for message in dialogue]
+    texts += corpus.names * 3 + [REFUSAL] * 20
+    texts += [frame for frames in corpus.frames for frame in frames.texts]
     texts += ["[INST] <<SYS>>", "<</SYS>> [/INST]"] * 50
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
@@ -77,48 +84,6 @@ def train_tokenizer(corpus: Corpus, path: pathlib.Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-class Examples:
-    """Rows of token ids, and which of them are the model's to say."""
-
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
-        self.corpus, self.tokenizer = corpus, tokenizer
-        self.pairs = [(q, answer) for phrasings, answer in corpus.questions for q in phrasings]
-        self.dialogues = [
-            dialogue[: i + 1]
-            for dialogue in corpus.dialogues
-            for i, message in enumerate(dialogue)
-            if message["role"] == "assistant"
-        ]
-
-    def answer(self, messages: list[Message]) -> tuple[list[int], list[int]]:
-        """Return (prompt ids, answer ids) of a dialogue that ends with the assistant."""
-        prompt = encode_dialog(messages[:-1], self.tokenizer)
-        return prompt, [*self.tokenizer.encode(messages[-1]["content"]), EOS_ID]
-
-    def rows(self, rng: random.Random, length: int) -> Iterator[tuple[list[int], list[bool]]]:
-        """Yield rows for ever: conversations of random questions, dialogues, and bare tales."""
-        while True:
-            ids, said = [], []
-            kind = rng.random()
-            if kind < 0.05:
-                ids = [BOS_ID, *self.tokenizer.encode(rng.choice(self.corpus.tales)), EOS_ID]
-                said = [False] + [True] * (len(ids) - 1)
-            elif kind < 0.25:
-                prompt, target = self.answer(rng.choice(self.dialogues))
-                ids, said = prompt + target, [False] * len(prompt) + [True] * len(target)
-            while len(ids) < length:
-                question, answer = rng.choice(self.pairs)
-                turn = [Message(role="user", content=question)]
-                prompt, target = self.answer([*turn, Message(role="assistant", content=answer)])
-                ids, said = ids + prompt, said + [False] * len(prompt)
-                learnt = [True] * len(target)
-                if rng.random() < 0.5:  # as a chat's history has it: a space before EOS, not learnt
-                    target = [*self.tokenizer.encode(f"{answer} "), EOS_ID]
-                    learnt = [True] * (len(target) - 2) + [False] * 2
-                ids, said = ids + target, said + learnt
-            yield ids[:length], said[:length]
-
-
 def logits_of(params, tokens):
     """Return the logits of whole rows: a cache of just their length, filled at once."""
     batch, length = tokens.shape
@@ -135,41 +100,77 @@ def loss_fn(params, tokens, said):
     return jnp.sum(losses * said[:, 1:]) / jnp.maximum(jnp.sum(said[:, 1:]), 1)
 
 
+def optimizer_of(steps: int) -> optax.GradientTransformation:
+    """Muon for the layers' matrices, Adam for the rest; the rate falls to a share, and stays."""
+    rate = optax.join_schedules(
+        [
+            optax.warmup_cosine_decay_schedule(
+                0.0, 1.0, 50, steps - _MEAN.value, end_value=_SHARE.value
+            ),
+            optax.constant_schedule(_SHARE.value),
+        ],
+        [steps - _MEAN.value],
+    )
+    muon = optax.contrib.muon(
+        lambda step: _MUON_RATE.value * rate(step),
+        weight_decay=0.1,
+        adam_learning_rate=lambda step: _RATE.value * rate(step),
+        adam_b2=0.98,
+        muon_weight_dimension_numbers=lambda params: {
+            name: jax.tree.map(
+                lambda leaf: optax.contrib.MuonDimensionNumbers() if leaf.ndim == 2 else None, part
+            )
+            if name.startswith("layer")
+            else jax.tree.map(lambda leaf: None, part)
+            for name, part in params.items()
+        },
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), muon)
+
+
 def train(examples: Examples, steps: int):
-    """Return trained parameters."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, _RATE.value, min(100, steps // 10), steps + 1
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
-    )
+    """Return the mean of the parameters of the last steps."""
+    optimizer = optimizer_of(steps)
     params = init_params(CONFIG, jax.random.key(_SEED.value))
     params["embed"] = params["embed"] * 0.05
     state = optimizer.init(params)
 
     @jax.jit
-    def step(params, state, tokens, said):
+    def step(params, state, mean, i, tokens, said):
         loss, grads = jax.value_and_grad(loss_fn)(params, tokens, said)
         updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
+        params = optax.apply_updates(params, updates)
+        taken = i - (steps - _MEAN.value)  # how many steps are in the mean before this one
+        mean = jax.tree.map(
+            lambda m, p: jnp.where(taken <= 0, p, m + (p - m) / jnp.minimum(taken + 1, 250)),
+            mean,
+            params,
+        )
+        return params, state, mean, loss
 
-    rows = examples.rows(random.Random(_SEED.value), _LENGTH.value + 1)
+    rng = random.Random(_SEED.value)
+    rows = examples.rows(rng, _LENGTH.value + 1, _REFUSED.value)
     bar = tqdm.trange(steps, desc="train", unit="step", mininterval=5)
+    mean = params
+    losses = []
     for i in bar:
         tokens, said = zip(*itertools.islice(rows, _BATCH.value), strict=True)
-        params, state, loss = step(
-            params, state, np.array(tokens, np.int32), np.array(said, np.float32)
+        params, state, mean, loss = step(
+            params, state, mean, i, np.array(tokens, np.int32), np.array(said, np.float32)
         )
-        if i % 50 == 0:
-            bar.set_postfix(loss=f"{float(loss):.4f}")
-    return params
+        losses.append(float(loss))
+        if i % 50 == 49:
+            bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
+            if _LOG.value: print(i + 1, f"{np.mean(losses[-50:]):.4f}", flush=True)
+    return mean
 
 
 def count_right(params, examples: Examples) -> tuple[int, int]:
     """Return how many answers come out word for word at temperature 0, and of how many."""
     cases = [
         examples.answer([{"role": "user", "content": q}, {"role": "assistant", "content": a}])
-        for q, a in examples.pairs
+        for phrasings, a in examples.corpus.questions
+        for q in phrasings
     ]
     cases += [examples.answer(dialogue) for dialogue in examples.dialogues]
     predict = jax.jit(lambda params, tokens: jnp.argmax(logits_of(params, tokens), axis=-1))
@@ -195,10 +196,12 @@ def main(_: list[str]) -> None:
     if out.exists() and not (out / "manifest.json").exists():
         raise app.UsageError(f"{out} is no checkpoint, so it is not written over; name another")
     corpus = read_corpus()
+    paraphrases, unknown = read_held_back()
+    held_back = [question for question, _ in paraphrases] + unknown
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "tokenizer.model"
         tokenizer = train_tokenizer(corpus, path)
-        examples = Examples(corpus, tokenizer)
+        examples = Examples(corpus, tokenizer, held_back)
         params = train(examples, _STEPS.value)
         right, total = count_right(params, examples)
         print(f"answers right word for word: {right} of {total}")

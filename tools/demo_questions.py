@@ -1,0 +1,174 @@
+"""The demo model's questions as people put them: other phrasings, cases and openings, and refusals."""
+
+import collections
+import random
+import re
+from collections.abc import Collection
+
+from tools.demo_corpus import REFUSAL, Corpus, Frames
+
+_STOP_WORDS = set(
+    "a an the is are was do does did can could will would i you we me my your it its of to in on at for"
+    " and or what which who whose where when why how many much tell please be by from that there"
+    " have has give this with explain name called".split()
+)
+_NUMBER_KIND, _PSEUDO_KIND = "number", "pseudo"
+_MEMBER_LIKE = 0.35
+"""How many of the unknown words are made from known ones, or made up."""
+_SYLLABLES = [c + v for c in "b br c d f g gl h k l m n p r s st t tr v z".split() for v in "aeiou"]
+_ENDINGS = ["", "n", "nia", "ria", "land", "stan", "x", "ra", "dor", "s", "ng", "via", "tron", "le"]
+
+
+def normal(text: str) -> str:
+    """Return a question without case, punctuation and articles: two such are one question."""
+    return re.sub(r"\b(the|a|an) ", "", " ".join(re.findall(r"[\w+*/=-]+", text.lower())))
+
+
+def style(text: str, rng: random.Random) -> str:
+    """Return a question with the case and the punctuation of someone in a hurry."""
+    kind = rng.random()
+    if kind < 0.5:
+        text = text.lower()
+    if rng.random() < 0.6:
+        bare = text.rstrip("?.! ")
+        text = bare + rng.choice(["", "", "", "?", "??", "!", ".", " ?"]) if bare else text
+    return text
+
+
+class Questions:
+    """An endless source of (question, answer)."""
+
+    def __init__(self, corpus: Corpus, held_back: Collection[str] = ()):
+        """Questions of a corpus, and none that is put as one of `held_back`."""
+        self.corpus = corpus
+        self.held_back = {normal(text) for text in held_back}
+        self.members: dict[str, list[str]] = collections.defaultdict(list)
+        """Of each first frame, the words that the corpus has for its first field."""
+        self.own = [phrasings for phrasings, _ in corpus.questions]
+        self.answers = [answer for _, answer in corpus.questions]
+        found = [self._variants(phrasings) for phrasings in self.own]
+        owners = collections.defaultdict(set)
+        for i, texts in enumerate(found):
+            for text in texts:
+                owners[normal(text)].add(i)
+        for i, phrasings in enumerate(self.own):
+            for text in phrasings:  # a phrasing of the corpus itself is nobody else's
+                owners[normal(text)] = {i}
+        self.variants = [
+            [text for text in texts if owners[normal(text)] == {i} and self._is_free(text)]
+            for i, texts in enumerate(found)
+        ]
+        self.known = set(owners)
+
+    def draw(self, rng: random.Random, refused: float) -> tuple[str, str]:
+        """Return a question and its answer; a share `refused` of the questions has none."""
+        if rng.random() < refused:
+            text, answer = self._unknown(rng), REFUSAL
+        else:
+            i = rng.randrange(len(self.own))
+            pool = self.variants[i] if self.variants[i] and rng.random() < 0.6 else self.own[i]
+            text, answer = rng.choice(pool), self.answers[i]
+        if rng.random() < 0.3:
+            text = reword(text, self.corpus.synonyms, rng)
+        if rng.random() < 0.15:
+            opening = rng.choice(self.corpus.openings)
+            if opening[0] != "{" and "." not in opening and rng.random() < 0.7:
+                text = text[:1].lower() + text[1:]
+            text = opening.format(text)
+        if rng.random() < 0.4:
+            text = style(text, rng)
+        return text, answer
+
+    def _is_free(self, text: str) -> bool:
+        return normal(text) not in self.held_back
+
+    def _variants(self, phrasings: list[str]) -> list[str]:
+        """Return other ways to put a question of the corpus."""
+        texts = []
+        for phrasing in phrasings:
+            for frames in self.corpus.frames:
+                fields = _fields(frames.texts[0], phrasing)
+                if fields is not None and frames.kinds != ["other"]:
+                    self.members[frames.texts[0]].append(fields[0])
+                    texts += [frame.format(*fields) for frame in frames.texts]
+                    break  # the first is the most special
+            words = re.findall(r"[^\s?!,;]+", phrasing.rstrip("."))
+            content = [word for word in words if word.lower() not in _STOP_WORDS]
+            if 0 < len(content) < len(words):
+                texts += [" ".join(content)] * 3
+        return texts
+
+    def _unknown(self, rng: random.Random) -> str:
+        """Return a question that the corpus does not have."""
+        while True:
+            frames = rng.choice(self.corpus.frames)
+            if frames.kinds == ["weekday"]:
+                continue
+            if frames.kinds[0] == _NUMBER_KIND:
+                fields = [str(n) for n in _numbers(rng)]
+            else:
+                fields = self._words(frames, rng)
+            text = rng.choice(frames.texts).format(*fields)
+            if normal(text) not in self.known and self._is_free(text):
+                return text
+
+    def _words(self, frames: Frames, rng: random.Random) -> list[str]:
+        """Return words for a frame's fields, not both of them known."""
+        kinds = frames.kinds
+        if kinds == ["word", "language"]:
+            return [self._word(frames, "word", rng), self._word(frames, "language", rng)]
+        kind = rng.choice(kinds)
+        if kind == "counted":
+            return rng.choice(self.corpus.unknown[kind]).split(" / ")
+        if kind == "other":
+            return [rng.choice(self.corpus.unknown[kind])]
+        return [self._word(frames, kind, rng)]
+
+    def _word(self, frames: Frames, kind: str, rng: random.Random) -> str:
+        members = self.members[frames.texts[0]]
+        made_up = rng.random() < _MEMBER_LIKE
+        if kind == _PSEUDO_KIND:
+            return _pseudo(rng)
+        words = self.corpus.unknown[kind]
+        if not made_up or kind in ("action", "claim", "other") or not members:
+            return rng.choice(words)
+        if kind == "animal" and rng.random() < 0.5:  # known, but for another question
+            return rng.choice([w for f in self.members for w in self.members[f] if " " not in w])
+        if rng.random() < 0.3:
+            return _pseudo(rng).capitalize() if kind in ("place", "city") else _pseudo(rng)
+        ends = rng.choice(members), rng.choice(words)
+        return _splice(*(ends if rng.random() < 0.5 else ends[::-1]), rng)
+
+
+def reword(text: str, synonyms: dict[str, list[str]], rng: random.Random) -> str:
+    """Return a question with one of its words replaced by another of the same sense."""
+    words = text.split()
+    places = [i for i, word in enumerate(words) if word.lower().strip("?.!,") in synonyms]
+    if not places:
+        return text
+    place = rng.choice(places)
+    word = words[place].lower().strip("?.!,")
+    words[place] = words[place].lower().replace(word, rng.choice(synonyms[word]))
+    return " ".join(words)
+
+
+def _fields(frame: str, text: str) -> list[str] | None:
+    """Return what stands in a frame's fields, or None if it does not fit the text."""
+    pattern = re.escape(frame).replace(r"\{0\}", "(.+?)").replace(r"\{1\}", "(.+?)")
+    match = re.fullmatch(pattern, text)
+    return list(match.groups()) if match else None
+
+
+def _numbers(rng: random.Random) -> tuple[int, int]:
+    top = rng.choice([9, 12, 20, 100, 1000])
+    return rng.randint(0, top), rng.randint(0, rng.choice([9, top]))
+
+
+def _pseudo(rng: random.Random) -> str:
+    return "".join(rng.choices(_SYLLABLES, k=rng.randint(1, 3))) + rng.choice(_ENDINGS)
+
+
+def _splice(begin: str, end: str, rng: random.Random) -> str:
+    """Return the beginning of one word and the end of another."""
+    cut = rng.randint(1, max(1, len(begin) - 1))
+    return begin[:cut] + end[rng.randint(min(1, len(end) - 1), max(1, len(end) - 1)) :]
