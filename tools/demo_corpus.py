@@ -37,6 +37,8 @@ class Corpus:
     """Words that the corpus does not have, by kind."""
     synonyms: dict[str, list[str]]
     """Words that may stand for a word of a question."""
+    words: dict[str, list[str]]
+    """Words that mean little, fillers, numbers, and parts of words, by kind."""
 
 
 def read_corpus(folder: pathlib.Path = CORPUS) -> Corpus:
@@ -60,7 +62,15 @@ def read_corpus(folder: pathlib.Path = CORPUS) -> Corpus:
     synonyms = {word: [w for w in group if w != word] for group in groups for word in group}
     (names,) = _lines(folder / "names.txt")
     return Corpus(
-        questions, dialogues, tales, names.split(", "), frames, openings.texts, unknown, synonyms
+        questions,
+        dialogues,
+        tales,
+        names.split(", "),
+        frames,
+        openings.texts,
+        unknown,
+        synonyms,
+        words=dict(_lists(folder / "words.txt")),
     )
 
 

@@ -1,4 +1,4 @@
-"""The demo model's questions as people put them: other phrasings, cases and openings, and refusals."""
+"""The demo model's questions as people put them: phrasings, cases, openings, and refusals."""
 
 import collections
 import random
@@ -6,33 +6,13 @@ import re
 from collections.abc import Collection
 
 from tools.demo_corpus import REFUSAL, Corpus, Frames
+from tools.demo_phrasing import loosen, normal, reword, style
 
-_STOP_WORDS = set(
-    "a an the is are was do does did can could will would i you we me my your it its of to in on at for"
-    " and or what which who whose where when why how many much tell please be by from that there"
-    " have has give this with explain name called".split()
-)
 _NUMBER_KIND, _PSEUDO_KIND = "number", "pseudo"
 _MEMBER_LIKE = 0.35
 """How many of the unknown words are made from known ones, or made up."""
-_SYLLABLES = [c + v for c in "b br c d f g gl h k l m n p r s st t tr v z".split() for v in "aeiou"]
-_ENDINGS = ["", "n", "nia", "ria", "land", "stan", "x", "ra", "dor", "s", "ng", "via", "tron", "le"]
-
-
-def normal(text: str) -> str:
-    """Return a question without case, punctuation and articles: two such are one question."""
-    return re.sub(r"\b(the|a|an) ", "", " ".join(re.findall(r"[\w+*/=-]+", text.lower())))
-
-
-def style(text: str, rng: random.Random) -> str:
-    """Return a question with the case and the punctuation of someone in a hurry."""
-    kind = rng.random()
-    if kind < 0.5:
-        text = text.lower()
-    if rng.random() < 0.6:
-        bare = text.rstrip("?.! ")
-        text = bare + rng.choice(["", "", "", "?", "??", "!", ".", " ?"]) if bare else text
-    return text
+_WEIGHTS = {"place": 5, "city": 2, "number": 2, "word": 3, "thing": 3, "other": 5}
+"""How often unknown words of a kind are put in frames; of the other kinds, 1."""
 
 
 class Questions:
@@ -42,6 +22,7 @@ class Questions:
         """Questions of a corpus, and none that is put as one of `held_back`."""
         self.corpus = corpus
         self.held_back = {normal(text) for text in held_back}
+        self._small = corpus.words["small"]
         self.members: dict[str, list[str]] = collections.defaultdict(list)
         """Of each first frame, the words that the corpus has for its first field."""
         self.own = [phrasings for phrasings, _ in corpus.questions]
@@ -59,25 +40,38 @@ class Questions:
             for i, texts in enumerate(found)
         ]
         self.known = set(owners)
+        self.weights = [
+            0 if frames.kinds == ["weekday"] else _WEIGHTS.get(frames.kinds[0], 1)
+            for frames in corpus.frames
+        ]
 
     def draw(self, rng: random.Random, refused: float) -> tuple[str, str]:
         """Return a question and its answer; a share `refused` of the questions has none."""
+        while True:
+            text, answer = self._pair(rng, refused)
+            text = self._otherwise(text, rng)
+            if self._is_free(text):
+                return text, answer
+
+    def _pair(self, rng: random.Random, refused: float) -> tuple[str, str]:
         if rng.random() < refused:
-            text, answer = self._unknown(rng), REFUSAL
-        else:
-            i = rng.randrange(len(self.own))
-            pool = self.variants[i] if self.variants[i] and rng.random() < 0.6 else self.own[i]
-            text, answer = rng.choice(pool), self.answers[i]
+            return self._unknown(rng), REFUSAL
+        i = rng.randrange(len(self.own))
+        pool = self.variants[i] if self.variants[i] and rng.random() < 0.6 else self.own[i]
+        return rng.choice(pool), self.answers[i]
+
+    def _otherwise(self, text: str, rng: random.Random) -> str:
+        """Return a question with other words, openings, case or punctuation."""
         if rng.random() < 0.3:
             text = reword(text, self.corpus.synonyms, rng)
+        if rng.random() < 0.2:
+            text = loosen(text, self._small, self.corpus.words["filler"], rng)
         if rng.random() < 0.15:
             opening = rng.choice(self.corpus.openings)
             if opening[0] != "{" and "." not in opening and rng.random() < 0.7:
                 text = text[:1].lower() + text[1:]
             text = opening.format(text)
-        if rng.random() < 0.4:
-            text = style(text, rng)
-        return text, answer
+        return style(text, rng) if rng.random() < 0.4 else text
 
     def _is_free(self, text: str) -> bool:
         return normal(text) not in self.held_back
@@ -91,9 +85,11 @@ class Questions:
                 if fields is not None and frames.kinds != ["other"]:
                     self.members[frames.texts[0]].append(fields[0])
                     texts += [frame.format(*fields) for frame in frames.texts]
+                    if in_words := self._spelled(frames, fields):
+                        texts += [frame.format(*in_words) for frame in frames.texts]
                     break  # the first is the most special
             words = re.findall(r"[^\s?!,;]+", phrasing.rstrip("."))
-            content = [word for word in words if word.lower() not in _STOP_WORDS]
+            content = [word for word in words if word.lower() not in self._small]
             if 0 < len(content) < len(words):
                 texts += [" ".join(content)] * 3
         return texts
@@ -101,11 +97,11 @@ class Questions:
     def _unknown(self, rng: random.Random) -> str:
         """Return a question that the corpus does not have."""
         while True:
-            frames = rng.choice(self.corpus.frames)
-            if frames.kinds == ["weekday"]:
-                continue
+            [frames] = rng.choices(self.corpus.frames, self.weights)
             if frames.kinds[0] == _NUMBER_KIND:
                 fields = [str(n) for n in _numbers(rng)]
+                if rng.random() < 0.3:
+                    fields = self._spelled(frames, fields) or fields
             else:
                 fields = self._words(frames, rng)
             text = rng.choice(frames.texts).format(*fields)
@@ -128,28 +124,30 @@ class Questions:
         members = self.members[frames.texts[0]]
         made_up = rng.random() < _MEMBER_LIKE
         if kind == _PSEUDO_KIND:
-            return _pseudo(rng)
+            return self._pseudo(rng)
         words = self.corpus.unknown[kind]
         if not made_up or kind in ("action", "claim", "other") or not members:
             return rng.choice(words)
         if kind == "animal" and rng.random() < 0.5:  # known, but for another question
             return rng.choice([w for f in self.members for w in self.members[f] if " " not in w])
         if rng.random() < 0.3:
-            return _pseudo(rng).capitalize() if kind in ("place", "city") else _pseudo(rng)
+            word = self._pseudo(rng)
+            return word.capitalize() if kind in ("place", "city") else word
         ends = rng.choice(members), rng.choice(words)
         return _splice(*(ends if rng.random() < 0.5 else ends[::-1]), rng)
 
+    def _spelled(self, frames: Frames, fields: list[str]) -> list[str] | None:
+        """Return the numbers of a frame as words, or None if there are none, or larger ones."""
+        words = self.corpus.words["number"]
+        if frames.kinds[0] != _NUMBER_KIND or max(map(int, fields)) >= len(words):
+            return None
+        return [words[int(field)] for field in fields]
 
-def reword(text: str, synonyms: dict[str, list[str]], rng: random.Random) -> str:
-    """Return a question with one of its words replaced by another of the same sense."""
-    words = text.split()
-    places = [i for i, word in enumerate(words) if word.lower().strip("?.!,") in synonyms]
-    if not places:
-        return text
-    place = rng.choice(places)
-    word = words[place].lower().strip("?.!,")
-    words[place] = words[place].lower().replace(word, rng.choice(synonyms[word]))
-    return " ".join(words)
+    def _pseudo(self, rng: random.Random) -> str:
+        """Return a word that nobody has heard of."""
+        syllables = [onset + vowel for onset in self.corpus.words["onset"] for vowel in "aeiou"]
+        endings = ["", *self.corpus.words["ending"]]
+        return "".join(rng.choices(syllables, k=rng.randint(1, 3))) + rng.choice(endings)
 
 
 def _fields(frame: str, text: str) -> list[str] | None:
@@ -162,10 +160,6 @@ def _fields(frame: str, text: str) -> list[str] | None:
 def _numbers(rng: random.Random) -> tuple[int, int]:
     top = rng.choice([9, 12, 20, 100, 1000])
     return rng.randint(0, top), rng.randint(0, rng.choice([9, top]))
-
-
-def _pseudo(rng: random.Random) -> str:
-    return "".join(rng.choices(_SYLLABLES, k=rng.randint(1, 3))) + rng.choice(_ENDINGS)
 
 
 def _splice(begin: str, end: str, rng: random.Random) -> str:

