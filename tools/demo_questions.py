@@ -11,7 +11,7 @@ from tools.demo_phrasing import loosen, normal, reword, style
 _NUMBER_KIND, _PSEUDO_KIND = "number", "pseudo"
 _MEMBER_LIKE = 0.35
 """How many of the unknown words are made from known ones, or made up."""
-_WEIGHTS = {"place": 5, "city": 2, "number": 2, "word": 3, "thing": 3, "other": 5}
+_WEIGHTS = {"place": 6, "city": 2, "number": 3, "word": 4, "thing": 3, "other": 5}
 """How often unknown words of a kind are put in frames; of the other kinds, 1."""
 
 
@@ -23,8 +23,8 @@ class Questions:
         self.corpus = corpus
         self.held_back = {normal(text) for text in held_back}
         self._small = corpus.words["small"]
-        self.members: dict[str, list[str]] = collections.defaultdict(list)
-        """Of each first frame, the words that the corpus has for its first field."""
+        self.members: dict[str, list[list[str]]] = collections.defaultdict(list)
+        """Of each first frame, the words that the corpus has for its fields."""
         self.own = [phrasings for phrasings, _ in corpus.questions]
         self.answers = [answer for _, answer in corpus.questions]
         found = [self._variants(phrasings) for phrasings in self.own]
@@ -57,8 +57,11 @@ class Questions:
         if rng.random() < refused:
             return self._unknown(rng), REFUSAL
         i = rng.randrange(len(self.own))
-        pool = self.variants[i] if self.variants[i] and rng.random() < 0.6 else self.own[i]
-        return rng.choice(pool), self.answers[i]
+        kind = rng.random()
+        if kind < 0.6 and self.variants[i]:
+            return rng.choice(self.variants[i]), self.answers[i]
+        # The first phrasing is the one that people see suggested.
+        return self.own[i][0] if kind < 0.7 else rng.choice(self.own[i]), self.answers[i]
 
     def _otherwise(self, text: str, rng: random.Random) -> str:
         """Return a question with other words, openings, case or punctuation."""
@@ -83,7 +86,7 @@ class Questions:
             for frames in self.corpus.frames:
                 fields = _fields(frames.texts[0], phrasing)
                 if fields is not None and frames.kinds != ["other"]:
-                    self.members[frames.texts[0]].append(fields[0])
+                    self.members[frames.texts[0]].append(fields)
                     texts += [frame.format(*fields) for frame in frames.texts]
                     if in_words := self._spelled(frames, fields):
                         texts += [frame.format(*in_words) for frame in frames.texts]
@@ -99,7 +102,7 @@ class Questions:
         while True:
             [frames] = rng.choices(self.corpus.frames, self.weights)
             if frames.kinds[0] == _NUMBER_KIND:
-                fields = [str(n) for n in _numbers(rng)]
+                fields = [str(n) for n in self._numbers(frames, rng)]
                 if rng.random() < 0.3:
                     fields = self._spelled(frames, fields) or fields
             else:
@@ -112,7 +115,13 @@ class Questions:
         """Return words for a frame's fields, not both of them known."""
         kinds = frames.kinds
         if kinds == ["word", "language"]:
-            return [self._word(frames, "word", rng), self._word(frames, "language", rng)]
+            known = self.members[frames.texts[0]]
+            near = rng.choice(known)[0], rng.choice(known)[1]
+            chosen = rng.random() < 0.5, rng.random() < 0.5  # both: of two different questions
+            return [
+                near[i] if chosen[i] else rng.choice(self.corpus.unknown[kind])
+                for i, kind in enumerate(kinds)
+            ]
         kind = rng.choice(kinds)
         if kind == "counted":
             return rng.choice(self.corpus.unknown[kind]).split(" / ")
@@ -121,7 +130,7 @@ class Questions:
         return [self._word(frames, kind, rng)]
 
     def _word(self, frames: Frames, kind: str, rng: random.Random) -> str:
-        members = self.members[frames.texts[0]]
+        members = [fields[0] for fields in self.members[frames.texts[0]]]
         made_up = rng.random() < _MEMBER_LIKE
         if kind == _PSEUDO_KIND:
             return self._pseudo(rng)
@@ -129,12 +138,23 @@ class Questions:
         if not made_up or kind in ("action", "claim", "other") or not members:
             return rng.choice(words)
         if kind == "animal" and rng.random() < 0.5:  # known, but for another question
-            return rng.choice([w for f in self.members for w in self.members[f] if " " not in w])
+            return rng.choice(
+                [each[0] for known in self.members.values() for each in known if " " not in each[0]]
+            )
         if rng.random() < 0.3:
             word = self._pseudo(rng)
             return word.capitalize() if kind in ("place", "city") else word
         ends = rng.choice(members), rng.choice(words)
         return _splice(*(ends if rng.random() < 0.5 else ends[::-1]), rng)
+
+    def _numbers(self, frames: Frames, rng: random.Random) -> list[int]:
+        """Return two numbers, often those of a known question but for one of them."""
+        if rng.random() < 0.4:
+            near = [int(field) for field in rng.choice(self.members[frames.texts[0]])]
+            near[rng.randrange(2)] += rng.choice([-2, -1, 1, 2])
+            return [abs(n) for n in near]
+        top = rng.choice([9, 9, 12, 20, 100, 1000])
+        return [rng.randint(0, top), rng.randint(0, rng.choice([9, top]))]
 
     def _spelled(self, frames: Frames, fields: list[str]) -> list[str] | None:
         """Return the numbers of a frame as words, or None if there are none, or larger ones."""
@@ -155,11 +175,6 @@ def _fields(frame: str, text: str) -> list[str] | None:
     pattern = re.escape(frame).replace(r"\{0\}", "(.+?)").replace(r"\{1\}", "(.+?)")
     match = re.fullmatch(pattern, text)
     return list(match.groups()) if match else None
-
-
-def _numbers(rng: random.Random) -> tuple[int, int]:
-    top = rng.choice([9, 12, 20, 100, 1000])
-    return rng.randint(0, top), rng.randint(0, rng.choice([9, top]))
 
 
 def _splice(begin: str, end: str, rng: random.Random) -> str:

@@ -48,7 +48,7 @@ FINAL_STEPS = 0.3
 """Their share of all steps. The parameters are averaged over them."""
 MEAN_STEPS = 250
 """About how many steps the average has in the end."""
-REFUSED = 0.33
+REFUSED = 0.35
 """Share of the questions that have no answer."""
 LEAST_RIGHT = 0.99
 """Share of the corpus that must come out word for word."""
@@ -108,13 +108,12 @@ def loss_fn(params, tokens, said):
     return jnp.sum(losses * said[:, 1:]) / jnp.maximum(jnp.sum(said[:, 1:]), 1)
 
 
-def make_optimizer(steps: int, constant_from: int) -> optax.GradientTransformation:
+def make_optimizer(constant_from: int) -> optax.GradientTransformation:
     """Return Muon for the layers' matrices and Adam for the rest.
 
     Muon needs half the steps of Adam alone for the same loss here.
 
     Args:
-        steps: of the training.
         constant_from: the step from which the learning rate stays as it is.
     """
     warm_up = min(WARM_UP_STEPS, constant_from // 2)
@@ -145,7 +144,7 @@ def make_optimizer(steps: int, constant_from: int) -> optax.GradientTransformati
 def train(examples: Examples, steps: int):
     """Return the mean of the parameters of the last steps."""
     mean_from = steps - max(1, round(FINAL_STEPS * steps))
-    optimizer = make_optimizer(steps, mean_from)
+    optimizer = make_optimizer(mean_from)
     params = init_params(CONFIG, jax.random.key(_SEED.value))
     params["embed"] = params["embed"] * 0.05
     state, mean = optimizer.init(params), params
