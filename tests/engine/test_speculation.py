@@ -245,6 +245,23 @@ def test_cancelled_requests_leave_others_and_the_cache_as_they_are(native):
     assert [parts(r) for r in again] == [parts(r) for r in expected]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["script", "model"])
+def test_background_work_that_gives_slots_up_goes_on_with_the_same_tokens(native, kind):
+    requests = mixed_requests(12, VOCAB, 17, max_tokens=50, ignore_eos=True, stop=[])
+    expected = answers(engine(native), requests)
+    rng = random.Random(18)
+    right = knowing(known(requests, expected), lambda: rng.randrange(DRAFTS + 1))
+    work = engine(native, right if kind == "script" else EagerModel(executor(native, DRAFTS)))
+    generations = [work.submit(request, background=True) for request in requests[:8]]
+    while work.background[0] < SLOTS or not all(g.tokens for g in generations[:SLOTS]):
+        work.step()
+    generations += [work.submit(request) for request in requests[8:]]
+    rest(work)
+    assert sum(len(g.prefix) > len(g.prompt) for g in generations) == SLOTS
+    assert [parts(g.result) for g in generations] == [parts(result) for result in expected]
+
+
 def test_a_rejected_draft_that_is_not_finite_leaves_no_trace(plan):
     """The token 7 has such an embedding; it is drafted, and never drawn."""
     params = executor(plan).params

@@ -89,9 +89,7 @@ class Worker:
                 busy = self._turn()
             except EngineFailedError:
                 break
-            except (
-                Exception
-            ):  # such as a full disk: nothing is lost, and whatever it is, it goes on
+            except Exception:  # such as a full disk: nothing is lost, so it goes on
                 _LOGGER.exception("batches pause for %.0f s", _RETRY_S)
                 self._wait(_RETRY_S)
                 continue
@@ -237,9 +235,8 @@ class Worker:
             if answer is not None:
                 self._store(work, answer)
             elif work.engine_error is not None:
-                _LOGGER.error(
-                    *("batch %s, line %d: %s", work.batch["id"], key[1], work.engine_error)
-                )
+                where = work.batch["id"], key[1]
+                _LOGGER.error("batch %s, line %d: %s", *where, work.engine_error)
                 work.cancel()
                 self._start_probe()
             del self._work[key]
