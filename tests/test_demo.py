@@ -67,6 +67,13 @@ def test_suggested_questions_are_those_of_the_page_the_readme_and_the_quickstart
     assert {"What is the capital of France?", "What is the capital of Japan?"} <= set(suggested)
 
 
+def test_any_tale_of_the_corpus_answers_the_question_for_a_story(corpus, monkeypatch):
+    monkeypatch.setattr(evaluate_demo, "_SEEDS", types.SimpleNamespace(value=1))
+    right = {request["prompt"]: answers for request, answers in evaluate_demo.suggested(corpus)}
+    assert len(right[evaluate_demo.ANY_TALE]) == 6
+    assert all(len(answers) == 1 for text, answers in right.items() if text != "Tell me a story.")
+
+
 def test_a_model_below_a_threshold_is_reported(monkeypatch, capsys):
     answers = types.SimpleNamespace(response=REFUSAL)
     llm = types.SimpleNamespace(generate_all=lambda requests: (answers for _ in requests))
