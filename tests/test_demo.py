@@ -68,7 +68,7 @@ def test_suggested_questions_are_those_of_the_page_the_readme_and_the_quickstart
 
 
 def test_any_tale_of_the_corpus_answers_the_question_for_a_story(corpus, monkeypatch):
-    monkeypatch.setattr(evaluate_demo, "_SEEDS", types.SimpleNamespace(value=1))
+    monkeypatch.setattr(evaluate_demo, "SEEDS", 1)
     right = {request["prompt"]: answers for request, answers in evaluate_demo.suggested(corpus)}
     assert len(right[evaluate_demo.ANY_TALE]) == 6
     assert all(len(answers) == 1 for text, answers in right.items() if text != "Tell me a story.")
@@ -78,10 +78,7 @@ def test_a_model_below_a_threshold_is_reported(monkeypatch, capsys):
     answers = types.SimpleNamespace(response=REFUSAL)
     llm = types.SimpleNamespace(generate_all=lambda requests: (answers for _ in requests))
     monkeypatch.setattr(evaluate_demo.Llama, "load", lambda *_, **__: llm)
-    flags = types.SimpleNamespace
-    monkeypatch.setattr(evaluate_demo, "_CHECKPOINT", flags(value="none"))
-    monkeypatch.setattr(evaluate_demo, "_SEEDS", flags(value=1))
-    monkeypatch.setattr(evaluate_demo, "_FAILURES", flags(value=False))
+    monkeypatch.setattr(evaluate_demo, "SEEDS", 1)
     with pytest.raises(SystemExit, match="missed: suggested, names, case and punctuation, paraph"):
         evaluate_demo.main([])
     assert (

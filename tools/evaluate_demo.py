@@ -4,13 +4,14 @@ Nothing here is of the training: the paraphrases and the unknown questions are h
 line a measure with its threshold, and exits with 1 if one is missed.
 """
 
+import argparse
 import json
 import pathlib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from absl import app, flags, logging
+from absl import logging
 
 from llama_jax import Llama
 from tools.demo_corpus import REFUSAL, Corpus, read_corpus, read_held_back
@@ -27,9 +28,8 @@ THRESHOLDS = {
 }
 """The least share that must be right, of each measure that has one."""
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", str(DEMO), "Checkpoint to measure.")
-_SEEDS = flags.DEFINE_integer("seeds", 40, "Answers to each suggested question.", lower_bound=1)
-_FAILURES = flags.DEFINE_bool("failures", False, "Print each wrong answer.")
+SEEDS = 40
+"""Answers to each suggested question."""
 
 ANY_TALE = "Tell me a story."
 """Any of the corpus's tales answers it, whole."""
@@ -62,7 +62,7 @@ def suggested(corpus: Corpus) -> Iterable[Case]:
     tales = [answer for text, answer in answers.items() if text.startswith(begin)]
     answers[ANY_TALE] = frozenset().union(*tales)
     for text in suggested_questions(corpus):
-        for seed in range(_SEEDS.value):
+        for seed in range(SEEDS):
             yield {"prompt": text, "seed": seed}, answers[text]
 
 
@@ -103,10 +103,14 @@ def measures(corpus: Corpus) -> dict[str, list[Case]]:
     }
 
 
-def main(_: list[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and exit with 1 if a threshold is missed."""
+    parser = argparse.ArgumentParser(prog="python -m tools.evaluate_demo", description=__doc__)
+    parser.add_argument("--checkpoint", default=DEMO, help="Checkpoint to measure.")
+    parser.add_argument("--failures", action="store_true", help="Print each wrong answer.")
+    options = parser.parse_args(arguments)
     logging.set_verbosity(logging.WARNING)
-    llm = Llama.load(_CHECKPOINT.value, slots=8, context=512)
+    llm = Llama.load(options.checkpoint, slots=8, context=512)
     missed = []
     for name, cases in measures(read_corpus()).items():
         results = llm.generate_all(request for request, _ in cases)
@@ -121,7 +125,7 @@ def main(_: list[str]) -> None:
         print(f"{name:24} {len(cases) - len(wrong):4} of {len(cases):4}  {share:6.1%}{bound}")
         if wanted is not None and share < wanted:
             missed.append(name)
-        if _FAILURES.value:
+        if options.failures:
             for request, right, said in wrong:
                 text = request.get("prompt") or request["messages"][-1]["content"]
                 print(f"    {text!r}: {said!r}, not {' or '.join(map(repr, sorted(right)))}")
@@ -130,4 +134,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -269,7 +269,7 @@ def asked(terminal, tmp_path, keys):
 
 def test_an_answer_has_a_short_footer(terminal, tmp_path):
     shown, turns = asked(terminal, tmp_path, FRANCE)
-    assert re.search(rf"{re.escape(PARIS)}\n\(\d+ tokens, [\d.]+/s, seed 7, \d+ of 512\)\n", shown)
+    assert re.search(rf"{re.escape(PARIS)}\n\(\d+ tokens, [\d.,]+/s, seed 7, \d+ of 512\)\n", shown)
     assert "reading" in shown, "a sign of life while the prompt is read"
     assert turns == [FRANCE, PARIS]
     assert "GB/s of weights" in terminal.ask("/stats")

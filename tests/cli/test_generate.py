@@ -23,7 +23,7 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr():
     assert demo.startswith("no --checkpoint: running the embedded demo model")
     assert re.fullmatch(
         r"load [\d.]+ s \| compile [\d.]+ s \| prefill 14 tokens in [\d.]+ s \([\d,]+ tok/s\) \| "
-        r"decode [\d.]+ s \([\d,]+ tok/s, [\d.]+ GB/s of weights\) \| 7 tokens, stop \| float32 \| "
+        r"decode [\d.]+ s \([\d,]+ tok/s, [\d.]+ GB/s of weights\) \| 9 tokens, stop \| float32 \| "
         r"seed (\d+) \(drawn; --seed=\1 repeats this\)",
         summary,
     )

@@ -15,6 +15,8 @@ CHUNK = 16
 class Prompt:
     """A generation's part in it."""
 
+    background = False
+
     def __init__(self, length, submitted=0):
         self.prefix, self.submitted = [3] * length, submitted
 

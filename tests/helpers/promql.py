@@ -22,7 +22,8 @@ SCRAPED = frozenset({"instance", "job", "namespace", "pod"})
 
 def exported_metrics() -> dict[str, frozenset[str]]:
     """Return the names of all samples of /metrics with their labels; no model is loaded."""
-    engine = types.SimpleNamespace(running=1, queued=0, counts=Counts(ended={"stop": 1}))
+    counts = Counts(ended={"stop": 1})
+    engine = types.SimpleNamespace(running=1, queued=0, background=(0, 0), counts=counts)
     compiled = types.SimpleNamespace(names=["decode"], seconds=1.0)
     executor = types.SimpleNamespace(batch=8, compiled=compiled)
     llm: Any = types.SimpleNamespace(engine=engine, executor=executor)

@@ -125,7 +125,9 @@ def test_a_chain_tells_every_draw_and_its_place(draws, at):
 EDITS = {
     "token": lambda external, internal: internal["draws"]["token"].__setitem__(0, 5),
     "logprob": lambda external, internal: internal["draws"]["logprob"].__setitem__(0, "-0x1p-3"),
-    "margin": lambda external, internal: internal["draws"].update(margin=["0x1p+1"] * 8),
+    "margin": lambda external, internal: internal["draws"].update(
+        margin=["0x1p+1"] * len(internal["draws"]["token"])
+    ),
     "link": lambda external, internal: internal["chain"].update(end="0" * 64),
     "seed": lambda external, internal: external["parameters"].update(seed="8"),
     "temperature": lambda external, internal: external["parameters"].update(temperature=1.0),

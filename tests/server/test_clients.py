@@ -287,7 +287,7 @@ def test_openai_completions(openai_client, llm):
     create = openai_client.completions.create
     prompt = f"[INST] {QUESTION} [/INST] The capital of"
     ids = [1, *llm.tokenizer.encode(prompt)]
-    asking = {"model": MODEL, "temperature": 0, "max_tokens": 3, "echo": True}
+    asking = {"model": MODEL, "temperature": 0, "max_tokens": 5, "echo": True}
     text = create(**asking, prompt=prompt).choices[0].text
     assert text == f"{prompt} France is Paris"
     assert create(**asking, prompt=ids).choices[0].text == text

@@ -95,8 +95,8 @@ def test_chat(client, llm, path):
         ],
         "usage": {
             "prompt_tokens": 14,
-            "completion_tokens": 7,
-            "total_tokens": 21,
+            "completion_tokens": 9,
+            "total_tokens": 23,
             "prompt_tokens_details": {"cached_tokens": 0},
         },
         "system_fingerprint": llm.engine.fingerprint,

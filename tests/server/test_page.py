@@ -238,7 +238,7 @@ def test_answer_and_its_facts(page, stream):
     page.set_checked("#stream", stream)
     assert ask(page, QUESTION) == ANSWER
     assert re.fullmatch(
-        rf"14 tokens in, 7 out · stop · \d+\.\d\d s{' to first token' if stream else ''} · "
+        rf"14 tokens in, 9 out · stop · \d+\.\d\d s{' to first token' if stream else ''} · "
         r"\d+\.\d tokens/s · seed \d+ · fp_[0-9a-f]+",
         facts(page),
     )
@@ -477,13 +477,13 @@ def test_context_meter_tells_what_the_last_answer_used(page):
     expect(page.locator("#context")).to_be_hidden()
     fill(page, temperature=0)
     ask(page, QUESTION)
-    expect(text).to_have_text("21 of 512 tokens")
-    values = {"valuemin": "0", "valuemax": "512", "valuenow": "21", "valuetext": "21 of 512 tokens"}
+    expect(text).to_have_text("23 of 512 tokens")
+    values = {"valuemin": "0", "valuemax": "512", "valuenow": "23", "valuetext": "23 of 512 tokens"}
     for name, value in values.items():
         expect(meter).to_have_attribute(f"aria-{name}", value)
     shares = "([meter, bar]) => bar.getBoundingClientRect().width / meter.clientWidth"
     boxes = page.locator("#context svg, #context rect")
-    assert abs(boxes.evaluate_all(shares) - 21 / 512) < 0.01
+    assert abs(boxes.evaluate_all(shares) - 23 / 512) < 0.01
     use(page, 400, 40)
     expect(text).to_have_text("440 of 512 tokens, nearly full")
     expect(page.locator("#context button")).to_have_count(2)

@@ -843,8 +843,8 @@ def test_metrics_count(client, llm):
     assert grown("llama_jax_errors_total", "7000") == 1
     assert grown("llama_jax_request_success_total", "run", "stop") == 2
     assert grown("llama_jax_prompt_tokens_total") == 28
-    assert grown("llama_jax_generation_tokens_total") == 16  # with EOS
-    assert grown("llama_jax_request_generation_tokens_sum") == 14
+    assert grown("llama_jax_generation_tokens_total") == 20  # with EOS
+    assert grown("llama_jax_request_generation_tokens_sum") == 18
     for histogram, *labels in (
         ("time_to_first_token_seconds", "short"),
         ("time_per_output_token_seconds",),
@@ -943,7 +943,7 @@ def test_access_log_has_no_prompt_answer_or_secret(llm, caplog):
         "status": 200,
         "error_code": None,
         "prompt_tokens": 14,
-        "completion_tokens": 7,
+        "completion_tokens": 9,
         "finish_reason": "stop",
         "client_disconnected": False,
     }
@@ -986,7 +986,7 @@ def test_a_person_reads_a_short_line_and_none_for_probes(llm, caplog):
         client.get("/no%1bsuch%0apath")
     shown = filter(access_log.is_no_probe, caplog.records)
     first, second = map(access_log.ShortFormatter().format, shown)
-    assert re.fullmatch(rf"[\d:]{{8}} 200 POST {RUN}  14 \+ 7 tokens  \d+\.\d\d s", first)
+    assert re.fullmatch(rf"[\d:]{{8}} 200 POST {RUN}  14 \+ 9 tokens  \d+\.\d\d s", first)
     assert " 404 GET /no" in second
     assert second.endswith("error 7000")
     assert second.isprintable(), "a client cannot move the cursor of the terminal"
