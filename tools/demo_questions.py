@@ -144,8 +144,10 @@ class Questions:
         if rng.random() < 0.3:
             word = self._pseudo(rng)
             return word.capitalize() if kind in ("place", "city") else word
-        ends = rng.choice(members), rng.choice(words)
-        return _splice(*(ends if rng.random() < 0.5 else ends[::-1]), rng)
+        member, word = rng.choice(members), rng.choice(words)
+        if rng.random() < 0.5:
+            return _splice(member, word, rng)
+        return _splice(word, member, rng)
 
     def _numbers(self, frames: Frames, rng: random.Random) -> list[int]:
         """Return two numbers, often those of a known question but for one of them."""

@@ -114,10 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     missed = []
     for name, cases in measures(read_corpus()).items():
         results = llm.generate_all(request for request, _ in cases)
+        answers = [(result.response or "").strip() for result in results]
         wrong = [
-            (request, right, result.response.strip())
-            for (request, right), result in zip(cases, results, strict=True)
-            if result.response.strip() not in right
+            (request, right, said)
+            for (request, right), said in zip(cases, answers, strict=True)
+            if said not in right
         ]
         share = 1 - len(wrong) / len(cases)
         wanted = THRESHOLDS.get(name)

@@ -11,6 +11,7 @@ import pathlib
 import random
 import shutil
 import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,7 @@ def make_optimizer(constant_from: int) -> optax.GradientTransformation:
     warm_up = min(WARM_UP_STEPS, constant_from // 2)
     rate = optax.warmup_cosine_decay_schedule(0.0, 1.0, warm_up, constant_from, FINAL_RATE)
 
-    def dimensions(params: dict) -> dict:
+    def dimensions(params: Any) -> Any:
         muon = optax.contrib.MuonDimensionNumbers()
         return {
             name: jax.tree.map(
