@@ -6,13 +6,16 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import openai
-from openai.types import Batch
+import pytest
 from starlette.testclient import TestClient
 
 from llama_jax import Llama
 from llama_jax.server.batches.settings import BatchSettings
 from tests.helpers.serving import CHAT, COMPLETIONS, MODEL, serving, wait_until
+
+openai: Any = pytest.importorskip(
+    "openai", reason="needs OpenAI's client: pip install -e '.[clients]'"
+)
 
 ENDED = ("completed", "failed", "expired", "cancelled")
 
@@ -38,9 +41,7 @@ def jsonl(lines: list[Any]) -> bytes:
 
 
 @contextlib.contextmanager
-def batching(
-    llm: Llama, folder: pathlib.Path, **settings: Any
-) -> Iterator[tuple[openai.OpenAI, TestClient]]:
+def batching(llm: Llama, folder: pathlib.Path, **settings: Any) -> Iterator[tuple[Any, TestClient]]:
     """Serve a model with a folder of batches; give OpenAI's client of it, and the plain one."""
     with serving(llm, batches=BatchSettings(folder, **settings)) as client:
         base_url = "http://testserver/v1"
@@ -50,7 +51,7 @@ def batching(
         )
 
 
-def create(api: openai.OpenAI, lines: list[Any], **fields: Any) -> Batch:
+def create(api: Any, lines: list[Any], **fields: Any) -> Any:
     """Upload lines, and create a batch of them."""
     file = api.files.create(file=("input.jsonl", jsonl(lines)), purpose="batch")
     seed = fields.pop("seed", 7)
@@ -58,13 +59,13 @@ def create(api: openai.OpenAI, lines: list[Any], **fields: Any) -> Batch:
     return api.batches.create(input_file_id=file.id, extra_body={"seed": seed}, **options)
 
 
-def ended(api: openai.OpenAI, batch: Batch, seconds: float = 120) -> Batch:
+def ended(api: Any, batch: Any, seconds: float = 120) -> Any:
     """Wait for a batch's end."""
     wait_until(lambda: api.batches.retrieve(batch.id).status in ENDED, seconds)
     return api.batches.retrieve(batch.id)
 
 
-def rows_of(api: openai.OpenAI, file_id: str | None) -> list[Any]:
+def rows_of(api: Any, file_id: str | None) -> list[Any]:
     """Return the rows of a file; none if there is no file."""
     if file_id is None:
         return []

@@ -8,8 +8,8 @@ import pathlib
 import signal
 import time
 import warnings
+from typing import Any
 
-import httpx
 import pytest
 
 from llama_jax import InputError
@@ -22,6 +22,7 @@ from tests.helpers.serving import COMPLETIONS, MODEL, wait_until
 
 pytestmark = pytest.mark.ray
 
+httpx: Any = pytest.importorskip("httpx", reason="needs httpx: pip install -e '.[dev]'")
 ray = pytest.importorskip("llama_jax.ray", reason="needs the ray extra: pip install -e '.[ray]'")
 
 CLIENTS, SLOTS, TOKEN = 64, 4, "a-token"

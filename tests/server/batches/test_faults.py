@@ -4,7 +4,6 @@ import asyncio
 import errno
 import sqlite3
 
-import openai
 import pytest
 
 from llama_jax.errors import InputError
@@ -13,7 +12,7 @@ from llama_jax.server.batches import worker
 from llama_jax.server.batches.folder import Folder
 from llama_jax.server.openai import files
 from tests.helpers.serving import COMPLETIONS, MODEL, paused, serving, wait_until
-from tests.helpers.stored_batches import batching, chat_line, create, ended, rows_of
+from tests.helpers.stored_batches import batching, chat_line, create, ended, openai, rows_of
 
 pytestmark = pytest.mark.clients
 

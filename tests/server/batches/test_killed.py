@@ -3,19 +3,18 @@
 import json
 import signal
 
-import openai
 import pytest
 
 from tests.helpers.server_process import TOKEN, ServerProcess, served
 from tests.helpers.serving import wait_until
-from tests.helpers.stored_batches import chat_line, create, ended
+from tests.helpers.stored_batches import chat_line, create, ended, openai
 
 pytestmark = [pytest.mark.slow, pytest.mark.clients]
 
 LINES = 200
 
 
-def client_of(server: ServerProcess) -> openai.OpenAI:
+def client_of(server: ServerProcess):
     return openai.OpenAI(api_key=TOKEN, base_url=f"{server.url}/v1", max_retries=0)
 
 

@@ -1,6 +1,5 @@
 """OpenAI's files and batches, by its own client and its own types."""
 
-import openai
 import pytest
 from starlette.testclient import TestClient
 
@@ -13,6 +12,7 @@ from tests.helpers.stored_batches import (
     create,
     ended,
     jsonl,
+    openai,
     rows_of,
 )
 
