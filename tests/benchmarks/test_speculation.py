@@ -22,7 +22,7 @@ def measured(*args):
 @pytest.mark.slow
 def test_every_way_is_measured_and_gives_the_same_answers(tmp_path):
     texts = tmp_path / "texts"
-    texts.write_text("Tell me about the sea.\n")
+    texts.write_text("Tell me a story about a llama.\n")
     done = measured(
         f"--checkpoint={DEMO_CHECKPOINT}",
         f"--draft={DEMO_CHECKPOINT}",

@@ -54,7 +54,7 @@ def test_the_commands_of_the_page(cli, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_with_other_ends_is_replayed_with_them(cli, tmp_path):
     path = tmp_path / "receipt.jsonl"
-    arguments = ("--prompt=What is the capital of France?", "--temperature=0", "--eos_tokens=664")
+    arguments = ("--prompt=What is the capital of France?", "--temperature=0", "--eos_tokens=830")
     assert cli(*arguments, f"--receipt={path}")[0] == 0
     status, out, _ = cli("replay", str(path), "--slots=1", "--noverify", "--prefill")
     assert status == 0

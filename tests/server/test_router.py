@@ -161,10 +161,10 @@ def test_a_session_stays_on_one_server(servers):
 def test_equal_seeds_give_equal_texts_whichever_server_answers(servers):
     before = [len(calls_of(server)) for server in servers]
     with routed("round_robin", servers) as router:
-        messages = [{"role": "user", "content": "Tell me of the sea"}]
+        messages = [{"role": "user", "content": "Tell me a story."}]
         answers = [
             router.chat(messages, seed=seed, temperature=2, max_tokens=40)
-            for seed in (5, 5, 5, 5, 6)
+            for seed in (1, 1, 1, 1, 2)
         ]
     assert all(len(calls_of(s)) >= n + 2 for s, n in zip(servers, before, strict=True))
     texts = [answer["choices"][0]["message"]["content"] for answer in answers]
