@@ -452,7 +452,12 @@ def test_what_cannot_draft_is_refused(tmp_path):
 @pytest.mark.slow
 def test_llama_speculates_and_its_receipts_are_the_same(native_kernels):
     demo = load_checkpoint(DEMO_CHECKPOINT)
-    request = {"prompt": "Tell me a story about a llama.", "seed": 5, "max_tokens": 60, "temperature": 0.8}
+    request = {
+        "prompt": "Tell me a story about a llama.",
+        "seed": 5,
+        "max_tokens": 60,
+        "temperature": 0.8,
+    }
 
     def run(**options):
         result = Llama(demo, slots=2, **options).generate(**request)
