@@ -106,7 +106,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel):
 def test_an_sdist_builds_the_same_wheel(source, wheel, tmp_path):
     code = "from setuptools import build_meta; print(build_meta.build_sdist({!r}))"
     name = run(sys.executable, "-c", code.format(str(tmp_path)), cwd=source).splitlines()[-1]
-    shutil.unpack_archive(tmp_path / name, tmp_path, filter="data")
+    run("tar", "-xzf", name, cwd=tmp_path)
     folder = tmp_path / name.removesuffix(".tar.gz")
     kernels = "llama_jax/nn/cpu_kernels.cc"
     assert (folder / kernels).read_bytes() == (source / kernels).read_bytes()

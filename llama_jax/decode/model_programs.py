@@ -129,10 +129,8 @@ class Decode(ModelProgram):
         )
 
     def arguments(self, params: Params, old: DecodeState, slots: Sequence[int]) -> tuple[Any, ...]:
-        """Return the arguments of a call; all slots, in order, are given no indices."""
-        if len(slots) == old.tokens.shape[0]:
-            return params, old
-        return params, old, np.asarray(slots, np.int32)
+        """Return the arguments of a call; see `slot_indices`."""
+        return params, old, *slot_indices(old, slots)
 
     def __str__(self) -> str:
         return f"decode({self.num_slots}, {self.num_steps}, {self.attend_len}{self.needs})"
@@ -202,3 +200,8 @@ def padded_chunk(tokens: Sequence[int], start: int, size: int) -> np.ndarray:
     """Return `size` tokens from `start` on, padded on the right with id 0."""
     part = np.asarray(tokens[start : start + size], np.int32)
     return np.pad(part, (0, size - len(part)))
+
+
+def slot_indices(old: DecodeState, slots: Sequence[int]) -> tuple[np.ndarray, ...]:
+    """Return the argument for some slots; none for all, in order."""
+    return () if len(slots) == old.tokens.shape[0] else (np.asarray(slots, np.int32),)

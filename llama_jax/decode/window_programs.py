@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from llama_jax.decode.draft import LAST, draft
-from llama_jax.decode.model_programs import ModelProgram
+from llama_jax.decode.model_programs import ModelProgram, slot_indices
 from llama_jax.decode.needs import ALL_NEEDS, Needs
 from llama_jax.decode.program import Target
 from llama_jax.decode.sampling import NO_TOKEN
@@ -48,7 +48,7 @@ class Verify(ModelProgram):
         slots: Sequence[int],
         drafts: Sequence[Sequence[int]] = (),
     ) -> tuple[Any, ...]:
-        """Return the arguments of a call; all slots, in order, are given no indices.
+        """Return the arguments of a call; see `slot_indices`.
 
         Args:
             params, old: the model's parameters, and the state.
@@ -56,7 +56,7 @@ class Verify(ModelProgram):
             drafts: of each of them, at most width - 1; none are given to warm up.
         """
         drafts = drafts or [()] * len(slots)
-        return params, old, padded_rows(drafts, self.width - 1), *_indices(old, slots)
+        return params, old, padded_rows(drafts, self.width - 1), *slot_indices(old, slots)
 
     def __str__(self) -> str:
         return f"verify({self.num_slots}, {self.width}, {self.attend_len}{self.needs})"
@@ -103,7 +103,7 @@ class Draft(ModelProgram):
         slots: Sequence[int],
         texts: Sequence[Text | None] = (),
     ) -> tuple[Any, ...]:
-        """Return the arguments of a call; all slots, in order, are given no indices.
+        """Return the arguments of a call; see `slot_indices`.
 
         Args:
             params, old: the model's parameters, and the state.
@@ -122,7 +122,7 @@ class Draft(ModelProgram):
             np.asarray(starts or [unused] * len(slots), np.int32),
             np.asarray([text.num_drawn for text in own], np.int32),
             padded_rows([text.uncounted for text in own], self.num_drafts + 1),
-            *_indices(old, slots),
+            *slot_indices(old, slots),
         )
 
     def __str__(self) -> str:
@@ -135,8 +135,3 @@ def padded_rows(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
     for own, row in zip(array, rows, strict=True):
         own[: len(row)] = row
     return array
-
-
-def _indices(old: DecodeState, slots: Sequence[int]) -> tuple[np.ndarray, ...]:
-    """Return the argument for some slots; none for all, in order."""
-    return () if len(slots) == old.tokens.shape[0] else (np.asarray(slots, np.int32),)

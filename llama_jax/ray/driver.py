@@ -17,6 +17,7 @@ from llama_jax.batch.file import Batch
 from llama_jax.batch.line import Format, request_format
 from llama_jax.errors import InputError
 from llama_jax.ray import cores, ledger
+from llama_jax.ray.gpus import check_gpus
 from llama_jax.ray.worker import REQUESTS, Worker
 from llama_jax.strict_json import parse_json
 
@@ -50,11 +51,7 @@ class Pool:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise InputError(f"{name} is {value!r:.40}, expected a whole number from 1")
-        gpus = self.gpus_per_worker
-        if not (0 <= gpus < math.inf) or (gpus > 1 and gpus != int(gpus)):
-            raise InputError(
-                f"gpus_per_worker is {gpus!r:.40}, expected 0, a part of 1, or a whole number"
-            )
+        check_gpus("gpus_per_worker", self.gpus_per_worker)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from llama_jax.decode.compile_cache import use_compile_cache
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
 from llama_jax.ray import cores as share
+from llama_jax.ray.gpus import check_gpus
 from llama_jax.server.app import app_of
 from llama_jax.server.service import Service
 from llama_jax.server.settings import Settings
@@ -165,8 +166,7 @@ def _check(replicas: int | Sequence[int], cores: int, gpus: float) -> None:
         raise InputError(f"replicas is {replicas!r:.40}, expected one number from 1, or two")
     if type(cores) is not int or cores < 1:
         raise InputError(f"cores is {cores!r:.40}, expected a whole number from 1")
-    if not 0 <= gpus < math.inf or (gpus > 1 and gpus != int(gpus)):
-        raise InputError(f"gpus is {gpus!r:.40}, expected 0, a part of 1, or a whole number")
+    check_gpus("gpus", gpus)
 
 
 def _scaling(replicas: int | Sequence[int], slots: int) -> dict[str, Any]:

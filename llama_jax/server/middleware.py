@@ -14,20 +14,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llama_jax.server import errors
 from llama_jax.server.auth import OPEN_PATHS, check_page, check_token
 from llama_jax.server.batches.settings import QUEUE_BYTES
+from llama_jax.server.body import DisconnectedError, read_part
 from llama_jax.server.body_budget import BodyBudget, BodyShare
 from llama_jax.server.errors import ApiError
 from llama_jax.server.request_log import RequestLog
 from llama_jax.server.settings import Settings
-from llama_jax.server.transfers import FORM, DisconnectedError, Uploads, is_download, patient
+from llama_jax.server.transfers import FORM, Uploads, is_download, patient
 
 _READING_S = 60
 """Time beyond the time limit that a client has to read its response."""
 
 BODY_S = 120.0
 """For a whole body: 8 MiB at 0.6 Mbit/s."""
-
-BODY_SILENCE_S = 30.0
-"""Without a byte of a body; more than a network's worst pause, less than a proxy's patience."""
 
 _DISCARDED = 4
 """A body up to this multiple of the limit is read to its end before it is refused."""
@@ -154,15 +152,8 @@ async def _read_body(scope: Scope, receive: Receive, limit: int, share: BodyShar
         raise refusal
     body, size, more = bytearray(), 0, True
     while more:
-        async with asyncio.timeout(BODY_SILENCE_S):
-            message = await receive()
-        if (broken := scope.get(errors.REFUSAL)) is not None:
-            raise broken
-        if message["type"] == "http.disconnect":
-            raise DisconnectedError
-        part = message.get("body", b"")
+        part, more = await read_part(scope, receive)
         size += len(part)
-        more = message.get("more_body", False)
         if size <= limit:
             share.take(len(part))
             body += part

@@ -14,13 +14,11 @@ from starlette.types import Message, Receive, Scope, Send
 
 from llama_jax.errors import InputError
 from llama_jax.server import errors
+from llama_jax.server.body import read_part
 from llama_jax.server.errors import ApiError
 
 UPLOAD_S = 3600.0
 """For a whole upload: 200 MB at 0.5 Mbit/s."""
-
-SILENCE_S = 30.0
-"""Without a byte of an upload."""
 
 MAX_UPLOADS = 4
 """At a time; each may take as much of the disk as the largest file."""
@@ -33,10 +31,6 @@ _FORM_BYTES = 64 * 2**10
 
 _BASE = r"(?:/client/v4/accounts/[^/]+/ai)?/v1/files"
 _UPLOAD, _DOWNLOAD = re.compile(_BASE), re.compile(rf"{_BASE}/[^/]+/content")
-
-
-class DisconnectedError(Exception):
-    """The client closed the connection."""
 
 
 class Uploads:
@@ -99,17 +93,10 @@ class Uploads:
     async def _parts(self, scope: Scope, receive: Receive) -> AsyncGenerator[bytes, None]:
         size, more = 0, True
         while more:
-            async with asyncio.timeout(SILENCE_S):
-                message = await receive()
-            if (broken := scope.get(errors.REFUSAL)) is not None:
-                raise broken
-            if message["type"] == "http.disconnect":
-                raise DisconnectedError
-            part = message.get("body", b"")
+            part, more = await read_part(scope, receive)
             size += len(part)
             if size > self._max_bytes + _FORM_BYTES:
                 raise ApiError(errors.TOO_LARGE, headers={"connection": "close"})
-            more = message.get("more_body", False)
             if part:
                 yield part
         yield b""

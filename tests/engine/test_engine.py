@@ -37,6 +37,7 @@ from llama_jax.engine.stream import Stream
 from llama_jax.text.chat import encode_dialog
 from llama_jax.text.tokenizer import EOS_ID, Tokenizer
 from llama_jax.weights.checkpoint import load_checkpoint
+from tests.helpers.engines import rest
 from tests.helpers.models import CONFIG, NATIVE, PURE, PURE_MARKS, random_params
 from tests.helpers.serving import wait_until
 from tools.demo_corpus import read_corpus
@@ -94,15 +95,6 @@ def changed(ex, **changes):
     other.plan = ex.plan._replace(**changes)
     other.sizes = dataclasses.replace(ex.sizes, plan=other.plan)
     return other
-
-
-def rest(engine):
-    """Let the engine do all there is to do."""
-    for _ in range(5000):
-        if not engine.step():
-            assert engine.running == engine.queued == 0
-            return
-    raise AssertionError("the engine does not come to rest")
 
 
 def answer(engine, request):

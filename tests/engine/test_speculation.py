@@ -29,6 +29,7 @@ from tests.helpers.drafting import (
     mixed_requests,
     repeated,
 )
+from tests.helpers.engines import rest
 from tests.helpers.models import CONFIG as SMALL
 from tests.helpers.models import NATIVE, PURE, PURE_MARKS, random_params
 
@@ -75,13 +76,6 @@ def _moved(tree, moved):
 
 def engine(plan, drafter=None, **options):
     return Engine(executor(plan, DRAFTS if drafter else 0), None, drafter=drafter, **options)
-
-
-def rest(engine):
-    for _ in range(20_000):
-        if not engine.step():
-            return
-    raise AssertionError("the engine does not come to rest")
 
 
 def answers(engine, requests):

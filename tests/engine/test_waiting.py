@@ -8,6 +8,7 @@ from llama_jax.engine.engine import Engine
 from llama_jax.engine.request import make_request
 from llama_jax.engine.waiting import MAX_PREEMPTIONS
 from tests.helpers.demo import load_demo
+from tests.helpers.engines import rest
 
 SLOTS = 2
 
@@ -24,14 +25,6 @@ def engine(request):
 def request(seed, **parameters):
     fields = {"prompt": f"Tell me tale {seed}.", "seed": seed, "temperature": 1.0}
     return make_request(**{**fields, "ignore_eos": True, "max_tokens": 40, **parameters})
-
-
-def rest(engine):
-    for _ in range(2000):
-        if not engine.step():
-            assert (engine.running, engine.queued, engine.background) == (0, 0, (0, 0))
-            return
-    raise AssertionError("the engine does not come to rest")
 
 
 def alone(seed, **parameters):

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from llama_jax.server import middleware, workers_ai
+from llama_jax.server import workers_ai
 from llama_jax.server.body_budget import LARGEST_BODIES, SMALL_BYTES
 from llama_jax.server.in_thread import in_thread
 from tests.helpers.demo import load_demo
@@ -182,7 +182,7 @@ ENDS = {
 
 @pytest.mark.parametrize(("status", "body", "options"), ENDS.values(), ids=ENDS)
 def test_each_end_gives_the_bytes_back(llm, monkeypatch, status, body, options):
-    monkeypatch.setattr(middleware, "BODY_SILENCE_S", 0.05)
+    monkeypatch.setattr("llama_jax.server.body.SILENCE_S", 0.05)
 
     async def run():
         async with running(llm) as app:

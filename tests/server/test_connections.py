@@ -23,8 +23,8 @@ from tests.helpers.serving import ANSWER, COMPLETIONS, QUESTION, RUN, events_of,
 
 KNOWN = json.dumps({"prompt": QUESTION, "temperature": 0}).encode()
 SHORT_WAITS = """
-from llama_jax.server import connection, middleware
-connection.HEAD_S = middleware.BODY_SILENCE_S = 0.5
+from llama_jax.server import body, connection, middleware
+connection.HEAD_S = body.SILENCE_S = 0.5
 middleware.BODY_S = 2
 """
 FORMS = pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from llama_jax.engine.delivery import NotFiniteError
 from llama_jax.engine.generation import Generation
 from llama_jax.engine.refusals import EngineFailedError
 from llama_jax.engine.result import Result
-from llama_jax.engine.scheduler import NotFiniteError
 from llama_jax.errors import InputError
 from llama_jax.llama import Llama
 from llama_jax.server.batches.forms import line_of
