@@ -192,6 +192,23 @@ def test_each_end_gives_the_bytes_back(llm, monkeypatch, status, body, options):
     assert asyncio.run(run()) == (status, 0)
 
 
+def test_a_request_whose_client_leaves_before_its_end_is_not_run(llm, monkeypatch):
+    """What came of it is a whole request by itself."""
+    submitted = []
+    monkeypatch.setattr(llm.engine, "submit", lambda *given, **_: submitted.append(given))
+
+    async def run():
+        async with running(llm) as app:
+            call = Upload(SMALL_REQUEST, is_whole=False)
+            task = asyncio.create_task(call.run(app))
+            await until(lambda: held(app) == len(SMALL_REQUEST))
+            call.hang_up.set()
+            await asyncio.wait([task])
+            assert (call.sent, submitted) == ([], [])
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("is_whole", [False, True])
 @pytest.mark.parametrize("end", ["disconnected", "cancelled"])
 def test_requests_without_an_answer_give_the_bytes_back(llm, is_whole, end):
