@@ -57,7 +57,10 @@ class Sizes:
     @functools.cached_property
     def decode_counts(self) -> list[int]:
         """Every number of slots that one decode program computes, in rising order."""
-        return sorted({len(self.decode_slots(range(n))) for n in range(1, self.batch + 1)})
+        if not self.plan.batch_invariant:
+            return [self.batch]
+        each = {self._computed(count) for count in range(1, self.slots_each + 1)}
+        return [self.replicas * count for count in sorted(each)]
 
     def padded(self, length: int) -> int:
         """Return the positions that `length` tokens take when prefilled in chunks.
@@ -113,9 +116,12 @@ class Sizes:
         by_replica: list[list[int]] = [[] for _ in range(self.replicas)]
         for slot in slots:
             by_replica[self.replica_of(slot)].append(slot)
-        most = max(map(len, by_replica))
-        count = min(self.slots_each, 1 << (most - 1).bit_length())
+        count = self._computed(max(map(len, by_replica)))
         return [slot for i, own in enumerate(by_replica) for slot in self._filled(i, own, count)]
+
+    def _computed(self, count: int) -> int:
+        """Return how many slots of a replica are computed for so many of it, at least one."""
+        return min(self.slots_each, 1 << (count - 1).bit_length())
 
     def _filled(self, replica: int, slots: list[int], count: int) -> list[int]:
         """Return so many slots of a replica, these among them."""
