@@ -35,7 +35,7 @@ FLAGS = command.make_flags(
     line_tokens=(128, "Tokens of a line's answer."),
     requests=(100, "Live requests of each measurement."),
     rate=("0.5", "Live requests a second."),
-    batch_slots=(0, "The server's --batch_slots; 0: all that no live request needs."),
+    batch_slots=("all", "The server's --batch_slots; all: those that no live request needs."),
     rounds=(3, "Times that both are measured."),
 )
 
@@ -143,7 +143,7 @@ def run() -> int:
         pathlib.Path(f"{path}.log").open("wb") as log,
     ):
         more = [f"--batch_dir={name}/batches"]
-        more += [f"--batch_slots={FLAGS.batch_slots}"] if FLAGS.batch_slots else []
+        more += [f"--batch_slots={FLAGS.batch_slots}"] if FLAGS.batch_slots != "all" else []
         sizes = (pathlib.Path(name), FLAGS.slots, context)
         launch = Launch("ours", FLAGS.dtype, config, checkpoint, *sizes, more=tuple(more))
         launch.write()
@@ -152,7 +152,7 @@ def run() -> int:
                 rounds.append(asyncio.run(measure(server, load, 2 * i)))
     row = {"engine": str(launch), "slots": FLAGS.slots, "median": median(rounds), "rounds": rounds}
     print(make_report(row["median"]))
-    command.write_record(record | {"batch_interference": [row]}, path)
+    command.write_record(record | {"batch_interference": [row]}, path, plot=False)
     return 0
 
 

@@ -131,7 +131,8 @@ def test_every_record_can_be_plotted():
     from benchmarks.plot import draw
 
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
-        if not path.name.startswith(("checkpoints", "gpu-h100-strict")):  # of no cases
+        # Some are of no cases.
+        if not path.name.startswith(("batch-interference", "checkpoints", "gpu-h100-strict")):
             assert draw(json.loads(path.read_text("utf-8"))).axes, path
 
 

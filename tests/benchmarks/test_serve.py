@@ -13,7 +13,7 @@ from tests.helpers import ROOT
 
 pytest.importorskip("httpx_sse", reason="needs the bench extra")
 
-from benchmarks import load, serve
+from benchmarks import batch_interference, load, serve
 from benchmarks.load import (
     Answer,
     Point,
@@ -178,6 +178,18 @@ def test_waits_beside_a_prompt_are_compared_with_the_others():
     assert figures["during_s"] == {"p50": 2.0, "p99": 3.0, "max": 3.0}
     assert figures["max_ratio"] == 3.0
     assert compare([], 0.0, 1.0, [])["max_ratio"] is None
+
+
+def test_waits_beside_a_batch_are_reported():
+    waits = {"p50_s": 0.25, "p90_s": 0.5, "p99_s": 1.0}
+    beside = {"p50_s": 0.5, "p90_s": 0.75, "p99_s": 1.25}
+    found = {"alone": waits, "beside": beside, "p99_ratio": 1.25, "lines": 12}
+    report = batch_interference.make_report(found).splitlines()
+    assert report[-3].split() == ["without", "a", "batch", "250", "500", "1,000"]
+    assert report[-2].split() == ["beside", "a", "batch", "500", "750", "1,250"]
+    assert report[-1].startswith("12 lines ")
+    assert report[-1].endswith(" 1.25 times that without a batch")
+    assert batch_interference.FLAGS["batch_slots"].default == "all"
 
 
 def test_ratios_are_of_rounds_that_both_have():
