@@ -2,6 +2,7 @@
 
   python -m benchmarks --shape=1b
   python -m benchmarks --shape=300m --dtype=float16 --against=hf,llamacpp
+  python -m benchmarks --shape=1b --dtype=float16 --weights=full,int8
   python -m benchmarks --checkpoint=DIR --batch=1 --context=128,4000
 
 See benchmarks/README.md.
@@ -11,7 +12,7 @@ import pathlib
 import sys
 
 from benchmarks import command
-from benchmarks.cases import PEERS, Case, Engine, make_plan, parse_peer
+from benchmarks.cases import PEERS, WEIGHTS, Case, Engine, make_plan, parse_peer
 from benchmarks.limits import median
 from benchmarks.measure import Run, measure_limits
 from benchmarks.report import make_report
@@ -22,6 +23,7 @@ FLAGS = command.make_flags(
     "1b",
     checkpoint=command.CHECKPOINT,
     dtype=(["float16", "bfloat16"], "Of weights and cache; each is measured."),
+    weights=(["full"], "full, or int8: projections are, of random weights; each is measured."),
     batch=(["1", "8", "32"], "Slots that decode together."),
     prompt_len=(["128", "512", "2048"], "Tokens of a prompt; empty: no prefill."),
     context=(["128", "2048", "4000"], "Tokens in each slot's cache when decoding begins."),
@@ -41,7 +43,15 @@ def read_engines() -> list[Engine]:
     if not FLAGS.dtype:
         raise InputError("--dtype is empty, expected float16, bfloat16 or float32")
     command.check_dtypes(FLAGS.dtype)
-    ours = [Engine("ours", dtype) for dtype in FLAGS.dtype]
+    command.check_choices("--weights", FLAGS.weights, WEIGHTS)
+    if not FLAGS.weights:
+        raise InputError("--weights is empty, expected full, int8 or both")
+    if FLAGS.checkpoint and FLAGS.weights != ["full"]:
+        raise InputError(
+            "--weights is given with --checkpoint, which has its own; drop one, or name what "
+            "`python -m convert quantize` wrote"
+        )
+    ours = [Engine("ours", dtype, weights) for dtype in FLAGS.dtype for weights in FLAGS.weights]
     peers = [parse_peer(text, FLAGS.dtype[0]) for text in FLAGS.against]
     return list(dict.fromkeys([*ours, *peers]))
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from tqdm import tqdm
 
 from benchmarks import command
+from benchmarks.cases import WEIGHTS
 from benchmarks.hlo import Exchange, Module
 from benchmarks.model_cost import Cost, chunk_cost, decode_cost
 from benchmarks.report import problems, table
@@ -44,6 +45,7 @@ FLAGS = command.make_flags(
     target=("v5e", f"{', '.join(TARGETS)}; a TPU's topology may follow, as in v5e:2x2."),
     devices=(1, "Devices that the model is split over."),
     dtype=("bfloat16", "Of weights and cache."),
+    weights=("full", "full, or int8: projections are."),
     batch=(["1", "8"], "Slots."),
     context=(4096, "Positions of each slot's cache, all attended to."),
     layers=(1000, "Layers at most; bytes and compile time grow with them."),
@@ -189,10 +191,13 @@ def run() -> int:
     jax.config.update("jax_platforms", "cpu")  # no other is there, or is needed
     command.check_choices("--shape", [FLAGS.shape], SHAPES)
     command.check_dtypes([FLAGS.dtype])
+    command.check_choices("--weights", [FLAGS.weights], WEIGHTS)
     command.check_choices("--determinism", [FLAGS.determinism], DETERMINISM)
     command.check_choices("--programs", FLAGS.programs, ("decode", "prefill"))
     config = load_shape(FLAGS.shape)
     config = dataclasses.replace(config, num_layers=min(config.num_layers, FLAGS.layers))
+    if FLAGS.weights == "int8":
+        config = dataclasses.replace(config, quantization="int8")
     command.check_room(config, FLAGS.context)
     batches = command.read_numbers(FLAGS, "batch")
     shards = choose_shards(config, FLAGS.devices)

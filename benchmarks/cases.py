@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
 
 from benchmarks import command
 from benchmarks.limits import Limits
@@ -25,6 +26,10 @@ PEERS = {
     "llamacpp": ("llama_cpp", "gguf"),
 }
 """Each peer and the modules that this interpreter must have for it."""
+
+
+WEIGHTS = ("full", "int8")
+"""Whether projections have the dtype, or are quantized."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +91,20 @@ class Engine:
     kind: str
     """`ours` or one of PEERS."""
     dtype: str
+    weights: str = "full"
+    """One of WEIGHTS."""
+
+    def config(self, config: ModelConfig) -> ModelConfig:
+        """Return the config of a shape as this engine holds it."""
+        return config if self.weights == "full" else replace(config, quantization=self.weights)
 
     def cache_bytes(self, config: ModelConfig, case: Case) -> int:
         """Return the bytes of keys and values of a case."""
         return case.batch * case.positions * kv_bytes(config, self.dtype)
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.dtype}"
+        weights = "" if self.weights == "full" else f":{self.weights}"
+        return f"{self.kind}:{self.dtype}{weights}"
 
 
 def parse_peer(text: str, dtype: str) -> Engine:
@@ -115,7 +127,7 @@ def make_plan(
         InputError: nothing can be measured.
     """
     skipped = []
-    held = sum(weight_bytes(config, engine.dtype) + HEADROOM for engine in engines)
+    held = sum(weight_bytes(engine.config(config), engine.dtype) + HEADROOM for engine in engines)
     plan: dict[Engine, list[Case]] = {engine: [] for engine in engines}
     for engine in engines:
         for case in cases:

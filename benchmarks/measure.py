@@ -114,13 +114,13 @@ class Run:
         engine = process.engine
         about = process.call(
             "load",
-            config=dataclasses.asdict(self.config),
+            config=engine.config(self.config).to_dict(),
             dtype=engine.dtype,
             contexts=contexts(self.plan[engine]),
             threads=machine.cores(),
             on_gpu=self.on_gpu,
             compiled=engine.kind == "hf-compile",
-            checkpoint=self.checkpoint,
+            checkpoint=self.checkpoint if engine.weights == "full" else None,
         )
         about = self.engines.setdefault(engine, about)
         if engine.kind == "ours":  # what stands for a user's first request
@@ -141,7 +141,8 @@ class Run:
         self.streaming.setdefault(process.engine, []).append(seconds)
 
     def _finish(self, process: Worker) -> None:
-        engine, config = process.engine, self.config
+        engine = process.engine
+        config = engine.config(self.config)
         sizes = {
             "weights_bytes": weight_bytes(config, engine.dtype),
             "cache_bytes": max(engine.cache_bytes(config, case) for case in self.plan[engine]),
@@ -170,11 +171,21 @@ class Run:
         ratios = {
             str(other): statistics.median(b / a for a, b in zip(times, rounds, strict=False))
             for (at, other), times in self.seconds.items()
-            if at == case and other.kind == "ours" != engine.kind
+            if at == case and _is_compared(other, engine)
         }
-        figures = case.figures(self.config, engine.dtype, statistics.median(rounds), limits)
+        figures = case.figures(
+            engine.config(self.config), engine.dtype, statistics.median(rounds), limits
+        )
         about = {"engine": str(engine), "dtype": engine.dtype, "rounds_s": rounds}
         return dataclasses.asdict(case) | about | figures | {"ours_over_this": ratios}
+
+
+def _is_compared(ours: Engine, other: Engine) -> bool:
+    """Return whether a report says how many times as fast ours is: as a peer, or quantized."""
+    if other.kind != "ours":
+        return ours.kind == "ours"
+    quantized = dataclasses.replace(other, weights=ours.weights)
+    return ours != other and ours == quantized and other.weights == "full"
 
 
 def _start(engine: Engine, log: BinaryIO, cache: str) -> Worker:

@@ -35,6 +35,22 @@ def layer_params(config: ModelConfig, shards: Shards = ONE) -> int:
     return c.num_layers * (attention + 3 * c.dim * c.ffn_dim // parts + 2 * c.dim)
 
 
+def layer_bytes(config: ModelConfig, dtype: str, shards: Shards = ONE) -> int:
+    """Return the bytes of all layers, of a model of that dtype."""
+    whole = layer_params(config, shards) * ITEM_BYTES[dtype]
+    if not config.is_quantized:
+        return whole
+    c, parts = config, shards.devices
+    norms = 2 * c.dim * c.num_layers
+    outputs = (3 * c.dim + 2 * c.ffn_dim) // parts + 2 * c.num_kv_heads * c.head_dim // shards.kv
+    # A byte of each number, and a float32 scale of each output.
+    return (
+        whole
+        - (ITEM_BYTES[dtype] - 1) * (layer_params(config, shards) - norms)
+        + (4 * c.num_layers * outputs)
+    )
+
+
 def params_read(config: ModelConfig, shards: Shards = ONE) -> int:
     """Return the parameters that one decoded token needs: all but the table of embeddings.
 
@@ -45,6 +61,12 @@ def params_read(config: ModelConfig, shards: Shards = ONE) -> int:
     return layer_params(config, shards) + config.dim + config.vocab_size * config.dim // head_parts
 
 
+def bytes_read(config: ModelConfig, dtype: str, shards: Shards = ONE) -> int:
+    """Return the bytes of `params_read`."""
+    others = params_read(config, shards) - layer_params(config, shards)
+    return layer_bytes(config, dtype, shards) + others * ITEM_BYTES[dtype]
+
+
 def total_params(config: ModelConfig) -> int:
     """Return all parameters."""
     table = 0 if config.tie_embeddings else config.vocab_size * config.dim
@@ -53,7 +75,8 @@ def total_params(config: ModelConfig) -> int:
 
 def weight_bytes(config: ModelConfig, dtype: str) -> int:
     """Return the bytes that the weights take in memory."""
-    return total_params(config) * ITEM_BYTES[dtype]
+    table = total_params(config) - params_read(config)
+    return bytes_read(config, dtype) + table * ITEM_BYTES[dtype]
 
 
 def kv_bytes(config: ModelConfig, dtype: str, shards: Shards = ONE) -> int:
@@ -80,7 +103,7 @@ def decode_cost(
     attention = 4 * config.num_layers * config.dim // shards.devices * attended
     params = params_read(config, shards)
     flops = batch * (2 * params + attention)
-    read = params * ITEM_BYTES[dtype] + batch * attended * kv_bytes(config, dtype, shards)
+    read = bytes_read(config, dtype, shards) + batch * attended * kv_bytes(config, dtype, shards)
     return Cost(new_tokens * flops, new_tokens * read)
 
 
@@ -94,7 +117,8 @@ def chunk_cost(
     width = config.dim // shards.devices
     attention = 4 * config.num_layers * width * tokens * (before + (tokens + 1) / 2)
     params = layer_params(config, shards)
-    moved = params * ITEM_BYTES[dtype] + (before + tokens) * kv_bytes(config, dtype, shards)
+    moved = layer_bytes(config, dtype, shards)
+    moved += (before + tokens) * kv_bytes(config, dtype, shards)
     return Cost(2 * tokens * params + attention, moved)
 
 

@@ -1,4 +1,4 @@
-"""Command line: python -m convert meta | hf | tokenizer | verify | export-hf."""
+"""Command line: python -m convert meta | hf | quantize | tokenizer | verify | export-hf."""
 
 import argparse
 import contextlib
@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 
-from convert.commands import add_tokenizer, convert, export, verify
+from convert.commands import add_tokenizer, convert, export, quantize, verify
 from convert.console import report
 from convert.conversion import MAX_SEQ_LEN
+from convert.quantization import WEIGHTS
 from llama_jax.errors import InputError, printable
 from llama_jax.version import __version__
 from llama_jax.weights.dtypes import DTYPES
@@ -22,6 +23,7 @@ example:
   python -m convert hf ~/Llama-2-7b-chat-hf ~/llama-2-7b-chat-jax --dtype=bfloat16
   python -m convert hf meta-llama/Llama-2-7b-chat-hf ~/llama-2-7b-chat-jax
   python -m convert hf ~/Llama-2-7b-hf ~/tuned-jax --adapter=~/my-lora
+  python -m convert quantize ~/llama-2-7b-chat-jax ~/llama-2-7b-chat-int8
   python -m convert verify ~/llama-2-7b-chat-jax
   python -m convert export-hf ~/llama-2-7b-chat-jax ~/exported
 """
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m convert",
         description="Convert published Llama 2 weights into a checkpoint that run.py loads; "
-        "verify one; export one.",
+        "quantize one; verify one; export one.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     debug = argparse.ArgumentParser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _add_conversions(commands, debug)
+    _add_quantize(commands, debug)
     text = "add a tokenizer to a checkpoint that has none"
     tokenizer = commands.add_parser("tokenizer", parents=[debug], help=text, description=text)
     tokenizer.set_defaults(run=add_tokenizer)
@@ -97,6 +100,29 @@ def _add_conversions(commands: Any, debug: argparse.ArgumentParser) -> None:
         type=_source,
         help="LoRA adapter that PEFT saved, to merge into the weights in float32: a folder, or as "
         "SRC a repository of the hub",
+    )
+
+
+def _add_quantize(commands: Any, debug: argparse.ArgumentParser) -> None:
+    text = (
+        "write a checkpoint of another's weights whose projections are int8: half as large, faster "
+        "to decode, and not the card's full precision; print how far it is from the other"
+    )
+    quantize_ = commands.add_parser("quantize", parents=[debug], help=text, description=text)
+    quantize_.set_defaults(run=quantize)
+    quantize_.add_argument("src", metavar="SRC", type=_path, help="checkpoint")
+    quantize_.add_argument(
+        "dst", metavar="DST", type=_path, help="checkpoint to write; must not exist yet"
+    )
+    quantize_.add_argument(
+        "--weights", choices=WEIGHTS, default="int8", help="what projections become; default: int8"
+    )
+    quantize_.add_argument(
+        "--text",
+        metavar="FILE",
+        type=_path,
+        help="text to compare perplexity on, before and after; none: do not compare; default: a "
+        "story of some 300 words",
     )
 
 

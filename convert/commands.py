@@ -6,9 +6,13 @@ import shlex
 
 from tqdm import tqdm
 
-from convert import adapter, conversion, hub, source, vocabulary
+from convert import adapter, comparison, conversion, hub, quantization, source, vocabulary
+from convert.console import report
 from convert.conversion import Conversion, check_destination, check_room
 from convert.export import export_hf
+from llama_jax.config import INT8_LABEL
+from llama_jax.errors import InputError
+from llama_jax.regular_file import read_regular
 from llama_jax.weights import stored_tokenizer
 from llama_jax.weights.checkpoint import open_checkpoint, verify_checkpoint
 
@@ -48,6 +52,42 @@ def convert(args: argparse.Namespace) -> None:
     if rounding:
         changes = ", ".join(f"{rounding[what]:,} {what}" for what in source.ROUNDING)
         print(f"in {dtype}, of {count:,} values: {changes}; by tensor in manifest.json")
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """Write a checkpoint of another's weights as int8, and say how far it is from that."""
+    text = _text_to_compare(args)
+    size = quantization.quantize(args.src, args.dst, progress=True)
+    root = open_checkpoint(args.dst)[0]["root"]
+    print(f"wrote {INT8_LABEL}, {tqdm.format_sizeof(size, 'B')}, to {args.dst}; root {root}")
+    if text is None:
+        return
+    try:
+        print(comparison.compare(args.src, args.dst, text))
+    except InputError as error:  # what was written is whole
+        report(f"warning: not compared with {args.src}: {error}")
+
+
+def _text_to_compare(args: argparse.Namespace) -> str | None:
+    """Return the text that --text names, or the sample; None: there is nothing to compare on."""
+    tokenizer, _ = stored_tokenizer.load_tokenizer(args.src)
+    if args.text == pathlib.Path("none") or (tokenizer is None and args.text is None):
+        return None
+    if tokenizer is None:
+        raise InputError(
+            f"--text is given, but checkpoint {args.src} has no tokenizer to read it; drop it, "
+            "or add one: python -m convert tokenizer"
+        )
+    return comparison.SAMPLE if args.text is None else _read_text(args.text)
+
+
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        return read_regular(path).decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"--text={path}: {error.strerror}; name a text file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"--text={path}: not UTF-8 (byte {error.start:,}); save it so") from None
 
 
 def add_tokenizer(args: argparse.Namespace) -> None:

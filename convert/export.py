@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from convert.names import names
 from llama_jax.config import ModelConfig
+from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import BOS_ID, transformers_config
 from llama_jax.weights.atomic_directory import atomic_directory
 from llama_jax.weights.checkpoint import open_checkpoint, read_tensors
@@ -33,10 +34,16 @@ def export_hf(path: pathlib.Path, out: pathlib.Path, *, progress: bool = False) 
         The number of bytes of weights.
 
     Raises:
-        InputError: as `load_checkpoint`; `out` exists; a tensor differs from the manifest.
+        InputError: as `load_checkpoint`; it is quantized; `out` exists; a tensor differs from the
+            manifest.
     """
     path = path.expanduser().absolute()
     values, config = open_checkpoint(path)
+    if config.is_quantized:
+        raise InputError(
+            f"checkpoint {path} is {config.label}, which transformers does not read so; export the "
+            "one that it was made of"
+        )
     with atomic_directory(out) as folder:
         size = write_hf(folder, read_tensors(path, progress=progress), config, values["dtype"])
         if "tokenizer.model" in values["files"]:

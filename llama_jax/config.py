@@ -25,6 +25,11 @@ Positions are 32-bit integers."""
 
 _FLOAT32 = (2.0**-126, 2.0**127)  # the computation's: smallest normal number, about the largest
 
+QUANTIZATIONS = ("none", "int8")
+
+INT8_LABEL = "int8, not the card's full precision"
+"""What results, receipts, servers and lines on the terminal say of quantized weights."""
+
 MAX_SLOTS = 256
 """Answers at once, at most."""
 
@@ -60,6 +65,9 @@ class ModelConfig:
     """Divides the rotary embedding's positions (linear scaling, arXiv:2306.15595); 1 is off."""
     eos_tokens: tuple[int, ...] = (2,)
     """The ids that end an answer."""
+    quantization: str = "none"
+    """One of QUANTIZATIONS. int8: the layers' projections are, and each of their outputs has a
+    float32 scale; see `quantized.py`. Embeddings, output layer and norms have the dtype."""
 
     def __post_init__(self):
         problems = _type_problems(self)
@@ -73,9 +81,35 @@ class ModelConfig:
         """Width of one head; even, because rotary embedding pairs its elements."""
         return self.dim // self.num_heads
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether projections are int8."""
+        return self.quantization == "int8"
+
+    @property
+    def label(self) -> str | None:
+        """What is to be said of the weights wherever a model is named; None: nothing."""
+        return INT8_LABEL if self.is_quantized else None
+
+    def precision(self, dtype: str) -> str:
+        """Return a run's dtype for people to read, with the label if there is one."""
+        return f"{dtype}, weights {self.label}" if self.label else dtype
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, but for `quantization` where there is none.
+
+        So configs that were written, and digested, before it was a field are as they were.
+        """
+        fields = dataclasses.asdict(self)
+        return (
+            fields
+            if self.is_quantized
+            else {k: v for k, v in fields.items() if k != "quantization"}
+        )
+
     def to_json(self) -> str:
         """Return the text that `load` reads."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str) -> "ModelConfig":
@@ -177,6 +211,9 @@ def _range_problems(c: ModelConfig) -> list[str]:
         problems.append(f"dim is {c.dim}, expected a multiple of 2 * num_heads = {2 * c.num_heads}")
     if c.num_heads % c.num_kv_heads:
         problems.append(f"num_kv_heads is {c.num_kv_heads}, expected a divisor of {c.num_heads}")
+    if c.quantization not in QUANTIZATIONS:
+        expected = " or ".join(QUANTIZATIONS)
+        problems.append(f"quantization is {c.quantization!r:.40}, expected {expected}")
     if not c.eos_tokens or any(
         type(t) is not int or not 0 <= t < c.vocab_size for t in c.eos_tokens
     ):

@@ -50,7 +50,7 @@ def test_a_device_holds_its_share_of_the_parameters():
     assert num_params(SMALL) == sum(leaf.size for leaf in jax.tree.leaves(param_shapes(SMALL)))
 
 
-SOME = "gqa-float16 or holds_its_part or test_batch_and_server"
+SOME = "gqa-float16 or int8_weights or holds_its_part or test_batch_and_server"
 
 
 @pytest.mark.slow

@@ -81,6 +81,7 @@ def score_figures(score: Score, *, logprobs: bool) -> dict[str, Any]:
         "is_greedy": score.is_greedy,
         "fingerprint": score.fingerprint,
         "warnings": score.warnings,
+        "quantization": score.quantization,
     }
 
 

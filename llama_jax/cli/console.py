@@ -160,4 +160,4 @@ def summary(llm: Llama, result: Result, repeat: str) -> str:
     seed = f"seed {result.seed}"
     if repeat:
         seed += f" (drawn; {repeat.format(result.seed)} repeats this)"
-    return " | ".join([*parts, llm.dtype, seed])
+    return " | ".join([*parts, llm.config.precision(llm.dtype), seed])

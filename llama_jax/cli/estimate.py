@@ -41,7 +41,7 @@ def estimate(verb: Verb) -> None:
     needed = needed_memory(config, plan, slots // replicas, context, shards)
     each = f"on each of {count} devices" if count > 1 else ""
     rows = [
-        ("weights", needed.weights, f"{name}, {plan.weights}"),
+        ("weights", needed.weights, f"{name}, {config.precision(plan.weights)}"),
         ("caches", needed.caches, f"{slots // replicas:,} slots of {context:,} tokens"),
         ("working", needed.working, "at most"),
         ("total", needed.total, each),

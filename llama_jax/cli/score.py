@@ -58,7 +58,8 @@ def _score_text() -> None:
         print(indented_json(row))
     else:
         _print_table(figures(result))
-    note(f"scored in {time.perf_counter() - began:.2f} s | {llm.dtype} | {result.fingerprint}")
+    precision = llm.config.precision(llm.dtype)
+    note(f"scored in {time.perf_counter() - began:.2f} s | {precision} | {result.fingerprint}")
 
 
 def _read_text() -> Text:

@@ -39,6 +39,7 @@ from llama_jax.decode.texts import CheckedDraws, Law
 from llama_jax.decode.warm_up import example, serving_programs
 from llama_jax.decode.window_programs import Verify
 from llama_jax.jax_settings import pinned_settings, to_host
+from llama_jax.nn.shapes import param_dtype
 from llama_jax.nn.sharding import ONE_DEVICE, make_mesh, place, replicas_of, shards_of
 from llama_jax.nn.transformer import Params, Transformer
 
@@ -50,7 +51,7 @@ class Executor:
 
     Args:
         config: the model's shape.
-        params: its parameters, of one dtype.
+        params: its parameters.
         dtype: the run's, of weights and cache, unless the plan holds them otherwise.
         batch: slots, of all replicas together.
         context: tokens of prompt plus output that a slot can hold, at most `config.max_seq_len`.
@@ -78,7 +79,10 @@ class Executor:
         self.plan = plan = plan or choose_plan(config, dtype)
         self.config, self.batch, self.context = config, batch, context
         with pinned_settings():
-            self.params = jax.tree.map(lambda a: jnp.asarray(a, plan.weights), params)
+            self.params = jax.tree_util.tree_map_with_path(
+                lambda keys, a: jnp.asarray(a, param_dtype(keys[-1].key, config, plan.weights)),
+                params,
+            )
         if mesh is None:
             mesh = make_mesh(ONE_DEVICE, list(jax.tree.leaves(self.params)[0].devices()))
         self.sizes = Sizes(plan, batch, context, replicas_of(mesh))

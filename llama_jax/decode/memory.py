@@ -13,7 +13,7 @@ from llama_jax.decode.sizes import Sizes
 from llama_jax.errors import InputError
 from llama_jax.jax_settings import Device
 from llama_jax.nn.attention import BLOCK
-from llama_jax.nn.sharding import ONE_DEVICE, Shards, num_params, replicas_of, shards_of
+from llama_jax.nn.sharding import ONE_DEVICE, Shards, replicas_of, shards_of, weight_bytes
 
 _MUCH = 10**9
 _STATE_BYTES = 9
@@ -55,7 +55,7 @@ def needed_memory(
     numbers = 2 * config.num_layers * heads * config.head_dim * capacity
     item = jnp.dtype(plan.cache).itemsize
     return Memory(
-        weights=num_params(config, shards) * jnp.dtype(plan.weights).itemsize,
+        weights=weight_bytes(config, plan.weights, shards),
         caches=slots * numbers * item,
         working=slots * _STATE_BYTES * config.vocab_size
         + _temporary(config, sizes, shards)
@@ -131,10 +131,11 @@ def check_fits(config: ModelConfig, plan: Plan, slots: int, context: int, mesh: 
     memory = needed_memory(config, plan, slots, context, shards_of(mesh))
     room = available_memory(device, count)
     each = f" on each of {mesh.size} devices" if mesh.size > 1 else ""
+    label = f" ({config.label})" if config.label else ""
     needs = (
-        f"the model needs {in_units(memory.total)}{each}: {in_units(memory.weights)} of weights, "
-        f"{in_units(memory.caches)} of caches ({slots:,} slot{'s' * (slots > 1)} of {context:,} "
-        f"tokens) and {in_units(memory.working)} to work with"
+        f"the model needs {in_units(memory.total)}{each}{label}: {in_units(memory.weights)} of "
+        f"weights, {in_units(memory.caches)} of caches ({slots:,} slot{'s' * (slots > 1)} of "
+        f"{context:,} tokens) and {in_units(memory.working)} to work with"
     )
     if room is not None:
         needs += f"; the {device.platform.upper()} has {in_units(room)} left"

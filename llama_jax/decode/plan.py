@@ -29,7 +29,8 @@ class Plan(NamedTuple):
     """How `Executor` compiles its programs. Static: another plan is another set of programs."""
 
     weights: str
-    """The dtype that weights are held in: the run's, or float32 where that is faster."""
+    """The dtype that weights which are not quantized are held in: the run's, or float32 where that
+    is faster."""
     cache: str
     """The dtype that keys and values are held in; see `cache.init_cache`."""
     kernels: KernelChoice
@@ -122,6 +123,8 @@ def _cpu_plan(config: ModelConfig, dtype: str) -> Plan:
         # Chunks no longer than it takes to draw a few tokens: answers under way go on beside a long
         # prompt. Longer ones would read it no faster.
         return Plan(dtype, cache, KernelChoice("native", "native", "native"), (16, 32, 64, 128))
+    if config.is_quantized:  # XLA would widen whole weights
+        return Plan(dtype, cache, KernelChoice("blocked", "blocks"))
     if dtype == "bfloat16":
         return Plan(dtype, cache, KernelChoice("two_rows", "blocks"))
     if dtype == "float32" or _fits(6 * num_params(config)):

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from llama_jax.config import INT8_LABEL
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.host import vector_instructions
 from llama_jax.decode.plan import Plan
@@ -53,6 +54,12 @@ class Environment:
         prefix = "fp_fast_" if self.parts.get("invariance") == "none" else "fp_"
         return prefix + hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @property
+    def label(self) -> str | None:
+        """What is to be said of the weights; None: nothing. See `ModelConfig.label`."""
+        is_quantized = self.parts.get("config", {}).get("quantization") == "int8"
+        return INT8_LABEL if is_quantized else None
+
 
 UNKNOWN = Environment({})
 """Of an engine that was given none."""
@@ -73,7 +80,7 @@ def describe(checkpoint: Checkpoint, executor: Executor) -> Environment:
     parts = {
         "weights": checkpoint.root,
         "tokenizer": checkpoint.tokenizer_digest,
-        "config": dataclasses.asdict(checkpoint.config),
+        "config": checkpoint.config.to_dict(),
         "dtype": checkpoint.dtype,
         "plan": _parts_of(plan),
         "invariance": _invariance(executor),

@@ -211,6 +211,7 @@ class Generation:
             logprobs=None if parameters.logprobs is None else self._logprobs,
             prompt_logprobs=self._prompt_logprobs if parameters.prompt_logprobs else None,
             speculation=self._speculated(),
+            quantization=self._environment.label,
             record=self._record(),
         )
         self._end()

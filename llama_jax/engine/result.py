@@ -108,6 +108,8 @@ class Result:
     """One for each of `prompt_tokens`, if requested; the first is None."""
     speculation: Speculated | None = None
     """None: the model does not speculate, or drew one token at most."""
+    quantization: str | None = None
+    """INT8_LABEL if the weights are quantized."""
     record: Record | None = dataclasses.field(default=None, repr=False, compare=False)
     """What a receipt is made of beside this; see `receipt`."""
 

@@ -58,6 +58,8 @@ class Score(Likelihood):
     """See `Result`."""
     warnings: list[str]
     """See `Result`."""
+    quantization: str | None = None
+    """See `Result`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +85,11 @@ class ScoreRequest:
     def score(self, results: Iterable[Result]) -> Score:
         """Return the score, from the result of each of `requests`, in order."""
         entries: list[TokenLogprob] = []
-        fingerprint = ""
+        fingerprint, quantization = "", None
         for (begin, _, target), result in zip(self.windows, results, strict=True):
             assert result.prompt_logprobs is not None
             entries += [entry for entry in result.prompt_logprobs[target - begin :] if entry]
-            fingerprint = result.fingerprint
+            fingerprint, quantization = result.fingerprint, result.quantization
         return Score(
             logprob=math.fsum(entry.logprob for entry in entries),
             num_tokens=len(entries),
@@ -97,6 +99,7 @@ class ScoreRequest:
             is_greedy=all(entry.logprob >= entry.top[0][1] for entry in entries),
             fingerprint=fingerprint,
             warnings=self.warnings,
+            quantization=quantization,
         )
 
     def _num_bytes(self, tokenizer: Tokenizer) -> int:

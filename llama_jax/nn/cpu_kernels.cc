@@ -20,6 +20,7 @@
 #include <functional>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -59,6 +60,10 @@ inline void Store(float* p, Sum a) { _mm512_storeu_ps(p, a); }
 inline Sum LoadHalf(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline Sum LoadInt8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 inline Sum LoadBfloat(const uint16_t* p) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -97,6 +102,10 @@ inline Sum ZeroBelow(Sum a, Sum x, Sum bound) {  // NaN stays NaN
 inline void Store(float* p, Sum a) { _mm256_storeu_ps(p, a); }
 inline Sum LoadHalf(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Sum LoadInt8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 inline Sum LoadBfloat(const uint16_t* p) {
   __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -144,6 +153,11 @@ struct Float16 : Float32 {  // x stays float32: rounding it would gain nothing
   using Weight = uint16_t;
   static Sum LoadWeight(const Weight* w) { return LoadHalf(w); }
   static Sum Widen(const Weight* w) { return LoadHalf(w); }
+};
+
+struct Int8 : Float32 {  // x stays float32, whatever the run's dtype
+  using Weight = int8_t;
+  static Sum LoadWeight(const Weight* w) { return LoadInt8(w); }
 };
 
 #ifdef __AVX512BF16__
@@ -210,9 +224,11 @@ void Tile(const typename Type::Input* in, const typename Type::Weight* w, int64_
     for (int o = 0; o < kOutputs; ++o) {
       weights[o] = Type::LoadWeight(at[o]);
       // With one row from memory; with a whole tile of widened weights the next outputs' from the
-      // L2 cache. Elsewhere the hardware does as well by itself.
+      // L2 cache. Elsewhere the hardware does as well by itself. Of int8 always the next outputs':
+      // rows are so short that what lies ahead in one is half in the next, which is in use.
+      constexpr int64_t kBytes = sizeof(typename Type::Weight);
       constexpr bool kNext =
-          kTileRows > kWideRows && sizeof(*at[o]) < sizeof(typename Type::Input);
+          kBytes == 1 || (kTileRows > kWideRows && kBytes < sizeof(typename Type::Input));
       const char* ahead = reinterpret_cast<const char*>(at[o]) + kPrefetch;
       if (kNext) ahead = reinterpret_cast<const char*>(at[o] + kOutputs * terms);
       if (kTileRows == 1 || kNext) _mm_prefetch(ahead, _MM_HINT_T0);
@@ -299,6 +315,7 @@ struct Product {
     const Weight* weights;  // [count, inputs]
     float* y;  // [rows, count]
     int64_t count;
+    const float* scales;  // [count]; null: the weights are not quantized
   };
 
   const float* x;  // [rows, inputs]
@@ -346,6 +363,15 @@ struct Product {
           });
         }
       }
+      if (output.scales) Scale(output, first, std::min(end, first + width));
+    }
+  }
+
+  // Multiplies y[:, begin .. end), when they are whole.
+  void Scale(const Output& output, int64_t begin, int64_t end) {
+    for (int64_t r = 0; r < rows; ++r) {
+      float* y = output.y + r * output.count;
+      for (int64_t o = begin; o < end; ++o) y[o] *= output.scales[o];
     }
   }
 
@@ -520,7 +546,7 @@ template <class Type>
 ffi::Error Multiply(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x,
                     const std::vector<ffi::AnyBuffer>& weights, ffi::RemainingRets& y) {
   Product<Type> product{x.typed_data(), x.dimensions()[0], x.dimensions()[1], {}, {}};
-  for (size_t i = 0; i < weights.size(); ++i) {
+  for (size_t i = 0; i < y.size(); ++i) {
     auto out = y.get<ffi::Buffer<ffi::F32>>(i);
     const auto shape = weights[i].dimensions();
     if (!out.has_value() || shape.size() != 2 || shape[1] != product.inputs ||
@@ -528,14 +554,23 @@ ffi::Error Multiply(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x,
         (*out)->element_count() != static_cast<size_t>(product.rows * shape[0])) {
       return ffi::Error::InvalidArgument("expected x [T, K], w [O, K] of one dtype, y [T, O]");
     }
+    const float* scales = nullptr;
+    if (std::is_same_v<Type, Int8>) {
+      const auto& own = weights[y.size() + i];
+      if (own.element_type() != ffi::F32 || own.element_count() != static_cast<size_t>(shape[0])) {
+        return ffi::Error::InvalidArgument("expected float32 scales [O] of int8 weights [O, K]");
+      }
+      scales = static_cast<const float*>(own.untyped_data());
+    }
     product.outputs.push_back({static_cast<typename Type::Weight*>(weights[i].untyped_data()),
-                               (*out)->typed_data(), shape[0]});
+                               (*out)->typed_data(), shape[0], scales});
   }
   product.Run(pool);
   return ffi::Error::Success();
 }
 
-// x: float32 [T, K]; each w: [O, K], of one dtype; each y: float32 [T, O].
+// x: float32 [T, K]; each w: [O, K], of one dtype, and after all those of int8 the scales of each,
+// float32 [O]; each y: float32 [T, O].
 ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs w,
                   ffi::RemainingRets y) {
   std::vector<ffi::AnyBuffer> weights;
@@ -543,8 +578,9 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     const auto weight = w.get<ffi::AnyBuffer>(i);
     if (weight.has_value()) weights.push_back(*weight);
   }
+  const size_t of_each = !weights.empty() && weights[0].element_type() == ffi::S8 ? 2 : 1;
   if (x.dimensions().size() != 2 || x.dimensions()[1] == 0 || weights.empty() ||
-      weights.size() != y.size()) {
+      weights.size() != of_each * y.size()) {
     return ffi::Error::InvalidArgument("expected x [T, K], and as many results as weights");
   }
   try {
@@ -552,7 +588,9 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
       case ffi::F32: return Multiply<Float32>(pool, x, weights, y);
       case ffi::F16: return Multiply<Float16>(pool, x, weights, y);
       case ffi::BF16: return Multiply<Bfloat16>(pool, x, weights, y);
-      default: return ffi::Error::InvalidArgument("expected float32, float16 or bfloat16 weights");
+      case ffi::S8: return Multiply<Int8>(pool, x, weights, y);
+      default:
+        return ffi::Error::InvalidArgument("expected float32, float16, bfloat16 or int8 weights");
     }
   } catch (const std::bad_alloc&) {
     return ffi::Error::Internal("out of memory in a product");
@@ -650,7 +688,7 @@ extern "C" int LlamaJaxInterface() {
 #ifdef __AVX512BF16__
   has = has && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & bit_AVX512BF16);
 #endif
-  return has ? 2 : 0;
+  return has ? 3 : 0;
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LlamaJaxLinear, Linear,

@@ -20,32 +20,35 @@ from jaxtyping import Array, Float, Int, UInt16
 
 from llama_jax.jax_settings import pinned_settings
 from llama_jax.nn import missing_kernels
+from llama_jax.nn.quantized import Quantized
 
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2")
 """What cpu_kernels.cc is compiled for, best first."""
 
-INTERFACE = 2
+INTERFACE = 3
 """What cpu_kernels.cc must say; both change when the arguments of a kernel do."""
 
 _log = logging.getLogger(__name__)
 
 
-def linears(x: Float[Array, "*batch i"], *weights: Float[Array, "_ i"]) -> list[Array]:
+def linears(x: Float[Array, "*batch i"], *weights: Float[Array, "_ i"] | Quantized) -> list[Array]:
     """Multiply activations by each of several weights, stored as published, [outputs, inputs].
 
     The bits of an output row depend only on its input row and the weight, not on the batch. Sums
-    are of float32; with bfloat16 weights x is rounded to bfloat16 first.
+    are of float32; with bfloat16 weights x is rounded to bfloat16 first, with others it is not.
 
     Args:
         x: the activations.
-        weights: of one dtype. One call for all of them keeps every core busy.
+        weights: of one dtype, or all quantized. One call for all keeps every core busy.
 
     Returns:
         One float32 array for each weight, as wide as it has outputs.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(jnp.float32)
     outs = [jax.ShapeDtypeStruct((rows.shape[0], w.shape[0]), jnp.float32) for w in weights]
-    ys = _call("Linear", outs, rows, *weights)
+    arrays = [w.values if isinstance(w, Quantized) else w for w in weights]
+    scales = [w.scale for w in weights if isinstance(w, Quantized)]
+    ys = _call("Linear", outs, rows, *arrays, *scales)
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt16
 
 from llama_jax.nn import cpu_kernels
+from llama_jax.nn.quantized import Quantized
 
 Linears = Callable[..., list[Array]]
 
@@ -78,9 +79,9 @@ def apply_rope(
 
 def swiglu(
     x: Float[Array, "B T D"],
-    gate: Float[Array, "part D"],
-    up: Float[Array, "part D"],
-    down: Float[Array, "outputs F"],
+    gate: Float[Array, "part D"] | Quantized,
+    up: Float[Array, "part D"] | Quantized,
+    down: Float[Array, "outputs F"] | Quantized,
     linears: Linears,
     gather: Callable[[Array], Array],
     *,

@@ -27,7 +27,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.jax_settings import find_devices
 from llama_jax.nn.cache import LayerCache
-from llama_jax.nn.shapes import shapes_by_path
+from llama_jax.nn.shapes import SCALE, param_dtype, shapes_by_path
 
 AXES = ("kv", "group")
 """Of the mesh: parts of the key/value heads, and parts of the query heads that share one."""
@@ -162,6 +162,9 @@ def splits_head(config: ModelConfig, shards: Shards) -> bool:
 def param_spec(path: str, config: ModelConfig, shards: Shards) -> P:
     """Return how a parameter is split; see `shapes_by_path` for the paths."""
     name = path.rpartition("/")[2]
+    if name.endswith(SCALE):  # as the outputs of its projection
+        outputs, _ = param_spec(path.removesuffix(SCALE), config, shards)
+        return P(outputs)
     if name in _BY_OUTPUT or (name == "lm_head" and splits_head(config, shards)):
         return P(AXES, None)
     if name in ("k", "v"):
@@ -187,11 +190,25 @@ def param_sharding(path: str, config: ModelConfig, mesh: Mesh) -> Sharding:
 @functools.cache
 def num_params(config: ModelConfig, shards: Shards = ONE_DEVICE) -> int:
     """Return how many of the parameters one device holds."""
-    sizes = {AXES: shards.devices, "kv": shards.kv, None: 1}
+    return sum(_numbers_held(config, shards).values())
+
+
+@functools.cache
+def weight_bytes(config: ModelConfig, dtype: str, shards: Shards = ONE_DEVICE) -> int:
+    """Return the bytes of the parameters that one device holds, of a model of that dtype."""
     return sum(
-        math.prod(shape) // math.prod(sizes[axis] for axis in param_spec(path, config, shards))
-        for path, shape in shapes_by_path(config).items()
+        count * jnp.dtype(param_dtype(path, config, dtype)).itemsize
+        for path, count in _numbers_held(config, shards).items()
     )
+
+
+def _numbers_held(config: ModelConfig, shards: Shards) -> dict[str, int]:
+    sizes = {AXES: shards.devices, "kv": shards.kv, None: 1}
+    return {
+        path: math.prod(shape)
+        // math.prod(sizes[axis] for axis in param_spec(path, config, shards))
+        for path, shape in shapes_by_path(config).items()
+    }
 
 
 def specs(tree: Any, config: ModelConfig, shards: Shards) -> Any:

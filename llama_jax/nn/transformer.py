@@ -19,11 +19,14 @@ from llama_jax.jax_settings import pinned_settings
 from llama_jax.nn import attention, ops, projection
 from llama_jax.nn import cache as kv
 from llama_jax.nn.kernel_choice import KernelChoice
+from llama_jax.nn.quantized import Quantized
+from llama_jax.nn.shapes import SCALE, param_dtype
 from llama_jax.nn.sharding import ONE_DEVICE, Shards, splits_head
 
 Params = dict[str, Any]
 """A nested dict of arrays: `embed`, `layer_{i}/attention/{q,k,v,o}`, `layer_{i}/attention_norm`,
-`layer_{i}/feed_forward/{gate,up,down}`, `layer_{i}/ffn_norm`, `final_norm`, `lm_head`."""
+`layer_{i}/feed_forward/{gate,up,down}`, `layer_{i}/ffn_norm`, `final_norm`, `lm_head`. A quantized
+projection q is int8, and has its scales beside it, `q_scale`."""
 
 
 _projection_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
@@ -39,7 +42,9 @@ class _Layer(nn.Module):
     shards: Shards = ONE_DEVICE
     """Of several, each device has its part of every weight and calls this within `shard_map`."""
 
-    def linears(self, x: Float[Array, "b T i"], *weights: Float[Array, "_ i"]) -> list[Array]:
+    def linears(
+        self, x: Float[Array, "b T i"], *weights: Float[Array, "_ i"] | Quantized
+    ) -> list[Array]:
         """Multiply the same activations by several weights."""
         multiply = projection.IMPLEMENTATIONS[self.kernels.projection]
         rows = self.kernels.decode_rows
@@ -68,7 +73,7 @@ class _Layer(nn.Module):
 
     def weight(
         self, name: str, outputs: int, inputs: int, *, parts: int | None = None
-    ) -> Float[Array, "part inputs"]:
+    ) -> Float[Array, "part inputs"] | Quantized:
         """Declare a projection, or one device's part of its outputs.
 
         Args:
@@ -76,7 +81,12 @@ class _Layer(nn.Module):
             parts: into how many it is split; None: into one for each device.
         """
         outputs //= self.shards.devices if parts is None else parts
-        return self.param(name, _projection_init, (outputs, inputs), self.dtype)
+        shape, dtype = (outputs, inputs), jnp.dtype(self.dtype)
+        if param_dtype(name, self.config, dtype.name) != "int8":
+            return self.param(name, _projection_init, shape, dtype)
+        values = self.param(name, nn.initializers.zeros_init(), shape, jnp.int8)
+        scale = self.param(name + SCALE, nn.initializers.ones_init(), shape[:1], jnp.float32)
+        return Quantized(values, scale, dtype)
 
     def norm_weight(self, name: str) -> Float[Array, "D"]:
         """Declare a norm's weight."""
@@ -254,7 +264,10 @@ def forward(
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> Params:
-    """Draw random parameters: for training, tests and speed measurements at a real shape."""
+    """Draw random parameters: for training, tests and speed measurements at a real shape.
+
+    Quantized ones are zeros: they are made of others, by `python -m convert quantize`.
+    """
     tokens = jnp.zeros((1, 1), jnp.int32)
     cache = kv.init_cache(config, batch=1, capacity=1, dtype=dtype)
     variables: Any = Transformer(config, dtype).init(key, tokens, tokens[0], cache, attend_len=1)

@@ -168,8 +168,11 @@ def _dependencies(environment: Any) -> list[dict[str, Any]]:
     """Return what the answer was made of, as in-toto's resource descriptors."""
     parts = environment.parts
     versions = parts["versions"]
+    about_weights = {"dtype": parts["dtype"], "verified": environment.verified}
+    if environment.label is not None:
+        about_weights |= {"quantization": environment.label}
     files = {
-        "weights": (parts["weights"], {"dtype": parts["dtype"], "verified": environment.verified}),
+        "weights": (parts["weights"], about_weights),
         "config": (digest(parts["config"]), None),
         "llama_jax": (parts["code"], {"version": versions["llama_jax"]}),
     }

@@ -235,9 +235,9 @@ def _ready_line(service: Service, listener: socket.socket) -> str:
     memory = needed_memory(llm.config, executor.plan, slots, llm.context, shards)
     each = f" on each of {mesh.size} devices" if mesh.size > 1 else ""
     return (
-        f"serving {service.settings.models[0]}: {name or 'unnamed weights'}, {llm.dtype}, "
-        f"{executor.batch} slots, context {llm.context:,}, {in_units(memory.total)}{each}; open "
-        f"http://{host}:{port} in a browser"
+        f"serving {service.settings.models[0]}: {name or 'unnamed weights'}, "
+        f"{llm.config.precision(llm.dtype)}, {executor.batch} slots, context {llm.context:,}, "
+        f"{in_units(memory.total)}{each}; open http://{host}:{port} in a browser"
     )
 
 

@@ -1,15 +1,13 @@
 """Array sizes: those of a manifest against the config's, and against the files."""
 
 import collections
-import math
 import pathlib
 from typing import Any
 
-import jax.numpy as jnp
-
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
-from llama_jax.nn.shapes import num_arrays, shapes_by_path
+from llama_jax.nn.shapes import num_arrays, param_dtype, shapes_by_path
+from llama_jax.weights.manifest import stored_bytes, tensor_dtype
 
 _MOST_COMPRESSED = 16
 """Bytes of arrays for one of their files. Earlier versions compressed them: by a tenth, or to a
@@ -29,11 +27,14 @@ def check_arrays(path: pathlib.Path, values: dict[str, Any], config: ModelConfig
     Raises:
         InputError: naming what does not fit.
     """
-    rows = values["tensors"]
+    rows, dtype = values["tensors"], values["dtype"]
     # The number first: to list the shapes of a million layers takes a gigabyte.
     if len(rows) != num_arrays(config) or {
-        name: tuple(row["shape"]) for name, row in rows.items()
-    } != shapes_by_path(config):
+        name: (tuple(row["shape"]), tensor_dtype(row, values)) for name, row in rows.items()
+    } != {
+        name: (shape, param_dtype(name, config, dtype))
+        for name, shape in shapes_by_path(config).items()
+    }:
         raise InputError(
             f"checkpoint {path}: the arrays do not fit config.json; convert the weights again"
         )
@@ -42,9 +43,8 @@ def check_arrays(path: pathlib.Path, values: dict[str, Any], config: ModelConfig
         folder, *shard = name.split("/")[:2]
         if folder == "params" and shard:
             held[shard[0]] += file["bytes"]
-    width = jnp.dtype(values["dtype"]).itemsize
     for row in rows.values():
-        needed[row["shard"]] += width * math.prod(row["shape"])
+        needed[row["shard"]] += stored_bytes(row, values)
     problems = [
         f"params/{shard} has {held[shard]:,} bytes for {size:,}"
         for shard, size in needed.items()

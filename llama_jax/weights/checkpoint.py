@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, one_line
 from llama_jax.jax_settings import find_devices, pinned_settings
+from llama_jax.nn.shapes import param_dtype
 from llama_jax.nn.sharding import ONE_DEVICE, make_mesh, param_sharding, split_axis
 from llama_jax.nn.transformer import Params, param_shapes
 from llama_jax.progress import progress_bar
@@ -32,6 +33,7 @@ from llama_jax.weights.manifest import (
     array_digest,
     check_files,
     read_manifest,
+    tensor_dtype,
     write_manifest,
 )
 from llama_jax.weights.processes import is_first, together
@@ -39,6 +41,7 @@ from llama_jax.weights.shards import (
     Tensor,
     by_path,
     group,
+    manifest_row,
     nest,
     read_shard,
     shard_rows,
@@ -57,7 +60,7 @@ class Checkpoint:
     config: ModelConfig
     params: Params
     dtype: str
-    """The dtype of `params`, one of DTYPES."""
+    """The dtype of `params`, one of DTYPES; those that are quantized have their own."""
     tokenizer: pathlib.Path | None
     root: str | None = None
     """The digest of its weights as stored (docs/checkpoints.md); None: made up."""
@@ -83,7 +86,8 @@ def save_checkpoint(
 
     Args:
         path: a folder that does not exist yet.
-        tensors: every parameter, of one of DTYPES; consumed one by one and dropped once written.
+        tensors: every parameter, by `param_dtype` of one of DTYPES; consumed one by one and dropped
+            once written.
         config: the shape they have.
         tokenizer: the content of its tokenizer.model.
         origin: where the weights came from, for the manifest.
@@ -100,8 +104,8 @@ def save_checkpoint(
             name = next(names)
             axes = {t.path: split_axis(t.path, config) for t in shard}
             write_shard(folder / "params" / name, shard, axes)
-            dtypes |= {str(t.array.dtype) for t in shard}
-            rows |= {t.path: _row(t, name) for t in shard}
+            rows |= {t.path: manifest_row(t, name, config) for t in shard}
+            dtypes |= {str(t.array.dtype) for t in shard if "dtype" not in rows[t.path]}
             del shard  # before the next is read
         shapes = {name: leaf.shape for name, leaf in by_path(param_shapes(config)).items()}
         assert {name: row["shape"] for name, row in rows.items()} == shapes, "unlike the config"
@@ -110,11 +114,6 @@ def save_checkpoint(
         if tokenizer is not None:
             (folder / "tokenizer.model").write_bytes(tokenizer)
         write_manifest(folder, rows, dtype, origin or {})
-
-
-def _row(tensor: Tensor, shard: str) -> dict[str, Any]:
-    digest = array_digest(tensor.array)
-    return {"shape": tensor.array.shape, "sha256": digest, "shard": shard} | tensor.notes
 
 
 @pinned_settings()
@@ -180,7 +179,9 @@ def _load_params(
     for shard, rows in shard_rows(path, values, "loading", progress):
         abstract = {
             name: jax.ShapeDtypeStruct(
-                row["shape"], jnp.dtype(dtype), sharding=param_sharding(name, config, mesh)
+                row["shape"],
+                jnp.dtype(param_dtype(name, config, dtype)),
+                sharding=param_sharding(name, config, mesh),
             )
             for name, row in rows.items()
         }
@@ -232,7 +233,9 @@ def verify_checkpoint(path: str | pathlib.Path, *, progress: bool = False) -> st
     return values["root"]
 
 
-def read_tensors(path: str | pathlib.Path, *, progress: bool = False) -> Iterator[Tensor]:
+def read_tensors(
+    path: str | pathlib.Path, *, label: str = "reading", progress: bool = False
+) -> Iterator[Tensor]:
     """Yield every parameter as it is stored, as NumPy arrays; few are in memory at a time.
 
     Raises:
@@ -241,7 +244,7 @@ def read_tensors(path: str | pathlib.Path, *, progress: bool = False) -> Iterato
     path = checkpoint_folder(path)
     values, _ = open_checkpoint(path)
     problems: list[str] = []
-    for tensor in _read_stored(path, values, "reading", progress, problems):
+    for tensor in _read_stored(path, values, label, progress, problems):
         if problems:
             break
         yield tensor
@@ -257,7 +260,7 @@ def _read_stored(
     """Yield the tensors that are what the manifest says; describe the others in `problems`."""
     for shard, rows in shard_rows(path, values, label, progress):
         abstract = {
-            name: jax.ShapeDtypeStruct(row["shape"], jnp.dtype(values["dtype"]))
+            name: jax.ShapeDtypeStruct(row["shape"], jnp.dtype(tensor_dtype(row, values)))
             for name, row in rows.items()
         }
         try:

@@ -2,12 +2,13 @@
 
 manifest.json has
   format_version, converter   FORMAT_VERSION; the program that wrote it
-  dtype                       of every tensor
+  dtype                       of every tensor whose row has none
   origin                      the source, as the writer describes it
   root                        digest over all tensors; see `root_digest`
-  tensors                     by path: shape, sha256 of the stored bytes, shard of params/; from a
-                              conversion also sources (file, name, shape, dtype, sha256 of the bytes
-                              there) and rounding (how values changed in a narrower dtype)
+  tensors                     by path: shape, sha256 of the stored bytes, shard of params/; of
+                              a quantized projection dtype; from a conversion also sources (file,
+                              name, shape, dtype, sha256 of the bytes there) and rounding (how
+                              values changed in a narrower dtype)
   files                       every file but this one: bytes and sha256
   sha256                      digest of all of the above
 """
@@ -19,6 +20,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.errors import InputError, one_line
@@ -28,6 +30,8 @@ from llama_jax.version import __version__
 from llama_jax.weights.manifest_form import REMEDY, check_form, check_links
 
 FORMAT_VERSION = 2
+QUANTIZED_VERSION = 3
+"""Of a checkpoint whose tensors are not all of one dtype, which programs for version 2 refuse."""
 NAME = "manifest.json"
 _SMALL = 2**20  # bytes of a file that is compared at every load: the config, Orbax's own tables
 
@@ -43,8 +47,21 @@ def root_digest(tensors: dict[str, dict[str, Any]], dtype: str) -> str:
 
     Equal weights have equal roots, whatever files they came from and however they are sharded.
     """
-    rows = [[path, dtype, list(t["shape"]), t["sha256"]] for path, t in sorted(tensors.items())]
+    rows = [
+        [path, t.get("dtype", dtype), list(t["shape"]), t["sha256"]]
+        for path, t in sorted(tensors.items())
+    ]
     return _json_digest(rows)
+
+
+def tensor_dtype(row: dict[str, Any], values: dict[str, Any]) -> str:
+    """Return the dtype of a tensor, by its row of a manifest."""
+    return row.get("dtype", values["dtype"])
+
+
+def stored_bytes(row: dict[str, Any], values: dict[str, Any]) -> int:
+    """Return the bytes of a tensor, by its row of a manifest."""
+    return math.prod(row["shape"]) * jnp.dtype(tensor_dtype(row, values)).itemsize
 
 
 def write_manifest(
@@ -55,11 +72,11 @@ def write_manifest(
     Args:
         folder: a checkpoint, whole but for the manifest.
         tensors: by path: shape, sha256 and shard, and what else is to be kept.
-        dtype: theirs.
+        dtype: of those that name none.
         origin: where the weights came from.
     """
     values = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _version(tensors),
         "converter": f"llama_jax {__version__}",
         "dtype": dtype,
         "origin": origin,
@@ -89,6 +106,11 @@ def add_file(folder: pathlib.Path, values: dict[str, Any], name: str, content: b
     draft.replace(folder / NAME)
 
 
+def _version(tensors: dict[str, dict[str, Any]]) -> int:
+    """Return the version of a checkpoint of these tensors."""
+    return QUANTIZED_VERSION if any("dtype" in row for row in tensors.values()) else FORMAT_VERSION
+
+
 def _text(values: dict[str, Any]) -> str:
     return json.dumps(values | {"sha256": _json_digest(values)}, indent=1) + "\n"
 
@@ -107,10 +129,10 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     check_links(folder)
     values = read_json(folder / NAME, remedy=REMEDY)
     version = values.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version not in (FORMAT_VERSION, QUANTIZED_VERSION):
         raise InputError(
             f"checkpoint {folder} has format version {version!r:.40}, this program reads "
-            f"{FORMAT_VERSION}; convert the weights again"
+            f"{FORMAT_VERSION} and {QUANTIZED_VERSION}; convert the weights again"
         )
     expected = values.pop("sha256", None)
     if _json_digest(values) != expected:

@@ -1,19 +1,20 @@
 """Shards: a few parameters together, in an Orbax checkpoint of their own."""
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from llama_jax.config import ModelConfig
 from llama_jax.errors import InputError, innermost_package
+from llama_jax.nn.shapes import fixed_dtype
 from llama_jax.progress import progress_bar
 from llama_jax.weights.chunks import ChunkedHandler, WriteError
+from llama_jax.weights.manifest import array_digest, stored_bytes
 
 _ORBAX_ERRORS = (KeyError, MemoryError, OSError, RuntimeError, ValueError)
 """What Orbax and TensorStore raise for corrupted files, full disks and full memory: they have no
@@ -34,6 +35,15 @@ class Tensor:
     array: np.ndarray
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further entries for its row of the manifest."""
+
+
+def manifest_row(tensor: Tensor, shard: str, config: ModelConfig) -> dict[str, Any]:
+    """Return the row of the manifest of a tensor that is stored in a shard of that name."""
+    digest = array_digest(tensor.array)
+    row = {"shape": tensor.array.shape, "sha256": digest, "shard": shard} | tensor.notes
+    dtype = fixed_dtype(tensor.path, config)
+    assert dtype in (None, str(tensor.array.dtype)), tensor.path
+    return row | ({"dtype": dtype} if dtype else {})
 
 
 def tensors(params: dict[str, Any]) -> Iterator[Tensor]:
@@ -168,9 +178,8 @@ def shard_rows(
     shards: dict[str, dict[str, Any]] = {}
     for name, row in values["tensors"].items():
         shards.setdefault(row["shard"], {})[name] = row
-    width = jnp.dtype(values["dtype"]).itemsize
     sizes = {
-        shard: sum(width * math.prod(row["shape"]) for row in rows.values())
+        shard: sum(stored_bytes(row, values) for row in rows.values())
         for shard, rows in shards.items()
     }
     total = sum(sizes.values())

@@ -86,6 +86,17 @@ def test_7b(compiled, chip, xla_flags):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize(("chip", "xla_flags"), [("v5e", ""), ("h100", IN_ONE_SUM)])
+def test_int8_weights_are_widened_as_they_are_read(compiled, chip, xla_flags):
+    """No step writes a weight in 16 bits; four layers of 7B."""
+    flags = ("--shape=7b", "--layers=4", "--batch=1,8", "--weights=int8", "--programs=decode")
+    for found in compiled(chip, *flags, xla_flags=xla_flags).values():
+        assert found["large_results"] == []
+        assert found["traffic"] / found["cost"]["bytes"] <= 1.05
+        assert found["temp_bytes"] < 0.1e9
+
+
+@pytest.mark.exhaustive
 def test_a_gpus_sums_of_parts_are_two_percent(compiled):
     """Without the flag, of four layers."""
     config = dataclasses.replace(load_shape("7b"), num_layers=4)

@@ -19,10 +19,22 @@ from benchmarks import __main__ as program
 from benchmarks import ablate, bits, command
 from benchmarks.cases import Case, Engine, contexts, make_plan
 from benchmarks.limits import Limits, median
-from benchmarks.model_cost import decode_cost, kv_bytes, params_read, prefill_cost, total_params
+from benchmarks.model_cost import (
+    ITEM_BYTES,
+    bytes_read,
+    decode_cost,
+    kv_bytes,
+    params_read,
+    prefill_cost,
+    total_params,
+    weight_bytes,
+)
 from benchmarks.report import table
 from benchmarks.shapes import SHAPES, load_shape
+from benchmarks.weights import make_weights
 from llama_jax.decode.plan import choose_plan
+from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.nn import sharding
 from llama_jax.nn.cache import init_cache
 from llama_jax.nn.sharding import AXES, Shards, specs
 from llama_jax.nn.transformer import param_shapes
@@ -73,6 +85,30 @@ def test_a_devices_parameters_are_its_parts(kv, group, change):
     assert params_read(config, shards) == sum(jax.tree.leaves(params)) - unread
     cache = numbers(jax.eval_shape(lambda: init_cache(config, 1, 1, "float16")))
     assert kv_bytes(config, "float16", shards) == 2 * sum(jax.tree.leaves(cache))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_quantized_models_bytes_are_its_arrays(dtype, parts):
+    config = dataclasses.replace(load_shape("demo"), quantization="int8")
+    shards = Shards(parts)
+    held = sharding.weight_bytes(config, dtype, shards)
+    table = config.vocab_size * config.dim * ITEM_BYTES[dtype]
+    assert bytes_read(config, dtype, shards) == held - table // parts
+    if parts == 1:
+        leaves = jax.tree.leaves(param_shapes(config, dtype))
+        assert weight_bytes(config, dtype) == held
+        assert held == sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        assert weight_bytes(config, dtype) < weight_bytes(load_shape("demo"), dtype)
+
+
+def test_made_up_int8_weights_keep_the_size_of_activations():
+    config = dataclasses.replace(load_shape("demo"), quantization="int8")
+    layer = make_weights(config, "float16", None).params["layer_0"]["feed_forward"]
+    for name in ("gate", "down"):
+        assert (layer[name].dtype, layer[f"{name}_scale"].dtype) == (jnp.int8, jnp.float32)
+        wide = layer[name].astype(jnp.float32) * layer[f"{name}_scale"][:, None]
+        assert float(jnp.square(wide).sum(axis=1).mean()) == pytest.approx(1, rel=0.03)
 
 
 def test_a_token_of_7b_reads_13_gigabytes():
@@ -157,6 +193,9 @@ def test_a_table_aligns_names_left_and_numbers_right():
         (["--checkpoint=none"], "--checkpoint=none has no config.json; name the folder"),
         (["--dtype=int8"], "--dtype has 'int8', expected float32, float16, bfloat16"),
         (["--dtype="], "--dtype is empty"),
+        (["--weights=int4"], "--weights has 'int4', expected full, int8"),
+        (["--weights="], "--weights is empty, expected full, int8 or both"),
+        ([f"--checkpoint={DEMO_CHECKPOINT}", "--weights=int8"], "--weights is given with --chec"),
         (["--batch=0"], "--batch has '0', expected whole numbers from 1 on"),
         (["--prompt_len=", "--batch="], "nothing to do"),
         (["--new_tokens=0"], "flag --new_tokens=0: "),
@@ -201,6 +240,25 @@ def test_end_to_end(tmp_path):
     assert all(engine[figure] > 0 for figure in figures)
     assert record["streaming"]["ours:float32"]["stream_over_whole"] > 0
     assert "ours:float32" in done.stdout
+
+
+@pytest.mark.exhaustive
+def test_int8_against_float16(tmp_path):
+    flags = ("--weights=full,int8", "--dtype=float16", "--nowarm_start", f"--output={tmp_path}")
+    done = run("benchmarks", *SMALL, *flags)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "small.json").read_text("utf-8"))
+    check_rows(record)
+    rows = {(row["op"], row["engine"]): row for row in record["cases"]}
+    for op in ("prefill", "decode"):
+        whole, int8 = rows[op, "ours:float16"], rows[op, "ours:float16:int8"]
+        ratio = whole["rounds_s"][0] / int8["rounds_s"][0]
+        assert whole["ours_over_this"] == {"ours:float16:int8": ratio}
+        assert int8["ours_over_this"] == {}
+        assert int8["limit_tokens_per_s"] >= whole["limit_tokens_per_s"]
+    engines = record["engines"]
+    whole, int8 = (engines[f"ours:float16{end}"]["weights_bytes"] for end in ("", ":int8"))
+    assert int8 < whole
 
 
 def against(peer, tmp_path):

@@ -26,6 +26,7 @@ from llama_jax.nn.sharding import choose_shards, make_mesh
 from llama_jax.weights.checkpoint import load_checkpoint
 from tests.helpers import ROOT
 from tests.helpers.models import SMALL, random_params
+from tests.helpers.quantization import quantized, quantized_params
 from tests.helpers.serving import CHAT, MODEL, RUN, serving
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -69,6 +70,12 @@ def check_logits(config: ModelConfig, params, dtype) -> None:
 )
 def test_logits_of_random_shapes(native_kernels, name, dtype):
     check_logits(SHAPES[name], random_params(SHAPES[name], jnp.dtype(dtype)), dtype)
+
+
+@pytest.mark.parametrize("name", ["gqa", "mqa"])
+def test_logits_of_int8_weights(native_kernels, name):
+    """Scales are split as the outputs are."""
+    check_logits(quantized(SHAPES[name]), quantized_params(SHAPES[name]), "float16")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 
 from llama_jax.card.schemas import INPUT_SCHEMA, MODEL
+from llama_jax.config import INT8_LABEL
 from llama_jax.engine.parameters import SCHEMAS as PARAMETERS
 from llama_jax.receipt.reading import read_receipts
 from llama_jax.replay.replay import replay
@@ -421,6 +422,9 @@ def test_page_says_which_model_answers_and_how_it_runs(page):
         "Model: llama-2-7b-chat-jax · float16 · context 4,096 · 2 × NVIDIA H200"
     )
     expect(demo).to_be_hidden()
+    serve_model(page, quantization=INT8_LABEL)
+    page.reload()
+    expect(model).to_contain_text(f"· float16, weights {INT8_LABEL} · context 4,096")
     serve_model(page, checkpoint=MARKUP, devices=4, device="cpu")
     page.reload()
     expect(model).to_have_text(

@@ -79,6 +79,7 @@ def _describe(service: Service, name: str) -> Model:
         "checkpoint": environment.checkpoint,
         "is_demo": is_demo(environment.parts["weights"]),
         "dtype": service.llm.dtype,
+        "quantization": environment.label,
         "devices": environment.sizes["devices"],
         "device": environment.parts["device"],
     }

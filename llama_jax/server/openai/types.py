@@ -115,6 +115,8 @@ class Model(TypedDict):
     is_demo: bool
     """Whether its weights are the embedded demo model's."""
     dtype: str
+    quantization: str | None
+    """What is to be said of quantized weights."""
     devices: Count
     device: str
     """The kind of each."""
