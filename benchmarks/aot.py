@@ -142,7 +142,7 @@ def compile_program(
     params = shapes(param_shapes(config, plan.weights))
     state = jax.eval_shape(lambda: init_state(config, batch, context, plan.cache))
     model = Transformer(config, jnp.dtype(plan.weights), plan.kernels, shards)
-    target = Target(config, model, batch, context, plan.cache, mesh)
+    target = Target(config, model, batch, context, plan.cache, mesh, varied_steps=plan.varied_steps)
     if isinstance(program, Decode):
         args = program.arguments(params, state, range(batch))
         slots_each = batch // replicas_of(mesh)

@@ -113,7 +113,8 @@ def compile_decode(
         Transformer(config, jnp.dtype(plan.weights), plan.kernels),
         needs=_GREEDY,
         num_steps=plan.decode_steps,
+        varied=plan.varied_steps,
         attend_len=attend_len,
     )
-    params = param_shapes(config, plan.weights)
-    return jax.jit(step, donate_argnums=1).lower(params, state).compile()
+    params, count = param_shapes(config, plan.weights), np.int32(plan.decode_steps)
+    return jax.jit(step, donate_argnums=1).lower(params, state, count).compile()

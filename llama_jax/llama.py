@@ -194,7 +194,7 @@ class Llama:
             InputError: naming what is wrong with the request, or that it does not fit the context.
             QueueFullError: `max_queue` requests wait already.
         """
-        return read_all(self.stream(**request))
+        return read_all(self.start(make_request(**request)))
 
     def stream(self, **request: Any) -> Stream:
         """Generate piece by piece: the same tokens and text as `generate`.
@@ -202,11 +202,11 @@ class Llama:
         A piece ends where a character ends. Without a tokenizer the text is the ids, with commas.
         The request is checked here, before the first piece is read.
         """
-        return self.start(make_request(**request))
+        return self.start(make_request(**request), streamed=True)
 
-    def start(self, request: GenerationRequest) -> Stream:
-        """Generate from a request that is checked already: what `generate` and `stream` run."""
-        return Stream(self.engine, self.engine.submit(request), self.load_s)
+    def start(self, request: GenerationRequest, *, streamed: bool = False) -> Stream:
+        """Generate from a request that is checked already. Streamed: see `Bursts`."""
+        return Stream(self.engine, self.engine.submit(request, streamed=streamed), self.load_s)
 
     def generate_all(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Generate for many requests, as many at once as there are slots; yield in their order.
@@ -231,7 +231,7 @@ class Llama:
         try:
             if isinstance(request, GenerationRequest):
                 return None, self.start(request)
-            return None, self.stream(**request)
+            return None, self.start(make_request(**request))
         except InputError as error:
             return error, None
 

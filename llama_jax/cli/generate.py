@@ -35,11 +35,12 @@ def generate() -> None:
 def _answer(llm: Llama, request: GenerationRequest) -> Result:
     """Print the answer; return its result."""
     _note_warnings(request, llm.tokenizer)
-    stream = llm.start(request)
+    shown = FLAGS.output == "text" and FLAGS.stream
+    stream = llm.start(request, streamed=shown)
     with keeping_interrupts() as check:
         for piece in stream:
             check()
-            if FLAGS.output == "text" and FLAGS.stream:
+            if shown:
                 print(piece, end="", flush=True)
     result = stream.result
     if FLAGS.output == "json":

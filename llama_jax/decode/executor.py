@@ -93,9 +93,9 @@ class Executor:
             self.params = jax.device_put(self.params, parts)
         self.mesh, self.device = mesh, mesh.local_devices[0]
         model = Transformer(config, jnp.dtype(plan.weights), plan.kernels, shards)
-        self.programs = CompiledPrograms(
-            Target(config, model, batch, self.sizes.capacity, plan.cache, mesh, drawable)
-        )
+        shape = batch, self.sizes.capacity, plan.cache
+        target = Target(config, model, *shape, mesh, drawable, plan.varied_steps)
+        self.programs = CompiledPrograms(target)
 
     @property
     def compiled(self) -> CompileLog:
@@ -178,23 +178,28 @@ class Executor:
         slots: Sequence[int],
         longest: int,
         needs: Needs = ALL_NEEDS,
+        steps: int | None = None,
     ) -> tuple[DecodeState, StepOutputs, list[int]]:
-        """Run the plan's `decode_steps` next steps of some slots.
+        """Run the next steps of some slots; with a plan of varied steps until all of them are done.
 
         Args:
             state: as returned before.
             slots: those to decode. The others must be done; some or all are computed as well.
             longest: the highest position among `slots`.
             needs: what their requests need, or more.
+            steps: how many; None: the plan's `decode_steps`. Fewer if its steps are varied.
 
         Returns:
-            The state, what was generated, and the slot of each of its columns.
+            The state, what was generated in `decode_steps` steps, and the slot of each column.
         """
-        steps = self.plan.decode_steps
+        most = self.plan.decode_steps
+        steps = most if steps is None else steps
+        assert 0 < steps <= most, steps
+        assert self.plan.varied_steps or steps == most, steps
         slots = self.sizes.decode_slots(slots)
-        sizes = len(slots), steps, self.sizes.bucket(longest + steps)
+        sizes = len(slots), most, self.sizes.bucket(longest + most)
         program = self.programs.choose([Decode(*sizes, each) for each in covering(needs)])
-        state, outputs = self.call(program, self.params, state, slots)
+        state, outputs = self.call(program, self.params, state, slots, steps)
         return state, outputs, slots
 
     def verify(

@@ -111,11 +111,12 @@ class Decode(ModelProgram):
     num_slots: int
     """How many are computed, as many of each replica."""
     num_steps: int
+    """At most, if the target's steps are varied."""
     attend_len: int
     needs: Needs = ALL_NEEDS
     donated: ClassVar[tuple[int, ...]] = (1,)
-    slots: ClassVar[tuple[int, ...]] = (2,)
-    per_replica: ClassVar[tuple[int, ...]] = (2,)
+    slots: ClassVar[tuple[int, ...]] = (3,)
+    per_replica: ClassVar[tuple[int, ...]] = (3,)
 
     def function(self, target: Target) -> Callable[..., Any]:
         """Return `steps.decode` at these sizes."""
@@ -124,13 +125,23 @@ class Decode(ModelProgram):
             target.model,
             needs=self.needs,
             num_steps=self.num_steps,
+            varied=target.varied_steps,
             attend_len=self.attend_len,
             drawable=target.drawable,
         )
 
-    def arguments(self, params: Params, old: DecodeState, slots: Sequence[int]) -> tuple[Any, ...]:
-        """Return the arguments of a call; see `slot_indices`."""
-        return params, old, *slot_indices(old, slots)
+    def arguments(
+        self, params: Params, old: DecodeState, slots: Sequence[int], steps: int | None = None
+    ) -> tuple[Any, ...]:
+        """Return the arguments of a call; for the slots see `slot_indices`.
+
+        Args:
+            params, old: the model's parameters, and the state.
+            slots: those to compute.
+            steps: how many to run; None: `num_steps`.
+        """
+        count = np.int32(self.num_steps if steps is None else steps)
+        return params, old, count, *slot_indices(old, slots)
 
     def __str__(self) -> str:
         return f"decode({self.num_slots}, {self.num_steps}, {self.attend_len}{self.needs})"

@@ -37,7 +37,9 @@ class Plan(NamedTuple):
     prefill_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
     """Tokens per prefill chunk, each a multiple of the one before; see `Sizes.chunks`."""
     decode_steps: int = 8
-    """Tokens decoded per call."""
+    """Tokens decoded per call, at most."""
+    varied_steps: bool = True
+    """A call may run fewer, and ends once all slots are done: one program for any number."""
     max_in_flight: int = 1
     """Calls in flight before the oldest one's tokens are read."""
     draft_tokens: int = 0
@@ -149,7 +151,16 @@ def accelerator_plan(platform: str, dtype: str, determinism: str = "strict") -> 
         kernels = kernels._replace(attention="whole", decode_rows=None)
     # Few sizes, since each is compiled for each bucket, and up to 64 tokens take hardly longer than
     # one. The host is idle while the device decodes: one more dispatch is queued then.
-    return Plan(dtype, dtype, kernels, (64, 256), decode_steps=16, max_in_flight=2)
+    # Of a loop whose length is an argument a GPU would ask its host before each turn of it.
+    return Plan(
+        dtype,
+        dtype,
+        kernels,
+        prefill_sizes=(64, 256),
+        decode_steps=16,
+        varied_steps=False,
+        max_in_flight=2,
+    )
 
 
 def _check_determinism(determinism: str) -> None:

@@ -31,6 +31,8 @@ class Target:
     """The devices that hold the model and its replicas; see `sharding.make_mesh`."""
     drawable: int | None = None
     """Only ids below it are sampled; None: all."""
+    varied_steps: bool = False
+    """See `Plan`."""
 
 
 class Program(abc.ABC):

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from llama_jax.decode import sampling
+from llama_jax.decode.loop import loop
 from llama_jax.decode.needs import Needs
 from llama_jax.decode.sampling import NO_TOKEN, NOT_FINITE, TOP_LOGPROBS, AnyArray, Sampled
 from llama_jax.decode.state import DecodeState, gather_rows, scatter_rows
@@ -172,29 +173,33 @@ def decode(
     model: Transformer,
     params: Params,
     state: DecodeState,
+    count: Int[Array, ""],
     slots: Int[Array, "n"] | None = None,
     *,
     needs: Needs,
     num_steps: int,
+    varied: bool,
     attend_len: int,
     drawable: int | None = None,
 ) -> tuple[DecodeState, StepOutputs]:
-    """Run `num_steps` steps as one scan, without the host in between, whichever slots end.
+    """Run steps without the host in between, whichever slots end.
 
     Args:
         model, num_steps, attend_len: static; attend_len is at least every active slot's position
             plus num_steps.
         params: the model's parameters.
         state: donated.
+        count: steps to run, if they are varied; see `loop`.
         slots: the slots to compute, all different; None: all. See `Transformer.__call__`.
         needs: static; what the requests in these slots need, or more.
+        varied: static; False: `num_steps` are run, as one scan.
         drawable: static; see `first_token`.
 
     Returns:
-        The state, and the outputs of each step.
+        The state, and the outputs of `num_steps` steps.
     """
 
-    def step(part: DecodeState, _: None) -> tuple[DecodeState, StepOutputs]:
+    def step(part: DecodeState) -> tuple[DecodeState, StepOutputs]:
         return decode_step(
             model,
             params,
@@ -205,10 +210,12 @@ def decode(
             drawable=drawable,
         )
 
-    if slots is None:
-        return lax.scan(step, state, None, length=num_steps)
-    part, outputs = lax.scan(step, gather_rows(state, slots), None, length=num_steps)
-    return scatter_rows(state, part, slots), outputs
+    part = state if slots is None else gather_rows(state, slots)
+    if varied:
+        part, outputs = loop(step, part, count, num_steps)
+    else:
+        part, outputs = lax.scan(lambda part, _: step(part), part, None, length=num_steps)
+    return part if slots is None else scatter_rows(state, part, slots), outputs
 
 
 def emit(

@@ -121,6 +121,7 @@ class Engine:
         max_slots: int | None = None,
         invocation: str = "",
         background: bool = False,
+        streamed: bool = False,
     ) -> Generation:
         """Queue a request.
 
@@ -132,6 +133,7 @@ class Engine:
             max_slots: slots that the client may have while others are active; None: all but one.
             invocation: what its record is to name it; "": one is made up.
             background: it has slots that no live request needs, see `Waiting`; any number waits.
+            streamed: somebody reads it as it comes; see `Bursts`.
 
         Raises:
             InputError: text without a tokenizer, or ids outside the vocabulary; speculation in
@@ -159,7 +161,7 @@ class Engine:
             max_slots=max_slots,
             invocation=invocation,
         )
-        generation.background = background
+        generation.background, generation.streamed = background, streamed
         if not generation.done:  # what it continues may have ended
             self._enqueue(generation, share)
         return generation

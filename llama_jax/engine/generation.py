@@ -75,7 +75,7 @@ class Generation:
         """Of `tokens`, and of the stop token that ended it."""
         self.result: Result | None = None
         self.error: BaseException | None = None
-        self.cancelled = self.background = False
+        self.cancelled = self.background = self.streamed = False
         self.preemptions = 0
         """Slots in a row that it gave up, as background work, before it drew a token; `Waiting`."""
         self.reused = 0

@@ -138,13 +138,13 @@ class Pipeline:
         )
         self._send(outputs, _columns(slots, computed), {slot.replica for slot in slots})
 
-    def decode(self, slots: list[Slot]) -> None:
+    def decode(self, slots: list[Slot], steps: int) -> None:
         """Run the next decode steps of some slots; put their results in flight."""
         longest = max(slot.position for slot in slots)
         indices = [slot.index for slot in slots]
         needs = together(slot.needs for slot in slots)
         self._state, outputs, computed = self._executor.decode(
-            self._take_state(), indices, longest, needs
+            self._take_state(), indices, longest, needs, steps
         )
         self._send(outputs, _columns(slots, computed), {slot.replica for slot in slots})
 

@@ -1,27 +1,23 @@
 """Scheduler: what each turn does. Which prompts are read, which slots decode, who gets the tokens.
 
-A turn reads a bounded piece of the next prompts, so that a long one does not hold up the answers in
-flight, and then runs some decode steps of every answer. `Prefills` says in which order prompts are
-read, so that a long one does not hold up short ones either.
-
-What a slot's cache holds stays there when its request has ended: a prompt that begins with the same
-tokens need not read them again (a prefix cache hit). The tokens are the same either way.
+A turn runs some decode steps of every answer, and then reads a bounded piece of the next prompts,
+so that a long one does not hold up the answers in flight. `Bursts` says how many steps, `Prefills`
+in which order prompts are read, so that a long one does not hold up short ones either. Decoding is
+first, so that a turn ends once first tokens are there: whoever works it need not wait for the next.
 """
-
-import itertools
 
 from llama_jax.decode.executor import Executor
 from llama_jax.decode.sampling import NOT_FINITE
-from llama_jax.engine.admission import admission_of
+from llama_jax.engine.bursts import Bursts
 from llama_jax.engine.clock import Clock
 from llama_jax.engine.counts import Counts
 from llama_jax.engine.delivery import NotFiniteError, hand_over, tokens_of
 from llama_jax.engine.drafter import Drafter
 from llama_jax.engine.generation import Generation
 from llama_jax.engine.pipeline import Column, InFlight, Pipeline
-from llama_jax.engine.prefills import Prefills
+from llama_jax.engine.prompts import Prompts
 from llama_jax.engine.result import FinishReason
-from llama_jax.engine.slots import Placement, Slot, assign_slot
+from llama_jax.engine.slots import Slot
 from llama_jax.engine.speculation import Speculation
 from llama_jax.engine.waiting import Waiting
 
@@ -52,9 +48,11 @@ class Scheduler:
         self.pipeline = Pipeline(executor)
         sizes = executor.sizes
         self.slots = [Slot(i, sizes.replica_of(i)) for i in range(executor.batch)]
-        self._executor, self._waiting, self._clock, self._reuse = executor, waiting, clock, reuse
-        self._prefills = [Prefills() for _ in range(sizes.replicas)]
-        self._admitted = itertools.count(1)
+        self._executor, self._waiting, self._clock = executor, waiting, clock
+        self._prompts = Prompts(
+            executor, self.pipeline, self.slots, waiting, self.counts, reuse=reuse
+        )
+        self._bursts = Bursts(executor, clock)
         self._speculation = drafter and Speculation(executor, drafter, clock, self.counts)
 
     @property
@@ -74,16 +72,15 @@ class Scheduler:
     def turn(self) -> bool:
         """Do one turn; return whether there is more to do."""
         self._end_early()
+        self._decode()
         self._make_room()
         self._read_prompts()
-        self._decode()
         return bool(self._waiting or not self.pipeline.is_empty or self._in_slots)
 
     def fail_all(self, error: BaseException) -> None:
         """End all requests in slots by an error; the queue stays."""
         self.failures += 1
-        for prefills in self._prefills:
-            prefills.clear()
+        self._prompts.clear()
         self.pipeline.reset()
         if self._speculation is not None:
             self._speculation.reset()
@@ -125,80 +122,15 @@ class Scheduler:
             self._free(slot)
 
     def _read_prompts(self) -> None:
-        """Read as many tokens of the next prompts as the largest chunk has, in each replica.
+        """Read the next prompts, as much as a turn may.
 
         The chunks of several replicas are read at the same time: results are awaited after each
         has got one.
         """
-        budgets = dict.fromkeys(range(len(self._prefills)), self._executor.plan.prefill_sizes[-1])
+        budgets = self._prompts.budgets()
         while budgets:
-            for replica, budget in list(budgets.items()):
-                read = self._read_next(replica, budget)
-                if read is None or budget - read < self._executor.plan.prefill_sizes[0]:
-                    del budgets[replica]
-                else:
-                    budgets[replica] -= read
+            budgets = self._prompts.read(budgets)
             self._receive_ready()
-
-    def _read_next(self, replica: int, budget: int) -> int | None:
-        """Read the next chunk of a replica's prompts.
-
-        Returns:
-            Its size; None: there is none, or it is larger than the budget.
-        """
-        prefills, waiting = self._prefills[replica], self._waiting.admissible(self.slots)
-        while (generation := prefills.next(waiting)) is not None:
-            if generation not in prefills:
-                placement = self._place(generation)
-                if placement.slot.replica != replica:
-                    waiting.remove(generation)
-                    continue
-                self._admit(generation, placement)
-            slot, start, size = prefills.chunk(generation)
-            if size > budget:
-                return None
-            self._read_chunk(slot, generation, start, size)
-            return size
-        return None
-
-    def _place(self, generation: Generation) -> Placement:
-        """Choose a slot for a request."""
-        plan = self._executor.plan
-        # To be scored, every token of a prompt must be read.
-        reuse = self._reuse and not generation.request.parameters.prompt_logprobs
-        multiple = plan.reuse_multiple if reuse else None
-        return assign_slot(self.slots, generation.prefix, multiple, plan.prefill_sizes[-1])
-
-    def _admit(self, generation: Generation, placement: Placement) -> None:
-        """Take a request out of the queue and give it a free slot."""
-        prefix = generation.prefix
-        slot, source, start = placement
-        # From here on it is the slot's: whatever fails below ends it, and does not lose it.
-        slot.generation, slot.num_dispatched = generation, 0
-        slot.last_used = next(self._admitted)
-        goes_on = self._waiting.had_slot(generation)
-        self._waiting.take(generation)
-        if source is not slot:
-            self.pipeline.copy_slot(source, slot)
-        slot.cached = source.cached[:start]
-        new, slot.needs = admission_of(generation, start, self._executor.config.vocab_size)
-        self.pipeline.admit(slot, new)
-        if not goes_on:
-            generation.begin(start)
-            self.counts.prompt_tokens += len(prefix)
-            self.counts.cached_tokens += start
-        chunks = self._executor.sizes.chunks(len(prefix), start)
-        self._prefills[slot.replica].add(slot, generation, chunks)
-
-    def _read_chunk(self, slot: Slot, generation: Generation, start: int, size: int) -> None:
-        """Read the next chunk of a prompt."""
-        self.pipeline.prefill_chunk(slot, generation, start, size)
-        # Read with scores, tokens may have other bits than those of a prompt that is only read.
-        scored = generation.request.parameters.prompt_logprobs
-        reusable = self._executor.plan.batch_invariant or not scored
-        slot.cached = generation.prefix[: start + size] if reusable else []
-        if self._prefills[slot.replica].take(generation):
-            slot.num_dispatched = len(generation.tokens) + 1
 
     # Tokens.
 
@@ -214,10 +146,14 @@ class Scheduler:
             self._decode_or_verify(active, self._speculation)
 
     def _decode_steps(self, active: list[Slot]) -> None:
-        self.pipeline.decode(active)
+        count = len(self._executor.sizes.decode_slots([slot.index for slot in active]))
+        streamed = any(generation.streamed for generation in self._in_slots)
+        steps = self._bursts.begin(count, streamed=streamed)
+        self.pipeline.decode(active, steps)
         for slot in active:
-            slot.num_dispatched += self._executor.plan.decode_steps
-        self._receive_ready()
+            slot.num_dispatched += steps
+        if (results := self._receive_ready()) is not None:
+            self._bursts.end(results.tokens)
 
     def _decode_or_verify(self, active: list[Slot], speculation: Speculation) -> None:
         """Dispatch the next steps of all answers, or a pass over drafts of them."""
@@ -228,18 +164,20 @@ class Scheduler:
             self.pipeline.verify(active, window)
             self._receive_ready()
         assert self.pipeline.is_empty, "drafts are made from tokens that were read"
-        speculation.end()
+        speculation.end(self._bursts.ran)
         for slot in active:
             if slot.generation is not None:
                 slot.num_dispatched = len(slot.generation.tokens)
 
-    def _receive_ready(self) -> None:
-        """Hand over results until no more than the plan allows are in flight."""
+    def _receive_ready(self) -> InFlight | None:
+        """Hand over results until no more than the plan allows are in flight; return the last."""
+        results = None
         while self.pipeline.is_full:
-            self._receive()
+            results = self._receive()
+        return results
 
-    def _receive(self) -> None:
-        """Wait for the oldest results, and hand them to their requests."""
+    def _receive(self) -> InFlight:
+        """Wait for the oldest results, and hand them to their requests; return them."""
         results = self.pipeline.receive()
         self._clock.update()
         if (scores := results.prompt_scores) is not None and not scores.generation.done:
@@ -256,6 +194,7 @@ class Scheduler:
                 self._fail(generation, error)
             if generation.done:
                 self._free(column.slot)
+        return results
 
     def _hand_over(self, column: Column, results: InFlight) -> None:
         """Give a generation its next tokens, up to the one that ends it."""
@@ -276,7 +215,7 @@ class Scheduler:
         """Make a slot available to the next request."""
         generation, slot.generation = slot.generation, None
         assert generation is not None
-        self._prefills[slot.replica].remove(generation)
+        self._prompts.remove(slot, generation)
         if slot.is_dirty or isinstance(generation.error, NotFiniteError):
             self.pipeline.clear_slot(slot)
             slot.cached, slot.is_dirty = [], False

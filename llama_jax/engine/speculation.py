@@ -100,11 +100,11 @@ class Speculation:
         else:
             rate.forget()
 
-    def end(self) -> None:
-        """Note how long the turn's pass took, after its results were handed over."""
+    def end(self, steps: int) -> None:
+        """Note how long the turn took, with what it handed over: a pass, or some steps."""
         seconds = self._clock.worked_s - self._began
-        steps = 1 if self._window else self._executor.plan.decode_steps
-        self._pace.observe(self._count, self._chosen, seconds / steps)
+        passes = 1 if self._window else steps
+        self._pace.observe(self._count, self._chosen, seconds / passes)
         self._drafts, self._window = {}, None
 
     def reset(self) -> None:

@@ -126,8 +126,15 @@ class Service:
             return False
         return not any(thread.is_alive() for thread in threads)
 
-    async def answer(self, log: RequestLog, requests: Sequence[GenerationRequest]) -> Answers:
+    async def answer(
+        self, log: RequestLog, requests: Sequence[GenerationRequest], *, streamed: bool
+    ) -> Answers:
         """Submit the generations of one HTTP request: all of them or none.
+
+        Args:
+            log: the request's.
+            requests: what to generate.
+            streamed: the client reads them as they come.
 
         Raises:
             ApiError: the model is not ready, or not any more.
@@ -146,6 +153,7 @@ class Service:
                 client=log.client,
                 share=self.settings.max_queue_per_client,
                 max_slots=self.settings.max_slots_per_client,
+                streamed=streamed,
             )
             await in_thread(answers.submit, submit, requests, on_cancel=answers.cancel)
         except BaseException:  # a cancelled request too: nobody reads what was submitted

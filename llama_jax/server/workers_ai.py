@@ -48,7 +48,7 @@ async def run(request: Request) -> Response:
     ]
     notes += map(_note, generation.warnings(service.llm.tokenizer))
     receipts = _receipts_asked(request)
-    answers = await service.answer(log, [generation])
+    answers = await service.answer(log, [generation], streamed=parsed.stream)
     if parsed.stream:
         events = _events(answers, notes, receipts)
         return EventStream(log, answers, events, service.settings.keep_alive_s)

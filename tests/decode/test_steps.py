@@ -260,6 +260,26 @@ def test_every_column_says_whose_it_is(batch_ex, rows):
         assert row not in rows or column[-1] == state.tokens[row]
 
 
+def test_a_call_runs_as_many_steps_as_it_is_given_or_until_all_rows_are_done(successor):
+    ex, unused = successor, [NO_TOKEN]
+    state, _ = admit(ex, ex.init_state(), 0, [5], 20)
+    state, _ = admit(ex, state, 1, [8], 3)
+    state, drawn, computed = ex.decode(state, [0, 1], 10, steps=1)
+    columns = np.asarray(drawn.tokens)[:, [computed.index(0), computed.index(1)]].T.tolist()
+    assert columns == [[7, *unused * 3], [10, *unused * 3]]
+    assert state.positions.tolist()[:2] == [2, 2]
+    assert (np.asarray(drawn.measures)[1:] == NO_TOKEN).all()  # not computed
+    state, (one, other) = decode_rows(ex, state, [0, 1], 10)
+    assert (one, other) == ([8, 9, 10, 11], [11])
+    state = ex.release(state, 0)
+    state, drawn, _ = ex.decode(state, [0, 1], 10)
+    assert (np.asarray(drawn.measures) == NO_TOKEN).all()
+    fixed = make_successor(ex.params)
+    fixed.plan = fixed.plan._replace(varied_steps=False)
+    with pytest.raises(AssertionError):
+        fixed.decode(fixed.init_state(), [0], 10, steps=1)
+
+
 def test_penalties_count_prompt_and_output_as_the_law_says():
     """By hand: token 5 says itself with logit sqrt(24) = 4.9, and 6 with 0.3 of that, 1.47."""
     _, params = successor_params()

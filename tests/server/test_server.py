@@ -133,6 +133,27 @@ def test_stream(client):
 
 
 @pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        (RUN, {"prompt": "x"}),
+        (CHAT, {"model": MODEL, "messages": [ASKING]}),
+        (COMPLETIONS, {"model": MODEL, "prompt": "x"}),
+    ],
+)
+def test_the_engine_learns_whether_an_answer_is_streamed(client, llm, monkeypatch, url, body):
+    submit, said = llm.engine.submit, []
+
+    def noted(*args, streamed, **options):
+        said.append(streamed)
+        return submit(*args, streamed=streamed, **options)
+
+    monkeypatch.setattr(llm.engine, "submit", noted)
+    for stream in (True, False):
+        assert client.post(url, json={**body, "max_tokens": 1, "stream": stream}).is_success
+    assert said == [True, False]
+
+
+@pytest.mark.parametrize(
     "body",
     [
         {"prompt": "Tell me of the sea", "temperature": 3, "top_k": 50},

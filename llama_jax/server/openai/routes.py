@@ -36,7 +36,8 @@ async def chat_completions(request: Request) -> Response:
     """POST .../chat/completions: create a chat completion."""
     service = service_of(request)
     parsed = await _parse(parse_chat, request)
-    answers = await service.answer(request_log_of(request.scope), parsed.requests)
+    log = request_log_of(request.scope)
+    answers = await service.answer(log, parsed.requests, streamed=parsed.stream)
     return await _respond(request, parsed, answers, ChatChoices(parsed, service.llm.tokenizer))
 
 
@@ -44,7 +45,8 @@ async def completions(request: Request) -> Response:
     """POST .../completions: continue text or token ids, without the chat format."""
     service = service_of(request)
     parsed = await _parse(parse_completion, request)
-    answers = await service.answer(request_log_of(request.scope), parsed.requests)
+    log = request_log_of(request.scope)
+    answers = await service.answer(log, parsed.requests, streamed=parsed.stream)
     make = functools.partial(CompletionChoices, parsed, service.llm.tokenizer, answers.prompts)
     try:
         choices = await in_thread(make)  # it decodes the prompts
