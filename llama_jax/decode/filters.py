@@ -1,6 +1,6 @@
 """Filters of the sampling law: top-k, top-p and min-p."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -86,11 +86,22 @@ def _apply_cut(
     # Of -0 and 0, which are equal, XLA's top-k would take 0 first.
     ordering = jnp.where(logits == 0, 0.0, logits)
 
+    def id_of_all(place: Int[Array, "B 1"], logit: Float[Array, "B 1"]) -> Int[Array, "B 1"]:
+        equal = logits == logit
+        before = place - jnp.sum(logits > logit, axis=-1, keepdims=True, dtype=jnp.int32)
+        found = equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) == before + 1)
+        return jnp.max(jnp.where(found, ids, 0), axis=-1, keepdims=True)
+
     def cut_within(heads: Sequence[int]) -> _Cut:
         if not heads:
-            order = lax.sort((-ordering, ids), dimension=-1, is_stable=True, num_keys=1)
-            return _cut(-order[0], order[1], logits, top_k, top_p)
-        cut = _cut(*lax.top_k(ordering, heads[0]), logits, top_k, top_p)
+            # Without ids, which are looked for at the cut alone.
+            return _cut(_falling(ordering), id_of_all, logits, top_k, top_p)
+        ordered, first_ids = lax.top_k(ordering, heads[0])
+
+        def id_of_head(place: Int[Array, "B 1"], _: Float[Array, "B 1"]) -> Int[Array, "B 1"]:
+            return jnp.take_along_axis(first_ids, place, axis=-1)
+
+        cut = _cut(ordered, id_of_head, logits, top_k, top_p)
         # Of a row that is settled the longer one gives the same cut: no sum depends on its length.
         return lax.cond(jnp.all(cut.settled), lambda: cut, lambda: cut_within(heads[1:]))
 
@@ -102,21 +113,25 @@ def _apply_cut(
 
 def _cut(
     ordered: Float[Array, "B n"],
-    ids: Int[Array, "B n"],
+    id_at: Callable[[Int[Array, "B 1"], Float[Array, "B 1"]], Int[Array, "B 1"]],
     logits: Float[Array, "B V"],
     top_k: Int[Array, "B"],
     top_p: Float[Array, "B"],
 ) -> _Cut:
-    """Look for the cut in the first n tokens of the order."""
+    """Look for the cut in the first n tokens of the order.
+
+    Args:
+        ordered: their logits.
+        id_at: returns the id of the token at a place, given its logit.
+        logits, top_k, top_p: see `apply_filters`.
+    """
     size, vocab_size = ordered.shape[-1], logits.shape[-1]
     top_k, top_p = jnp.where(top_k > 0, top_k, vocab_size)[:, None], top_p[:, None]
     places = jnp.arange(size, dtype=jnp.int32)[None, :]
 
     def token_at(place: Int[Array, "B 1"]) -> tuple[Float[Array, "B 1"], Int[Array, "B 1"]]:
-        return (
-            jnp.take_along_axis(ordered, place, axis=-1),
-            jnp.take_along_axis(ids, place, axis=-1),
-        )
+        logit = jnp.take_along_axis(ordered, place, axis=-1)
+        return logit, id_at(place, logit)
 
     last = token_at(jnp.minimum(top_k, size) - 1)
     in_top_k = _is_until(logits, *last) | (top_k >= vocab_size)
@@ -143,6 +158,18 @@ def _cut(
         top_k_margin=jnp.where(best_cut > -jnp.inf, last[0] - best_cut, jnp.inf),
         top_p_margin=jnp.where(top_p < 1, nearest, jnp.inf),
     )
+
+
+def _falling(x: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """Sort each row, the largest first. By integers: a CPU sorts those several times as fast."""
+
+    def turned(bits: Int[Array, "B V"]) -> Int[Array, "B V"]:
+        # An integer in the order of the number whose bits they are, and back.
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+    keys = ~turned(lax.bitcast_convert_type(x, jnp.int32))
+    keys = lax.sort(keys, dimension=-1, is_stable=False)
+    return lax.bitcast_convert_type(turned(~keys), jnp.float32)
 
 
 def _is_until(
