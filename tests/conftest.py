@@ -167,6 +167,18 @@ def promtool() -> str:
 
 
 @pytest.fixture(scope="session")
+def arm_compiler() -> str:
+    """The C++ compiler for 64-bit ARM; see CONTRIBUTING.md."""
+    return _program("aarch64-linux-gnu-g++", "Debian's package g++-aarch64-linux-gnu")
+
+
+@pytest.fixture(scope="session")
+def arm_emulator() -> str:
+    """The program that runs another one, compiled for 64-bit ARM; see CONTRIBUTING.md."""
+    return _program("qemu-aarch64", "Debian's package qemu-user")
+
+
+@pytest.fixture(scope="session")
 def _flags() -> None:
     """The flags of the command line, which absl lets a process define once."""
     from llama_jax.cli import flags

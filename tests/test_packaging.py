@@ -17,14 +17,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 NOT_PACKAGED = (".git", "benchmarks", "build", "tests", "tools", "*.egg-info", "*.so", ".venv")
 
 
-def run(*command, cwd: pathlib.Path) -> str:
+def run(*command, cwd: pathlib.Path, **variables: str) -> str:
     """Run a command that sees nothing of the checkout; return its stdout."""
     hidden = ("PYTHONPATH", "LLAMA_JAX_CHECKPOINT")
     env = {name: value for name, value in os.environ.items() if name not in hidden}
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=env | {"JAX_PLATFORMS": "cpu"},
+        env=env | {"JAX_PLATFORMS": "cpu"} | variables,
         capture_output=True,
         text=True,
         timeout=600,
@@ -33,12 +33,14 @@ def run(*command, cwd: pathlib.Path) -> str:
     return done.stdout
 
 
-def pip(*arguments, cwd: pathlib.Path) -> None:
-    run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, cwd=cwd)
+def pip(*arguments, cwd: pathlib.Path, **variables: str) -> None:
+    command = (sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments)
+    run(*command, cwd=cwd, **variables)
 
 
-def build_wheel(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    pip("wheel", "--no-build-isolation", "--no-deps", "-w", folder, source, cwd=source)
+def build_wheel(source: pathlib.Path, folder: pathlib.Path, **variables: str) -> pathlib.Path:
+    options = ("--no-build-isolation", "--no-deps", "-w", folder)
+    pip("wheel", *options, source, cwd=source, **variables)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -108,13 +110,33 @@ def test_an_sdist_builds_the_same_wheel(source, wheel, tmp_path):
     name = run(sys.executable, "-c", code.format(str(tmp_path)), cwd=source).splitlines()[-1]
     run("tar", "-xzf", name, cwd=tmp_path)
     folder = tmp_path / name.removesuffix(".tar.gz")
-    kernels = "llama_jax/nn/cpu_kernels.cc"
-    assert (folder / kernels).read_bytes() == (source / kernels).read_bytes()
+    for kernels in ("llama_jax/nn/cpu_kernels.cc", "llama_jax/nn/cpu_registers.h"):
+        assert (folder / kernels).read_bytes() == (source / kernels).read_bytes()
     for built in (source / "build").glob("lib.*/llama_jax/nn/*.so"):  # not compiled once more
         target = folder / built.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(built, target)
     assert packaged(build_wheel(folder, tmp_path / "wheel")) == packaged(wheel)
+
+
+def test_a_wheel_for_arm_is_cross_built(source, arm_compiler, tmp_path):
+    """With the variables of CONTRIBUTING.md, for this Python's version."""
+    suffix = f".{sys.implementation.cache_tag}-aarch64-linux-gnu.so"
+    wheel = build_wheel(
+        source,
+        tmp_path,
+        _PYTHON_HOST_PLATFORM="linux-aarch64",
+        SETUPTOOLS_EXT_SUFFIX=suffix,
+        CC=arm_compiler.replace("g++", "gcc"),
+        CXX=arm_compiler,
+    )
+    assert wheel.name.endswith("-linux_aarch64.whl")
+    [name] = (name for name in packaged(wheel) if name.endswith(".so"))
+    assert name == f"llama_jax/nn/_cpu_kernels_neon{suffix}"
+    with zipfile.ZipFile(wheel) as file:
+        header = file.read(name)[:20]
+    assert header[:4] == b"\x7fELF"
+    assert int.from_bytes(header[18:], "little") == 183  # EM_AARCH64
 
 
 def test_the_selftest_passes_from_the_wheel(installed, tmp_path):

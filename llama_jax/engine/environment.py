@@ -123,7 +123,7 @@ def _invariance(executor: Executor) -> str:
 def code_digest(package: pathlib.Path) -> str:
     """Return the SHA-256 of the sources that decide tokens, those of the CPU kernels included."""
     found = (file for folder in _FOLDERS for file in (package / folder).iterdir())
-    files = sorted(file for file in found if file.suffix in (".py", ".cc"))
+    files = sorted(file for file in found if file.suffix in (".py", ".cc", ".h"))
     digests = [
         (file.relative_to(package).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest())
         for file in files

@@ -7,10 +7,7 @@
 // size of the cache and the number of threads do not enter: a token has the same bits alone, in a
 // batch and in a prompt.
 //
-// Compiled once per instruction set (see setup.py); kernels.py picks what the CPU has.
-
-#include <cpuid.h>
-#include <immintrin.h>
+// Compiled once per instruction set (see setup.py); cpu_kernels.py picks what the CPU has.
 
 #include <algorithm>
 #include <atomic>
@@ -24,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu_registers.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -33,90 +31,6 @@ namespace {
 constexpr int64_t kDepth = 4096;     // bytes of a row of x in a partial sum: a tile stays in L1
 constexpr int64_t kPanel = 128;      // outputs that a thread takes at a time
 constexpr int64_t kPrefetch = 1024;  // bytes ahead of the weights in use
-
-// ---- Registers. A tile multiplies up to kRows rows by 4 (with few rows, 8) outputs at once.
-
-#ifdef __AVX512F__
-
-using Sum = __m512;
-constexpr int64_t kRows = 6;  // 6 x 4 sums fill 24 of 32 registers
-constexpr int64_t kWideRows = 3;  // 3 x 8 do
-constexpr int64_t kLanes = 16;
-
-inline Sum Zero() { return _mm512_setzero_ps(); }
-inline Sum Load(const float* p) { return _mm512_loadu_ps(p); }
-inline Sum Add(Sum a, Sum x, Sum w) { return _mm512_fmadd_ps(x, w, a); }
-inline Sum Spread(float x) { return _mm512_set1_ps(x); }
-inline Sum Max(Sum a, Sum b) { return _mm512_max_ps(a, b); }
-inline Sum Round(Sum a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
-inline Sum PowerOfTwo(Sum n) {  // of whole numbers
-  return _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
-}
-inline Sum ZeroBelow(Sum a, Sum x, Sum bound) {  // NaN stays NaN
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_NLT_UQ), a);
-}
-inline void Store(float* p, Sum a) { _mm512_storeu_ps(p, a); }
-inline Sum LoadHalf(const uint16_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-inline Sum LoadInt8(const int8_t* p) {
-  return _mm512_cvtepi32_ps(
-      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
-inline Sum LoadBfloat(const uint16_t* p) {
-  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-// Returns the sums over the lanes of a, b, c and d.
-inline __m128 SumLanes(Sum a, Sum b, Sum c, Sum d) {
-  const Sum ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-  const Sum cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
-  Sum s = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
-  s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));
-  s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));
-  const __m512i firsts = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
-  return _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, s));
-}
-
-#else  // AVX2
-
-using Sum = __m256;
-constexpr int64_t kRows = 3;  // 3 x 4 sums fill 12 of 16 registers
-constexpr int64_t kWideRows = 1;  // 8 fill half
-constexpr int64_t kLanes = 8;
-
-inline Sum Zero() { return _mm256_setzero_ps(); }
-inline Sum Load(const float* p) { return _mm256_loadu_ps(p); }
-inline Sum Add(Sum a, Sum x, Sum w) { return _mm256_fmadd_ps(x, w, a); }
-inline Sum Spread(float x) { return _mm256_set1_ps(x); }
-inline Sum Max(Sum a, Sum b) { return _mm256_max_ps(a, b); }
-inline Sum Round(Sum a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT); }
-inline Sum PowerOfTwo(Sum n) {  // of whole numbers
-  return _mm256_castsi256_ps(
-      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
-}
-inline Sum ZeroBelow(Sum a, Sum x, Sum bound) {  // NaN stays NaN
-  return _mm256_and_ps(_mm256_cmp_ps(x, bound, _CMP_NLT_UQ), a);
-}
-inline void Store(float* p, Sum a) { _mm256_storeu_ps(p, a); }
-inline Sum LoadHalf(const uint16_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-inline Sum LoadInt8(const int8_t* p) {
-  return _mm256_cvtepi32_ps(
-      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
-inline Sum LoadBfloat(const uint16_t* p) {
-  __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-inline __m128 SumLanes(Sum a, Sum b, Sum c, Sum d) {
-  const Sum s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-  return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-}
-
-#endif
 
 // exp(x) for x <= 0, to within 2 units in the last place; 0 where it would be subnormal.
 inline Sum Exp(Sum x) {
@@ -213,8 +127,10 @@ void Tile(const typename Type::Input* in, const typename Type::Weight* w, int64_
   constexpr int64_t kStep = Type::kStep;
   Sum sums[kTileRows][kOutputs];
   const typename Type::Weight* at[kOutputs];
+  LLAMA_JAX_UNROLL(8)
   for (int o = 0; o < kOutputs; ++o) {  // outputs that do not exist repeat the last
     at[o] = w + std::min<int64_t>(o, outputs - 1) * terms;
+    LLAMA_JAX_UNROLL(6)
     for (int r = 0; r < kTileRows; ++r) sums[r][o] = Zero();
   }
   const int64_t whole = std::min(steps, terms_left / kStep);
@@ -231,7 +147,7 @@ void Tile(const typename Type::Input* in, const typename Type::Weight* w, int64_
           kBytes == 1 || (kTileRows > kWideRows && kBytes < sizeof(typename Type::Input));
       const char* ahead = reinterpret_cast<const char*>(at[o]) + kPrefetch;
       if (kNext) ahead = reinterpret_cast<const char*>(at[o] + kOutputs * terms);
-      if (kTileRows == 1 || kNext) _mm_prefetch(ahead, _MM_HINT_T0);
+      if (kTileRows == 1 || kNext) __builtin_prefetch(ahead);
       at[o] += kStep;
     }
 #pragma GCC unroll 6
@@ -242,24 +158,28 @@ void Tile(const typename Type::Input* in, const typename Type::Weight* w, int64_
     }
   }
   if (whole < steps) {  // the row ends within a step: nothing beyond it is read
+    LLAMA_JAX_UNROLL(8)
     for (int o = 0; o < kOutputs; ++o) {
       typename Type::Weight rest[kStep] = {};
       std::memcpy(rest, at[o], terms_left % kStep * sizeof(rest[0]));
+      LLAMA_JAX_UNROLL(6)
       for (int r = 0; r < kTileRows; ++r) {
         sums[r][o] = Add(sums[r][o], Type::LoadInput(in + r * kStep), Type::LoadWeight(rest));
       }
     }
   }
+  LLAMA_JAX_UNROLL(6)
   for (int r = 0; r < kTileRows; ++r) {
+    LLAMA_JAX_UNROLL(2)
     for (int o = 0; o < kOutputs; o += 4) {
       float* to = y + r * stride + o;
-      __m128 four = SumLanes(sums[r][o], sums[r][o + 1], sums[r][o + 2], sums[r][o + 3]);
+      Four four = SumLanes(sums[r][o], sums[r][o + 1], sums[r][o + 2], sums[r][o + 3]);
       if (outputs - o >= 4) {
-        if (add) four = _mm_add_ps(_mm_loadu_ps(to), four);
-        _mm_storeu_ps(to, four);
+        if (add) four = LoadFour(to) + four;
+        Store(to, four);
       } else {
         float some[4];
-        _mm_storeu_ps(some, four);
+        Store(some, four);
         for (int i = 0; i < outputs - o; ++i) to[i] = add ? to[i] + some[i] : some[i];
       }
     }
@@ -480,7 +400,7 @@ struct Attention {
       Store(scores + s, weight);
       total = total + weight;
     }
-    return _mm_cvtss_f32(SumLanes(total, total, total, total));
+    return SumLanes(total, total, total, total)[0];
   }
 
   // outs[r][h ..] = the mean of values[s], kChunks registers of them, weighted by weights[r, s].
@@ -529,7 +449,7 @@ void NormalizeRow(const float* x, const typename Type::Weight* weight, int64_t w
   std::memcpy(rest, x + whole, left * sizeof(float));
   Sum squares = Load(rest) * Load(rest);
   for (int64_t i = 0; i < whole; i += kLanes) squares = Add(squares, Load(x + i), Load(x + i));
-  const float total = _mm_cvtss_f32(SumLanes(squares, squares, squares, squares));
+  const float total = SumLanes(squares, squares, squares, squares)[0];
   const Sum scale = Spread(1 / std::sqrt(total / width + eps));
   for (int64_t i = 0; i < whole; i += kLanes) {
     Store(y + i, Load(x + i) * scale * Type::Widen(weight + i));
@@ -674,22 +594,8 @@ ffi::Error Normalize(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuff
 }  // namespace
 
 // Returns the version of this interface, for cpu_kernels.py to compare, or 0 if this CPU lacks an
-// instruction. Clang's __builtin_cpu_supports knows neither f16c nor avx512bf16: these come from
-// cpuid. Whether the system saves their registers is part of the answer for avx2 and avx512f.
-extern "C" int LlamaJaxInterface() {
-  __builtin_cpu_init();
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
-#ifdef __AVX512F__
-  has = has && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#endif
-#ifdef __AVX512BF16__
-  has = has && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & bit_AVX512BF16);
-#endif
-  return has ? 3 : 0;
-}
+// instruction.
+extern "C" int LlamaJaxInterface() { return HasInstructions() ? 3 : 0; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LlamaJaxLinear, Linear,
                               ffi::Ffi::Bind()

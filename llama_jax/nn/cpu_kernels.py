@@ -22,8 +22,8 @@ from llama_jax.jax_settings import pinned_settings
 from llama_jax.nn import missing_kernels
 from llama_jax.nn.quantized import Quantized
 
-INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2")
-"""What cpu_kernels.cc is compiled for, best first."""
+INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "neon")
+"""What cpu_kernels.cc is compiled for, best first: x86-64's and that of 64-bit ARM."""
 
 INTERFACE = 3
 """What cpu_kernels.cc must say; both change when the arguments of a kernel do."""

@@ -15,15 +15,17 @@ from collections.abc import Iterator
 _FOLDER = pathlib.Path(__file__).resolve().parent
 """Where the kernels in use lie, if there are any."""
 
-_MACHINES = ("x86_64", "amd64")
+_MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
+"""Those that setup.py builds kernels for, as systems name them."""
 
 
 def explain_absence() -> str:
     """Return why no library of kernels lies beside this module, and the remedy, in one line."""
     if (machine := platform.machine().lower()) not in _MACHINES:
         return (
-            f"the CPU kernels are for x86-64 CPUs with AVX2, and this one is {machine or 'unknown'}"
-            ": JAX computes in their place, more slowly; there is nothing to install"
+            "the CPU kernels are for x86-64 CPUs with AVX2 and 64-bit ARM CPUs, and this one is "
+            f"{machine or 'unknown'}: JAX computes in their place, more slowly; there is "
+            "nothing to install"
         )
     root = _FOLDER.parent.parent
     if hidden := next(_folders_with_kernels(), None):

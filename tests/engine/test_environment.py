@@ -21,6 +21,7 @@ DECIDING = (
     "text/tokenizer.py",
     "nn/ops.py",
     "nn/cpu_kernels.cc",
+    "nn/cpu_registers.h",
     "weights/checkpoint.py",
     "decode/sampling.py",
     "engine/scheduler.py",

@@ -64,7 +64,15 @@ def test_cpu_without_the_instructions_is_reported_once(anew, monkeypatch, caplog
 
 
 def test_broken_library_is_reported_where_a_lesser_one_is_used(anew, monkeypatch, caplog):
-    load, (best, *_) = cpu_kernels._load, cpu_kernels.INSTRUCTION_SETS
+    find = cpu_kernels.importlib.util.find_spec
+    built = [
+        name
+        for name in cpu_kernels.INSTRUCTION_SETS
+        if find(f"llama_jax.nn._cpu_kernels_{name}") is not None
+    ]
+    if len(built) == 1:
+        pytest.skip("this kind of CPU has one set")
+    load, best = cpu_kernels._load, built[0]
 
     def broken(name, path):
         return "it is broken" if name == best else load(name, path)

@@ -88,12 +88,18 @@ def test_compiler_that_is_there_is_not_blamed(checkout, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("machine", ["arm64", "aarch64", "ppc64le", ""])
+@pytest.mark.parametrize("machine", ["armv7l", "riscv64", "ppc64le", ""])
 def test_another_cpu(checkout, monkeypatch, machine):
     monkeypatch.setattr(missing_kernels.platform, "machine", lambda: machine)
     line = missing_kernels.explain_absence()
     assert f"and this one is {machine or 'unknown'}: JAX computes in their place" in line
     assert "pip" not in line
+
+
+@pytest.mark.parametrize("machine", ["amd64", "aarch64", "arm64"])
+def test_every_cpu_with_kernels_can_have_them_built(checkout, monkeypatch, machine):
+    monkeypatch.setattr(missing_kernels.platform, "machine", lambda: machine)
+    assert "run `pip install -e .` in" in missing_kernels.explain_absence()
 
 
 def test_installed_package_is_to_be_installed_again(checkout):
