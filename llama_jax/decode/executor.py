@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode.compiled import CompiledPrograms, CompileLog
+from llama_jax.decode.huge_pages import use_huge_pages
 from llama_jax.decode.lockstep import Lockstep
 from llama_jax.decode.model_programs import (
     CheckDraws,
@@ -91,6 +92,7 @@ class Executor:
         if mesh.size > 1:
             parts = place(specs(self.params, config, mesh), mesh)
             self.params = jax.device_put(self.params, parts)
+        use_huge_pages(jax.tree.leaves(self.params))
         self.mesh, self.device = mesh, mesh.local_devices[0]
         model = Transformer(config, jnp.dtype(plan.weights), plan.kernels, shards)
         shape = batch, self.sizes.capacity, plan.cache
