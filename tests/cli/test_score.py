@@ -52,7 +52,7 @@ def test_a_continuation_in_json(cli, demo):
     row = json.loads(out)
     assert status == 0
     assert row.keys() == FIGURES | {
-        *("tokens", "token_logprobs", "is_greedy", "fingerprint", "warnings")
+        *("tokens", "token_logprobs", "is_greedy", "fingerprint", "quantization", "warnings")
     }
     for name, value in row.items():
         assert value == getattr(expected, name)

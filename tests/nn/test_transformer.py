@@ -52,7 +52,8 @@ def full_forward(config, params, tokens, dtype=jnp.float32, attend_len=None):
 
 def test_every_config_field_is_perturbed():
     fields = {field.name for field in dataclasses.fields(SMALL)}
-    others = {"max_seq_len", "eos_tokens"}  # these limit, and compute nothing
+    # Two limit, and compute nothing; tests/nn/test_quantized.py has the third.
+    others = {"max_seq_len", "eos_tokens", "quantization"}
     assert PERTURBED.keys() | others == fields
 
 
