@@ -47,13 +47,13 @@ def test_lines_that_make_the_engine_fail_get_an_error_and_end_nothing_else(
     pipeline = llm.engine._scheduler.pipeline
     decode, neighbours = pipeline.decode, {}
 
-    def poisoned(slots):
+    def poisoned(slots, steps):
         if seeds := [s for s in map(seed_of, slots) if s in POISON.values()]:
             in_use = sum(slot.generation is not None for slot in llm.engine._scheduler.slots)
             for seed in seeds:
                 neighbours.setdefault(seed, []).append(in_use - 1)
             raise RuntimeError("poison")
-        decode(slots)
+        decode(slots, steps)
 
     monkeypatch.setattr(pipeline, "decode", poisoned)
     lines = [chat_line(i, ignore_eos=True) for i in range(12)]
