@@ -28,7 +28,7 @@ config, platform, batches = map(json.loads, sys.argv[1:])
 config = ModelConfig(**config)
 dtype = "float32" if platform == "cpu" else "float16"
 plan = choose_plan(config, dtype) if platform == "cpu" else accelerator_plan(platform, dtype)
-plan = plan._replace(varied_steps=False)  # what a step exchanges is counted by the turns of its loop
+plan = plan._replace(varied_steps=False)  # exchanges are counted by the turns of a loop
 mesh = make_mesh(choose_shards(config, 4), jax.devices())
 found = []
 for batch in batches:
