@@ -41,7 +41,7 @@ def refuses(address: int) -> bool:
     return madvise(address, PAGE, 25) != 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux moves pages, and says so in /proc")
 def test_what_is_moved_stays_in_place_and_the_same():
     expected = np.arange(5 * PAGE // 4, dtype=np.float32)
     array = jnp.asarray(expected) + 0

@@ -71,7 +71,7 @@ def test_broken_library_is_reported_where_a_lesser_one_is_used(anew, monkeypatch
         if find(f"llama_jax.nn._cpu_kernels_{name}") is not None
     ]
     if len(built) == 1:
-        pytest.skip("this kind of CPU has one set")
+        pytest.skip("needs two sets to compare, and this kind of CPU has one")
     load, best = cpu_kernels._load, built[0]
 
     def broken(name, path):
