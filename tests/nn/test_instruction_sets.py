@@ -69,7 +69,9 @@ def run(*command) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sysconfig.get_platform() != "linux-x86_64", reason="needs an x86-64 CPU with AVX2, to compare with")
+@pytest.mark.skipif(
+    sysconfig.get_platform() != "linux-x86_64", reason="needs AVX2, to compare with"
+)
 def test_neon_has_the_bits_of_avx2(built_for, arm_compiler, arm_emulator, tmp_path):
     """On an emulated CPU: each kernel in each type, at odd sizes, of special values too."""
     build("c++", built_for("linux-x86_64")["avx2"], tmp_path / "avx2")
