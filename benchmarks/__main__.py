@@ -30,7 +30,7 @@ FLAGS = command.make_flags(
     against=(
         [],
         f"Peers to measure in turns with it: {', '.join(PEERS)}; in the first of --dtype, "
-        "or as hf:bfloat16.",
+        "or as hf:bfloat16; llamacpp:float16:int8 is Q8_0.",
     ),
     new_tokens=(32, "Tokens to decode in each slot."),
     rounds=(3, "Times that each case is timed."),

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import replace
 
 from benchmarks import command
 from benchmarks.limits import Limits
@@ -96,7 +95,9 @@ class Engine:
 
     def config(self, config: ModelConfig) -> ModelConfig:
         """Return the config of a shape as this engine holds it."""
-        return config if self.weights == "full" else replace(config, quantization=self.weights)
+        if self.weights == "full":
+            return config
+        return dataclasses.replace(config, quantization=self.weights)
 
     def cache_bytes(self, config: ModelConfig, case: Case) -> int:
         """Return the bytes of keys and values of a case."""
@@ -108,12 +109,18 @@ class Engine:
 
 
 def parse_peer(text: str, dtype: str) -> Engine:
-    """Return the engine of one entry of --against: `hf`, or `hf:bfloat16` to choose its dtype."""
-    kind, _, forced = text.partition(":")
+    """Return the engine of one entry of --against.
+
+    `hf`, or `hf:bfloat16` to choose its dtype; llama.cpp has `llamacpp:float16:int8` too, Q8_0.
+    """
+    kind, *chosen = text.split(":", 2)
     command.check_choices("--against", [kind], PEERS)
     command.check_modules(f"--against={kind}", PEERS[kind])
-    command.check_choices(f"--against={kind}", [forced or dtype], ITEM_BYTES)
-    return Engine(kind, forced or dtype)
+    dtype, weights, *_ = [*chosen, *[dtype, "full"][len(chosen) :]]
+    command.check_choices(f"--against={kind}", [dtype], ITEM_BYTES)
+    allowed = WEIGHTS if kind == "llamacpp" else WEIGHTS[:1]
+    command.check_choices(f"--against={kind}:{dtype}", [weights], allowed)
+    return Engine(kind, dtype, weights)
 
 
 def make_plan(

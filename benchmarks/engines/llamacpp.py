@@ -23,9 +23,13 @@ FILE_TYPES = {
 def write_gguf(path: pathlib.Path, config: dict, dtype: str) -> None:
     """Write a Llama of random weights and the vocabulary of `protocol.pieces`.
 
-    Norms are float32, as llama.cpp's own converter makes them. All matrices are views of one
-    array, so that this takes the memory of one of them.
+    Norms are float32, as llama.cpp's own converter makes them. A quantized model is Q8_0: all its
+    matrices are int8 with a scale of 32 numbers, the embeddings and the output layer too. All
+    matrices are views of one array, so that this takes the memory of one of them.
     """
+    file_type = FILE_TYPES[dtype]
+    if config.get("quantization") == "int8":
+        file_type = gguf.GGMLQuantizationType.Q8_0
     dim, heads, vocab_size = config["dim"], config["num_heads"], config["vocab_size"]
     kv_dim = dim // heads * config["num_kv_heads"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -55,11 +59,11 @@ def write_gguf(path: pathlib.Path, config: dict, dtype: str) -> None:
         }
     most = max(rows * columns for rows, columns in shapes.values())
     numbers = 0.06 * np.random.default_rng(0).random(most, np.float32) - np.float32(0.03)
-    data = gguf.quantize(numbers, FILE_TYPES[dtype]).view(np.uint8)  # NumPy has no bfloat16
+    data = gguf.quantize(numbers, file_type).view(np.uint8)  # NumPy has no bfloat16
     for name, (rows, columns) in shapes.items():
         row_bytes = columns * data.size // most
         matrix = data[: rows * row_bytes].reshape(rows, row_bytes)
-        writer.add_tensor(f"{name}.weight", matrix, raw_dtype=FILE_TYPES[dtype])
+        writer.add_tensor(f"{name}.weight", matrix, raw_dtype=file_type)
     norms = [f"blk.{i}.{n}_norm" for i in range(config["num_layers"]) for n in ("attn", "ffn")]
     for name in (*norms, "output_norm"):
         writer.add_tensor(f"{name}.weight", np.ones(dim, np.float32))

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from benchmarks import __main__ as program
 from benchmarks import ablate, bits, command
-from benchmarks.cases import Case, Engine, contexts, make_plan
+from benchmarks.cases import Case, Engine, contexts, make_plan, parse_peer
 from benchmarks.limits import Limits, median
 from benchmarks.model_cost import (
     ITEM_BYTES,
@@ -34,6 +34,7 @@ from benchmarks.shapes import SHAPES, load_shape
 from benchmarks.weights import make_weights
 from llama_jax.decode.plan import choose_plan
 from llama_jax.demo import DEMO_CHECKPOINT
+from llama_jax.errors import InputError
 from llama_jax.nn import sharding
 from llama_jax.nn.cache import init_cache
 from llama_jax.nn.sharding import AXES, Shards, specs
@@ -168,7 +169,9 @@ def test_every_record_can_be_plotted():
 
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         # Some are of no cases.
-        if not path.name.startswith(("batch-interference", "checkpoints", "gpu-h100-strict")):
+        if not path.name.startswith(
+            ("batch-interference", "checkpoints", "gpu-h100-strict", "speculation")
+        ):
             assert draw(json.loads(path.read_text("utf-8"))).axes, path
 
 
@@ -214,6 +217,21 @@ def test_a_mistake_is_one_line_and_exit_2(cli, arguments, expected, monkeypatch)
     (line,) = err.splitlines()
     assert line.startswith("error: ")
     assert expected in line
+
+
+def test_an_entry_of_against_names_dtype_and_weights(monkeypatch):
+    monkeypatch.setattr(command, "check_modules", lambda what, modules: None)
+    assert parse_peer("hf", "float16") == Engine("hf", "float16")
+    assert parse_peer("hf:bfloat16", "float16") == Engine("hf", "bfloat16")
+    int8 = parse_peer("llamacpp:float16:int8", "float32")
+    assert (str(int8), int8.weights) == ("llamacpp:float16:int8", "int8")
+    for text, expected in (
+        ("hf:int8", "--against=hf has 'int8', expected float32, float16, bfloat16"),
+        ("hf:float16:int8", "--against=hf:float16 has 'int8', expected full"),
+        ("llamacpp:float16:int4", "--against=llamacpp:float16 has 'int4', expected full, int8"),
+    ):
+        with pytest.raises(InputError, match=re.escape(expected)):
+            parse_peer(text, "float16")
 
 
 def check_rows(record):
@@ -267,7 +285,7 @@ def against(peer, tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "small.json").read_text("utf-8"))
     check_rows(record)
-    theirs = [row for row in record["cases"] if row["engine"] == f"{peer}:float32"]
+    theirs = [row for row in record["cases"] if row["engine"] == peer]
     assert [row["op"] for row in theirs] == ["prefill", "decode"]
     for row in theirs:
         (ours,) = (r for r in record["cases"] if r["op"] == row["op"] and r is not row)
@@ -278,14 +296,15 @@ def against(peer, tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parity
 def test_against_hugging_face(tmp_path):
-    against("hf", tmp_path)
+    against("hf:float32", tmp_path)
 
 
 @pytest.mark.slow
-def test_against_llamacpp(tmp_path):
+@pytest.mark.parametrize("peer", ["llamacpp:float32", "llamacpp:float32:int8"])
+def test_against_llamacpp(peer, tmp_path):
     pytest.importorskip("gguf", reason="needs the bench extra")
     pytest.importorskip("llama_cpp", reason="needs the bench extra, built from source")
-    against("llamacpp", tmp_path)
+    against(peer, tmp_path)
 
 
 @pytest.mark.parametrize("choice", ablate.CHOICES)
