@@ -14,7 +14,9 @@ from setuptools import Extension, setup
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-X86_64 = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+AVX512BF16 = [*AVX512, "-mavx512bf16"]
+AMX = [*AVX512BF16, "-mamx-tile", "-mamx-bf16"]
+X86_64 = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": AVX512BF16, "amx": AMX}
 ARM64: dict[str, list[str]] = {"neon": []}  # every compiler for 64-bit ARM takes it for granted
 INSTRUCTION_SETS = {"x86_64": X86_64, "amd64": X86_64, "aarch64": ARM64, "arm64": ARM64}
 """For each kind of CPU: the libraries, and what they need of the compiler."""
@@ -36,7 +38,7 @@ def kernels() -> list[Extension]:
         Extension(
             f"llama_jax.nn._cpu_kernels_{name}",
             sources=["llama_jax/nn/cpu_kernels.cc"],
-            depends=["llama_jax/nn/cpu_registers.h"],
+            depends=["llama_jax/nn/cpu_registers.h", "llama_jax/nn/cpu_tiles.h"],
             extra_compile_args=[
                 "-O3",
                 "-g0",

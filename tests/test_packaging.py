@@ -110,8 +110,9 @@ def test_an_sdist_builds_the_same_wheel(source, wheel, tmp_path):
     name = run(sys.executable, "-c", code.format(str(tmp_path)), cwd=source).splitlines()[-1]
     run("tar", "-xzf", name, cwd=tmp_path)
     folder = tmp_path / name.removesuffix(".tar.gz")
-    for kernels in ("llama_jax/nn/cpu_kernels.cc", "llama_jax/nn/cpu_registers.h"):
-        assert (folder / kernels).read_bytes() == (source / kernels).read_bytes()
+    for kernels in ("cpu_kernels.cc", "cpu_registers.h", "cpu_tiles.h"):
+        path = f"llama_jax/nn/{kernels}"
+        assert (folder / path).read_bytes() == (source / path).read_bytes()
     for built in (source / "build").glob("lib.*/llama_jax/nn/*.so"):  # not compiled once more
         target = folder / built.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)

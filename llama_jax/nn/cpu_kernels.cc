@@ -22,6 +22,9 @@
 #include <vector>
 
 #include "cpu_registers.h"
+#ifdef __AMX_BF16__
+#include "cpu_tiles.h"
+#endif
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -307,6 +310,64 @@ struct Product {
     }
   }
 };
+
+#ifdef __AMX_BF16__
+
+// The same by tiles: every row and output of a block is a sum of its own in them.
+template <>
+struct Product<Bfloat16> {
+  struct Output {
+    const uint16_t* weights;  // [count, inputs]
+    float* y;  // [rows, count]
+    int64_t count;
+    const float* scales;  // null
+  };
+
+  const float* x;  // [rows, inputs]
+  int64_t rows, inputs;
+  std::vector<Output> outputs;
+  std::vector<uint16_t> packed;  // tile by tile
+
+  void Run(ffi::ThreadPool& pool) {
+    packed.resize(rows * Steps<Bfloat16>(inputs) * kTileStep);
+    Parallel(pool, (rows + kTileSide - 1) / kTileSide, [&](int64_t tile) {
+      const int64_t first = tile * kTileSide;
+      PackTile(x + first * inputs, std::min(kTileSide, rows - first), inputs, PackedRow(first));
+    });
+    std::vector<std::pair<const Output*, int64_t>> panels;
+    for (const Output& output : outputs) {
+      for (int64_t o = 0; o < output.count; o += kPanel) panels.emplace_back(&output, o);
+    }
+    Parallel(pool, panels.size(), [&](int64_t i) { Panel(*panels[i].first, panels[i].second); });
+  }
+
+  // Returns where a tile begins, by its first row.
+  uint16_t* PackedRow(int64_t row) {
+    return packed.data() + row * Steps<Bfloat16>(inputs) * kTileStep;
+  }
+
+  // Computes y[:, begin .. begin + kPanel), as far as they exist.
+  void Panel(const Output& output, int64_t begin) {
+    static constexpr decltype(&TileBlock<true, true>) kBlocks[2][2] = {
+        {TileBlock<false, false>, TileBlock<false, true>},
+        {TileBlock<true, false>, TileBlock<true, true>}};
+    TileShapes shapes;
+    const int64_t end = std::min(output.count, begin + kPanel);
+    for (int64_t o = begin; o < end; o += kTileBlock) {
+      const int64_t width = std::min(kTileBlock, end - o);
+      for (int64_t r = 0; r < rows; r += kTileBlock) {
+        const int64_t height = std::min(kTileBlock, rows - r);
+        const bool more = height > kTileSide;
+        kBlocks[width > kTileSide][more](
+            shapes, PackedRow(r), more ? PackedRow(r + kTileSide) : nullptr, height,
+            output.weights + o * inputs, width, inputs, output.y + r * output.count + o,
+            output.count, r == 0);
+      }
+    }
+  }
+};
+
+#endif
 
 // ---- Attention over a cache.
 

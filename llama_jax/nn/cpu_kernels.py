@@ -22,7 +22,7 @@ from llama_jax.jax_settings import pinned_settings
 from llama_jax.nn import missing_kernels
 from llama_jax.nn.quantized import Quantized
 
-INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "neon")
+INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "neon")
 """What cpu_kernels.cc is compiled for, best first: x86-64's and that of 64-bit ARM."""
 
 INTERFACE = 3

@@ -11,6 +11,10 @@
 #ifdef __x86_64__
 #include <cpuid.h>
 #include <immintrin.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #else
 #include <arm_neon.h>
 #endif
@@ -184,6 +188,20 @@ inline Four SumLanes(Sum a, Sum b, Sum c, Sum d) {
 
 #ifdef __x86_64__
 
+#ifdef __AMX_BF16__
+
+// Asks the system to save tiles for all threads of this process. Only Linux does, from 5.16.
+inline bool MayUseTiles() {
+#ifdef __linux__
+  constexpr int kRequestState = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+#endif
+
 // Clang's __builtin_cpu_supports knows neither f16c nor avx512bf16: these come from cpuid. Whether
 // the system saves their registers is part of the answer for avx2 and avx512f.
 inline bool HasInstructions() {
@@ -197,6 +215,10 @@ inline bool HasInstructions() {
 #endif
 #ifdef __AVX512BF16__
   has = has && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & bit_AVX512BF16);
+#endif
+#ifdef __AMX_BF16__
+  has = has && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & bit_AMX_BF16) &&
+        (edx & bit_AMX_TILE) && MayUseTiles();
 #endif
   return has;
 }

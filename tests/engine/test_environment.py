@@ -22,6 +22,7 @@ DECIDING = (
     "nn/ops.py",
     "nn/cpu_kernels.cc",
     "nn/cpu_registers.h",
+    "nn/cpu_tiles.h",
     "weights/checkpoint.py",
     "decode/sampling.py",
     "engine/scheduler.py",

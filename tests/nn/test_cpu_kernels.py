@@ -34,7 +34,7 @@ def test_library_that_does_not_load_is_reported_and_not_used(anew, monkeypatch, 
     with caplog.at_level(logging.WARNING):
         assert not cpu_kernels.has_kernels()
     [line] = caplog.messages
-    assert line.startswith("the CPU kernels cannot be used (avx512bf16: ")
+    assert line.startswith("the CPU kernels cannot be used (amx: ")
     assert line.endswith(missing_kernels.remedy())
 
 
@@ -109,6 +109,32 @@ def test_every_instruction_set_computes(anew, monkeypatch, name):
         seen = (jnp.arange(99)[None, :] <= positions[0][:, None])[None, None]
         expected = jax.nn.dot_product_attention(q, *wide, mask=seen)
         np.testing.assert_allclose(out, expected, atol=1e-5 if dtype != "bfloat16" else 2e-2)
+
+
+def in_amx_order(x, weight):
+    """Multiply as Intel defines TDPBF16PS: even and odd terms of 32 apart, each fused."""
+    sums = np.zeros((x.shape[0], weight.shape[0]), np.float32)
+    for step in range(0, x.shape[1], 32):
+        parts = np.zeros((2, *sums.shape), np.float32)
+        for i in range(step, min(step + 32, x.shape[1])):
+            product = np.multiply.outer(x[:, i], weight[:, i]).astype(np.float64)  # exact
+            parts[i % 2] = (parts[i % 2] + product).astype(np.float32)
+        sums += parts[0] + parts[1]
+    return sums
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 32, 33, 50])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (31, 16), (32, 17), (172, 130), (640, 33)])
+def test_amx_adds_up_in_one_order(native_kernels, rows, inputs, outputs):
+    if cpu_kernels.instruction_set() != "amx":
+        pytest.skip("this CPU has no AMX")
+    rng = np.random.default_rng(rows * inputs * outputs)
+    x, weight = (
+        np.asarray(jnp.asarray(rng.normal(size=size), jnp.bfloat16), np.float32)
+        for size in ((rows, inputs), (outputs, inputs))
+    )
+    (y,) = cpu_kernels.linears(jnp.asarray(x), jnp.asarray(weight, jnp.bfloat16))
+    np.testing.assert_array_equal(y, in_amx_order(x, weight))
 
 
 def attend(q=(1, 1, 2, 8), k=(1, 2, 4, 8), v=(1, 2, 4, 8), position=0, row=0, v_dtype="float32"):

@@ -13,7 +13,7 @@ from llama_jax.nn import cpu_kernels
 from tests.helpers import ROOT
 
 DRIVER = pathlib.Path(__file__).with_name("cpu_kernels_digests.cc")
-X86_64 = {"avx2", "avx512", "avx512bf16"}
+X86_64 = {"avx2", "avx512", "avx512bf16", "amx"}
 
 
 @pytest.fixture
