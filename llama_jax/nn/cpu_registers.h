@@ -217,8 +217,9 @@ inline bool HasInstructions() {
   has = has && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & bit_AVX512BF16);
 #endif
 #ifdef __AMX_BF16__
-  has = has && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & bit_AMX_BF16) &&
-        (edx & bit_AMX_TILE) && MayUseTiles();
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;  // compilers name them differently
+  has = has && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBfloat16) &&
+        (edx & kTiles) && MayUseTiles();
 #endif
   return has;
 }
