@@ -3,6 +3,8 @@
 import ctypes
 import importlib.machinery
 import logging
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from llama_jax.nn import cpu_kernels, missing_kernels, ops
+from tests.helpers import ROOT
 
 
 @pytest.fixture
@@ -135,6 +138,41 @@ def test_amx_adds_up_in_one_order(native_kernels, rows, inputs, outputs):
     )
     (y,) = cpu_kernels.linears(jnp.asarray(x), jnp.asarray(weight, jnp.bfloat16))
     np.testing.assert_array_equal(y, in_amx_order(x, weight))
+
+
+GUARDED = """
+import ctypes, mmap, sys
+import jax, numpy as np
+from llama_jax.nn import cpu_kernels
+
+cpu_kernels.INSTRUCTION_SETS = sys.argv[1:]
+libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+for outputs, inputs in (2, 32), (34, 48), (50, 32), (130, 96):
+    for dtype in ("float32", "float16", jax.numpy.bfloat16):
+        size = outputs * inputs * np.dtype(dtype).itemsize
+        room = mmap.mmap(-1, (size // page + 2) * page)
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(room))
+        guard = begin + (size // page + 1) * page
+        assert libc.mprotect(ctypes.c_void_p(guard), page, 0) == 0
+        weight = np.frombuffer(room, dtype, outputs * inputs, guard - begin - size)
+        array = jax.device_put(weight.reshape(outputs, inputs), may_alias=True)
+        assert array.unsafe_buffer_pointer() + size == guard
+        for rows in (1, 20, 40):
+            x = jax.numpy.ones((rows, inputs))
+            assert (cpu_kernels.linears(x, array)[0] == 0).all()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect of libc")
+@pytest.mark.parametrize("name", cpu_kernels.INSTRUCTION_SETS)
+def test_nothing_beyond_the_weights_is_read(native_kernels, name):
+    """Behind them is a page that may not be read: whoever does is killed."""
+    spec = cpu_kernels.importlib.util.find_spec(f"llama_jax.nn._cpu_kernels_{name}")
+    if spec is None or ctypes.CDLL(spec.origin).LlamaJaxInterface() == 0:
+        pytest.skip("not on this CPU")
+    command = [sys.executable, "-c", GUARDED, name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def attend(q=(1, 1, 2, 8), k=(1, 2, 4, 8), v=(1, 2, 4, 8), position=0, row=0, v_dtype="float32"):
