@@ -86,12 +86,17 @@ def test_broken_library_is_reported_where_a_lesser_one_is_used(anew, monkeypatch
     assert f"({best}: it is broken)" in caplog.text
 
 
+def skip_unless_it_runs(name):
+    """Skip a test of an instruction set whose library was not built, or that this CPU lacks."""
+    spec = cpu_kernels.importlib.util.find_spec(f"llama_jax.nn._cpu_kernels_{name}")
+    if spec is None or ctypes.CDLL(spec.origin).LlamaJaxInterface() == 0:
+        pytest.skip(f"the kernels for {name} were not built, or this CPU lacks its instructions")
+
+
 @pytest.mark.parametrize("name", cpu_kernels.INSTRUCTION_SETS)
 def test_every_instruction_set_computes(anew, monkeypatch, name):
     """The libraries that this CPU runs, though the best one is taken."""
-    spec = cpu_kernels.importlib.util.find_spec(f"llama_jax.nn._cpu_kernels_{name}")
-    if spec is None or ctypes.CDLL(spec.origin).LlamaJaxInterface() == 0:
-        pytest.skip("not on this CPU")
+    skip_unless_it_runs(name)
     monkeypatch.setattr(cpu_kernels, "INSTRUCTION_SETS", (name,))
     assert cpu_kernels.has_kernels()
     rng = np.random.default_rng(0)
@@ -130,7 +135,7 @@ def in_amx_order(x, weight):
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (31, 16), (32, 17), (172, 130), (640, 33)])
 def test_amx_adds_up_in_one_order(native_kernels, rows, inputs, outputs):
     if cpu_kernels.instruction_set() != "amx":
-        pytest.skip("this CPU has no AMX")
+        pytest.skip("the order of AMX's tiles is that of a CPU with AMX, and of Linux 5.16")
     rng = np.random.default_rng(rows * inputs * outputs)
     x, weight = (
         np.asarray(jnp.asarray(rng.normal(size=size), jnp.bfloat16), np.float32)
@@ -163,13 +168,11 @@ for outputs, inputs in (2, 32), (34, 48), (50, 32), (130, 96):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect of libc")
+@pytest.mark.skipif(sys.platform != "linux", reason="protects a page by mprotect, as Linux's libc has it")
 @pytest.mark.parametrize("name", cpu_kernels.INSTRUCTION_SETS)
 def test_nothing_beyond_the_weights_is_read(native_kernels, name):
     """Behind them is a page that may not be read: whoever does is killed."""
-    spec = cpu_kernels.importlib.util.find_spec(f"llama_jax.nn._cpu_kernels_{name}")
-    if spec is None or ctypes.CDLL(spec.origin).LlamaJaxInterface() == 0:
-        pytest.skip("not on this CPU")
+    skip_unless_it_runs(name)
     command = [sys.executable, "-c", GUARDED, name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
