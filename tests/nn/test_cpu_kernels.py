@@ -168,7 +168,7 @@ for outputs, inputs in (2, 32), (34, 48), (50, 32), (130, 96):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="protects a page by mprotect, as Linux's libc has it")
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect as on Linux")
 @pytest.mark.parametrize("name", cpu_kernels.INSTRUCTION_SETS)
 def test_nothing_beyond_the_weights_is_read(native_kernels, name):
     """Behind them is a page that may not be read: whoever does is killed."""
