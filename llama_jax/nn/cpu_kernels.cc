@@ -230,30 +230,36 @@ void Parallel(ffi::ThreadPool& pool, int64_t n, std::function<void(int64_t)> f) 
 // ---- y = x W^T, for one x and several W.
 
 template <class Type>
-struct Product {
-  using Weight = typename Type::Weight;
-  using Input = typename Type::Input;
+struct Output {
+  const typename Type::Weight* weights;  // [count, inputs]
+  float* y;  // [rows, count]
+  int64_t count;
+  const float* scales;  // [count]; null: the weights are not quantized
+};
 
-  struct Output {
-    const Weight* weights;  // [count, inputs]
-    float* y;  // [rows, count]
-    int64_t count;
-    const float* scales;  // [count]; null: the weights are not quantized
-  };
+// Runs f(output, begin) for each panel of outputs.
+template <class Type, class F>
+void EachPanel(ffi::ThreadPool& pool, const std::vector<Output<Type>>& outputs, F f) {
+  std::vector<std::pair<const Output<Type>*, int64_t>> panels;
+  for (const Output<Type>& output : outputs) {
+    for (int64_t o = 0; o < output.count; o += kPanel) panels.emplace_back(&output, o);
+  }
+  Parallel(pool, panels.size(), [&](int64_t i) { f(*panels[i].first, panels[i].second); });
+}
+
+template <class Type>
+struct Product {
+  using Input = typename Type::Input;
 
   const float* x;  // [rows, inputs]
   int64_t rows, inputs;
-  std::vector<Output> outputs;
+  std::vector<Output<Type>> outputs;
   std::vector<Input> packed;  // tile by tile
 
   void Run(ffi::ThreadPool& pool) {
     packed.resize(rows * Steps<Type>(inputs) * Type::kStep);
     Parallel(pool, Tiles(), [&](int64_t tile) { Pack(tile); });
-    std::vector<std::pair<const Output*, int64_t>> panels;
-    for (const Output& output : outputs) {
-      for (int64_t o = 0; o < output.count; o += kPanel) panels.emplace_back(&output, o);
-    }
-    Parallel(pool, panels.size(), [&](int64_t i) { Panel(*panels[i].first, panels[i].second); });
+    EachPanel(pool, outputs, [&](const Output<Type>& output, int64_t o) { Panel(output, o); });
   }
 
   int64_t Tiles() const { return (rows + kRows - 1) / kRows; }
@@ -272,7 +278,7 @@ struct Product {
   }
 
   // Computes y[:, begin .. begin + kPanel), as far as they exist.
-  void Panel(const Output& output, int64_t begin) {
+  void Panel(const Output<Type>& output, int64_t begin) {
     constexpr int64_t kSteps = kDepth / (Type::kStep * sizeof(Input));
     const int64_t end = std::min(output.count, begin + kPanel);
     // With few rows, reading the weights takes the time: each of their rows from end to end.
@@ -291,7 +297,7 @@ struct Product {
   }
 
   // Multiplies y[:, begin .. end), when they are whole.
-  void Scale(const Output& output, int64_t begin, int64_t end) {
+  void Scale(const Output<Type>& output, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < rows; ++r) {
       float* y = output.y + r * output.count;
       for (int64_t o = begin; o < end; ++o) y[o] *= output.scales[o];
@@ -299,7 +305,7 @@ struct Product {
   }
 
   template <int kTileRows>
-  void Strip(const Output& output, int64_t tile, int64_t begin, int64_t end, int64_t step,
+  void Strip(const Output<Type>& output, int64_t tile, int64_t begin, int64_t end, int64_t step,
              int64_t steps) {
     const int64_t done = step * Type::kStep;  // terms
     const Input* in = PackedTile(tile) + done * kTileRows;
@@ -316,16 +322,9 @@ struct Product {
 // The same by tiles: every row and output of a block is a sum of its own in them.
 template <>
 struct Product<Bfloat16> {
-  struct Output {
-    const uint16_t* weights;  // [count, inputs]
-    float* y;  // [rows, count]
-    int64_t count;
-    const float* scales;  // null
-  };
-
   const float* x;  // [rows, inputs]
   int64_t rows, inputs;
-  std::vector<Output> outputs;
+  std::vector<Output<Bfloat16>> outputs;
   std::vector<uint16_t> packed;  // tile by tile
 
   void Run(ffi::ThreadPool& pool) {
@@ -334,11 +333,7 @@ struct Product<Bfloat16> {
       const int64_t first = tile * kTileSide;
       PackTile(x + first * inputs, std::min(kTileSide, rows - first), inputs, PackedRow(first));
     });
-    std::vector<std::pair<const Output*, int64_t>> panels;
-    for (const Output& output : outputs) {
-      for (int64_t o = 0; o < output.count; o += kPanel) panels.emplace_back(&output, o);
-    }
-    Parallel(pool, panels.size(), [&](int64_t i) { Panel(*panels[i].first, panels[i].second); });
+    EachPanel(pool, outputs, [&](const Output<Bfloat16>& output, int64_t o) { Panel(output, o); });
   }
 
   // Returns where a tile begins, by its first row.
@@ -347,7 +342,7 @@ struct Product<Bfloat16> {
   }
 
   // Computes y[:, begin .. begin + kPanel), as far as they exist.
-  void Panel(const Output& output, int64_t begin) {
+  void Panel(const Output<Bfloat16>& output, int64_t begin) {
     static constexpr decltype(&TileBlock<true, true>) kBlocks[2][2] = {
         {TileBlock<false, false>, TileBlock<false, true>},
         {TileBlock<true, false>, TileBlock<true, true>}};
