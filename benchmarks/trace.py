@@ -22,6 +22,7 @@ from benchmarks import command
 from benchmarks.programs import time_decode
 from benchmarks.report import table
 from benchmarks.weights import make_weights
+from benchmarks.worker import EngineError
 from llama_jax.decode.executor import Executor
 from llama_jax.errors import InputError
 
@@ -72,10 +73,19 @@ def find_operations(threads: Iterable[Iterable[Event]]) -> tuple[list[Event], fl
     """Return what ran since the first loop began, and how long that took.
 
     One after the other in any of the threads. What computes has a mark of its end beside it.
+
+    Raises:
+        EngineError: the trace has no loop.
     """
     events = [event for thread in threads for event in thread]
     kinds = {event.kind.removeprefix(END) for event in events if event.kind.startswith(END)}
-    begin = min(event.begin for event in events if event.kind == LOOP)
+    loops = [event.begin for event in events if event.kind == LOOP]
+    if not loops:
+        raise EngineError(
+            f"the trace has no operation {LOOP!r}, the loop of tokens: this jaxlib has another "
+            "name for it, or more tokens were traced than a trace can hold; try fewer --new_tokens"
+        )
+    begin = min(loops)
     found = [
         event
         for event in events

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import trace
 from benchmarks.trace import Event
+from benchmarks.worker import EngineError
 from tests.helpers import ROOT
 
 THREADS = [
@@ -39,6 +40,11 @@ def test_operations_are_those_in_the_loops_and_the_rest_is_gaps():
         ["copy", 0.5, 0.0, 0.1],
         ["gaps", None, 0.0, 0.35],
     ]
+
+
+def test_a_trace_without_the_loop_is_refused():
+    with pytest.raises(EngineError, match=r"has no operation 'while'.* try fewer --new_tokens"):
+        trace.make_rows([[Event("copy", 0, 9), Event("end: copy", 9, 10)]], tokens=2)
 
 
 @pytest.mark.exhaustive
