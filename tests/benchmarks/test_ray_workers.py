@@ -1,0 +1,88 @@
+"""The benchmark of Ray's workers: its turns, its arithmetic, and that it runs. Never how fast."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks.ray_workers import Side, make_report, summarise
+from benchmarks.worker import EngineError
+from tests.helpers import ROOT
+
+pytest.importorskip("psutil", reason="needs the bench extra")
+
+WRITER = """
+import json, time
+with open({path!r}, "a", buffering=1) as file:
+    while True:
+        print(json.dumps({{"result": {{"usage": {{"completion_tokens": 3}}}}}}), file=file)
+        time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def side(tmp_path):
+    """A process whose child writes rows of three tokens."""
+    path = tmp_path / "rows.jsonl"
+    writer = [sys.executable, "-c", WRITER.format(path=str(path))]
+    command = f"import subprocess; subprocess.run({writer!r})"
+    process = subprocess.Popen([sys.executable, "-c", command])
+    side = Side("one", [process], [path])
+    try:
+        yield side
+    finally:
+        side.signal(signal.SIGKILL)
+        process.wait()
+
+
+def test_a_side_computes_in_its_turn_only(side):
+    side.wait_for(2)
+    side.signal(signal.SIGSTOP)
+    time.sleep(0.1)  # what was under way is written
+    rows = len(side.answers())
+    time.sleep(0.3)
+    assert len(side.answers()) == rows
+    before = side.tokens()
+    assert before == 3 * rows
+    side.take_turn(0.5)
+    assert side.tokens() > before
+    assert side.turns[0] > 0
+    side.signal(signal.SIGKILL)
+    side.processes[0].wait()
+    with pytest.raises(EngineError, match="one: a process ended early"):
+        side.wait_for(10**9)
+
+
+def test_a_failed_row_ends_it(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"line": 1, "error": {"message": "too long"}}) + "\n{", "utf-8")
+    with pytest.raises(EngineError, match=r"one: a row failed: .*too long"):
+        Side("one", [], [path]).tokens()
+
+
+def test_ray_is_compared_with_the_mean_of_all_turns():
+    found = summarise([Side("local", [], [], [100.0, 140.0]), Side("ray", [], [], [90.0, 126.0])])
+    assert found == {"tokens_per_s": {"local": 120.0, "ray": 108.0}, "share": 0.9}
+    assert make_report(found) == "108 tokens/s on Ray, 120 of local processes: 0.900"
+
+
+@pytest.mark.exhaustive
+def test_ray_workers_end_to_end(tmp_path):
+    pytest.importorskip("ray", reason="needs the ray extra")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.ray_workers", "--shape=demo", "--dtype=float32"),
+            *("--slots=2", "--turns=2", "--seconds=1", "--name=it", f"--output={tmp_path}"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "it.json").read_text("utf-8"))["ray_workers"]
+    assert row["share"] > 0
+    assert {len(turns) for turns in row["turns"].values()} == {2}
