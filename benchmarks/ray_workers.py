@@ -12,6 +12,7 @@ that both see the same minutes of the machine. See benchmarks/README.md.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import signal
@@ -25,7 +26,7 @@ from typing import Any, BinaryIO
 
 from benchmarks import command, machine
 from benchmarks.report import number
-from benchmarks.servers import READY_S, Launch
+from benchmarks.servers import CLOSE_S, READY_S, Launch
 from benchmarks.worker import ROOT, EngineError
 
 FLAGS = command.make_flags(
@@ -43,13 +44,15 @@ FLAGS = command.make_flags(
 
 @dataclasses.dataclass
 class Side:
-    """Processes that answer rows, and theirs."""
+    """Processes, and the files of the rows that they answer."""
 
     name: str
-    processes: list[subprocess.Popen[bytes]]
-    outputs: list[pathlib.Path]
+    processes: list[subprocess.Popen[bytes]] = dataclasses.field(default_factory=list)
+    outputs: list[pathlib.Path] = dataclasses.field(default_factory=list)
     turns: list[float] = dataclasses.field(default_factory=list)
     """Tokens a second of each."""
+    _family: dict[int, Any] = dataclasses.field(default_factory=dict)
+    """psutil's processes by number: its own, and all that they were seen to start."""
 
     def answers(self) -> list[dict[str, Any]]:
         """Return the rows that are written."""
@@ -68,39 +71,74 @@ class Side:
                 raise EngineError(f"{self.name}: a row failed: {row['error']}")
         return sum(row["result"]["usage"]["completion_tokens"] for row in rows)
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to its processes and all that they started."""
+    def send(self, kind: signal.Signals) -> None:
+        """Send a signal to its processes and all that they started, until there are no others."""
+        import psutil
+
+        sent: set[int] = set()
+        while new := self._find() - sent:
+            for pid in new:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self._family[pid].send_signal(kind)
+            sent |= new
+
+    def _find(self) -> set[int]:
+        """Return the numbers of all that live."""
         import psutil
 
         for process in self.processes:
             with contextlib.suppress(psutil.NoSuchProcess):
-                own = psutil.Process(process.pid)
-                for one in [own, *own.children(recursive=True)]:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        one.send_signal(number)
+                self._family.setdefault(process.pid, psutil.Process(process.pid))
+        for known in list(self._family.values()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for one in known.children(recursive=True):
+                    self._family.setdefault(one.pid, one)
+        self._family = {pid: one for pid, one in self._family.items() if one.is_running()}
+        return set(self._family)
+
+    def check(self) -> None:
+        """Raise EngineError if a process has ended."""
+        if any(process.poll() is not None for process in self.processes):
+            raise EngineError(f"{self.name}: a process ended early")
 
     def wait_for(self, rows: int) -> None:
         """Wait until so many rows are answered.
 
         Raises:
-            EngineError: it ended, or it takes too long.
+            EngineError: a process ended, or it takes too long.
         """
         until = time.monotonic() + READY_S
         while len(self.answers()) < rows:
-            if any(process.poll() is not None for process in self.processes):
-                raise EngineError(f"{self.name}: a process ended early")
+            self.check()
             if time.monotonic() > until:
                 raise EngineError(f"{self.name}: not at work after {READY_S} s")
             time.sleep(0.2)
 
     def take_turn(self, seconds: float) -> None:
-        """Compute for so long, and note how fast."""
+        """Compute for so long, and note how fast.
+
+        Raises:
+            EngineError: a process ended, or a row failed.
+        """
         before, began = self.tokens(), time.monotonic()
-        self.signal(signal.SIGCONT)
+        self.send(signal.SIGCONT)
         time.sleep(seconds)
-        self.signal(signal.SIGSTOP)
+        self.send(signal.SIGSTOP)
         took = time.monotonic() - began
+        self.check()
         self.turns.append((self.tokens() - before) / took)
+
+    def end(self) -> None:
+        """End all of it: first as `run.py batch` ends, then what is left."""
+        self.send(signal.SIGCONT)
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(CLOSE_S)
+        self.send(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
 
 
 @contextlib.contextmanager
@@ -111,32 +149,25 @@ def both(launch: Launch, folder: pathlib.Path, log: BinaryIO) -> Iterator[list[S
     workers, lines = machine.cores(), [json.dumps(_row(i)) for i in range(FLAGS.rows)]
     base = [sys.executable, "run.py", "batch", f"--checkpoint={launch.weights}"]
     base += [f"--dtype={launch.dtype}", f"--slots={launch.slots}", f"--context={launch.context}"]
+    own_cluster = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
-    def start(name: str, own: Sequence[str], *more: str, **variables: str) -> Side:
+    def start(side: Side, name: str, own: Sequence[str], *more: str, **variables: str) -> None:
         source, output = folder / f"{name}.jsonl", folder / f"{name}.out"
         source.write_text("\n".join(own) + "\n", "utf-8")
         line = [*base, f"--input={source}", f"--output={output}", *more]
-        env = os.environ | variables
-        process = subprocess.Popen(line, cwd=ROOT, env=env, stdout=log, stderr=log)
-        return Side(name, [process], [output])
+        env = own_cluster | variables
+        side.processes.append(subprocess.Popen(line, cwd=ROOT, env=env, stdout=log, stderr=log))
+        side.outputs.append(output)
 
-    local = Side("local", [], [])
-    for k in range(workers):
-        one = start(f"local{k}", lines[k::workers], **environment(1))
-        local.processes += one.processes
-        local.outputs += one.outputs
-    rows_per_call = f"--rows_per_call={FLAGS.rows_per_call}"
-    sides = [local, start("ray", lines, "--engine=ray", f"--workers={workers}", rows_per_call)]
-    try:
-        yield sides
-    finally:
-        for side in sides:
-            side.signal(signal.SIGCONT)
-            for process in side.processes:
-                process.terminate()
-        for side in sides:
-            for process in side.processes:
-                process.wait()
+    local, on_ray = Side("local"), Side("ray")
+    with contextlib.ExitStack() as stack:
+        for side in (local, on_ray):
+            stack.callback(side.end)
+        for k in range(workers):
+            start(local, f"local{k}", lines[k::workers], **environment(1))
+        rows_per_call = f"--rows_per_call={FLAGS.rows_per_call}"
+        start(on_ray, "ray", lines, "--engine=ray", f"--workers={workers}", rows_per_call)
+        yield [local, on_ray]
 
 
 def _row(i: int) -> dict[str, Any]:
@@ -154,7 +185,7 @@ def measure(sides: Sequence[Side]) -> dict[str, Any]:
     """Let the sides take turns; return their tokens/s and Ray's share of the local ones'."""
     for side in sides:  # the first waits, stopped, for the other
         side.wait_for(2 * FLAGS.slots * machine.cores())
-        side.signal(signal.SIGSTOP)
+        side.send(signal.SIGSTOP)
     for turn in range(FLAGS.turns):
         for side in sides if turn % 2 == 0 else reversed(sides):
             side.take_turn(FLAGS.seconds)
@@ -165,9 +196,20 @@ def measure(sides: Sequence[Side]) -> dict[str, Any]:
 
 
 def summarise(sides: Sequence[Side]) -> dict[str, Any]:
-    """Return tokens/s, and Ray's share of them."""
+    """Return the tokens/s of both, Ray's share of the local ones', and that share's error.
+
+    The standard error counts the turns as independent. They are not: what a turn computes and does
+    not write counts in the next. So it is too large, if anything.
+    """
     rates = {side.name: statistics.mean(side.turns) for side in sides}
-    return {"tokens_per_s": rates, "share": rates["ray"] / rates["local"]}
+    share = rates["ray"] / rates["local"]
+    parts = [_variance(side.turns) / rates[side.name] ** 2 for side in sides]
+    return {"tokens_per_s": rates, "share": share, "error": share * math.sqrt(sum(parts))}
+
+
+def _variance(turns: Sequence[float]) -> float:
+    """Return that of the mean."""
+    return statistics.variance(turns) / len(turns) if len(turns) > 1 else 0.0
 
 
 def make_report(found: dict[str, Any]) -> str:
@@ -175,7 +217,7 @@ def make_report(found: dict[str, Any]) -> str:
     rates = found["tokens_per_s"]
     return (
         f"{number(rates['ray'])} tokens/s on Ray, {number(rates['local'])} of local processes: "
-        f"{found['share']:.3f}"
+        f"{found['share']:.2f} times (standard error {found['error']:.2f})"
     )
 
 
