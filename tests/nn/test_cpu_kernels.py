@@ -132,7 +132,7 @@ def in_amx_order(x, weight):
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 32, 33, 50])
-@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (31, 16), (32, 17), (172, 130), (640, 33)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (31, 16), (32, 17), (172, 130), (650, 33)])
 def test_amx_adds_up_in_one_order(native_kernels, rows, inputs, outputs):
     if cpu_kernels.instruction_set() != "amx":
         pytest.skip("the order of AMX's tiles is that of a CPU with AMX, and of Linux 5.16")
@@ -152,7 +152,7 @@ from llama_jax.nn import cpu_kernels
 
 cpu_kernels.INSTRUCTION_SETS = sys.argv[1:]
 libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
-for outputs, inputs in (2, 32), (34, 48), (50, 32), (130, 96):
+for outputs, inputs in (2, 32), (34, 48), (50, 32), (130, 96), (34, 576):
     for dtype in ("float32", "float16", jax.numpy.bfloat16):
         size = outputs * inputs * np.dtype(dtype).itemsize
         room = mmap.mmap(-1, (size // page + 2) * page)

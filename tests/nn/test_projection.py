@@ -72,9 +72,9 @@ def test_float16_inputs_beyond_its_range(implementation_of_16_bits):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
 def test_native_bits_do_not_depend_on_the_batch(native_kernels, inputs, outputs, dtype):
-    x, weight = draw(inputs, outputs, dtype)
+    x, weight = draw(inputs, outputs, dtype, rows=40)
     alone = np.concatenate([cpu_kernels.linears(x[i : i + 1], weight)[0] for i in range(len(x))])
-    for rows in (2, 3, 4, 5, 6, 7, 13, 30):
+    for rows in (2, 3, 4, 5, 6, 7, 13, 30, 33, 40):
         np.testing.assert_array_equal(cpu_kernels.linears(x[:rows], weight)[0], alone[:rows])
 
 
