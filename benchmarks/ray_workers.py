@@ -37,7 +37,7 @@ FLAGS = command.make_flags(
     prompt_len=(32, "Tokens of a prompt."),
     new_tokens=(32, "Tokens of an answer, on average: from half as many to half as many again."),
     rows=(2000, "Of the file; what is not answered in time is left."),
-    turns=(24, "Of each side."),
+    rounds=(24, "Turns of each side."),
     seconds=(10, "Of a turn."),
 )
 
@@ -87,11 +87,11 @@ class Side:
         import psutil
 
         for process in self.processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
+            if process.poll() is None:
                 self._family.setdefault(process.pid, psutil.Process(process.pid))
-        for known in list(self._family.values()):
+        for one in psutil.process_iter():  # parents before their children, mostly: `send` repeats
             with contextlib.suppress(psutil.NoSuchProcess):
-                for one in known.children(recursive=True):
+                if one.ppid() in self._family:
                     self._family.setdefault(one.pid, one)
         self._family = {pid: one for pid, one in self._family.items() if one.is_running()}
         return set(self._family)
@@ -120,8 +120,9 @@ class Side:
         Raises:
             EngineError: a process ended, or a row failed.
         """
-        before, began = self.tokens(), time.monotonic()
+        before = self.tokens()
         self.send(signal.SIGCONT)
+        began = time.monotonic()
         time.sleep(seconds)
         self.send(signal.SIGSTOP)
         took = time.monotonic() - began
@@ -186,12 +187,12 @@ def measure(sides: Sequence[Side]) -> dict[str, Any]:
     for side in sides:  # the first waits, stopped, for the other
         side.wait_for(2 * FLAGS.slots * machine.cores())
         side.send(signal.SIGSTOP)
-    for turn in range(FLAGS.turns):
+    for turn in range(FLAGS.rounds):
         for side in sides if turn % 2 == 0 else reversed(sides):
             side.take_turn(FLAGS.seconds)
             if len(side.answers()) > FLAGS.rows - 4 * FLAGS.slots * machine.cores():
-                raise EngineError(f"{side.name}: too few rows; more --rows, or fewer --turns")
-        command.note(f"turn {turn + 1} of {FLAGS.turns}: {make_report(summarise(sides))}")
+                raise EngineError(f"{side.name}: too few rows; more --rows, or fewer --rounds")
+        command.note(f"round {turn + 1} of {FLAGS.rounds}: {make_report(summarise(sides))}")
     return summarise(sides)
 
 

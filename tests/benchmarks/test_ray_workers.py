@@ -11,9 +11,7 @@ import pytest
 
 from benchmarks.ray_workers import Side, make_report, summarise
 from benchmarks.worker import EngineError
-from tests.helpers import ROOT
-
-pytest.importorskip("psutil", reason="needs the bench extra")
+from tests.helpers.measuring import measure
 
 WRITER = """
 import json, time
@@ -27,6 +25,7 @@ with open({path!r}, "a", buffering=1) as file:
 @pytest.fixture
 def side(tmp_path):
     """A process whose child writes rows of three tokens."""
+    pytest.importorskip("psutil", reason="needs the bench extra")
     path = tmp_path / "rows.jsonl"
     writer = [sys.executable, "-c", WRITER.format(path=str(path))]
     command = f"import subprocess; subprocess.run({writer!r})"
@@ -99,17 +98,7 @@ def test_ray_is_compared_with_the_mean_of_all_turns():
 @pytest.mark.exhaustive
 def test_ray_workers_end_to_end(tmp_path):
     pytest.importorskip("ray", reason="needs the ray extra")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.ray_workers", "--shape=demo", "--dtype=float32"),
-            *("--slots=2", "--turns=2", "--seconds=1", "--name=it", f"--output={tmp_path}"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads((tmp_path / "it.json").read_text("utf-8"))["ray_workers"]
+    flags = ("--dtype=float32", "--slots=2", "--rounds=2", "--seconds=1")
+    (row,) = measure("ray_workers", tmp_path, *flags)["ray_workers"]
     assert row["share"] > 0
     assert {len(turns) for turns in row["turns"].values()} == {2}

@@ -3,13 +3,11 @@
 import asyncio
 import contextlib
 import json
-import subprocess
-import sys
 
 import pytest
 
 from llama_jax.errors import InputError
-from tests.helpers import ROOT
+from tests.helpers.measuring import measure
 
 pytest.importorskip("httpx_sse", reason="needs the bench extra")
 
@@ -209,22 +207,6 @@ def test_the_same_request_goes_to_every_server(tmp_path):
         assert (body["max_tokens"], body["temperature"], body["stream"]) == (8, 0, True)
         assert len(body["prompt"]) == 3
         assert all(isinstance(part, str) for part in launch.command(1234))
-
-
-def measure(module, tmp_path, *flags):
-    """Run a command on the demo's shape; return its record."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", f"benchmarks.{module}", "--shape=demo", "--rounds=1", *flags),
-            *("--name=it", f"--output={tmp_path}"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads((tmp_path / "it.json").read_text("utf-8"))
 
 
 @pytest.mark.slow
