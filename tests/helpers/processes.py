@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tests.helpers import ROOT
 
-END_S = 300
+END_S = 600
 """In which a run must end, on a machine that has much else to do."""
 
 

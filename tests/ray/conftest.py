@@ -18,7 +18,7 @@ if importlib.util.find_spec("ray") is not None:
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A connection to a cluster of its own, whose processes find the tests' helpers."""
+    """The address of a cluster of its own, whose processes find the tests' helpers."""
     import ray
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
@@ -37,7 +37,7 @@ def cluster():
             logging_level="warning",
         )
         try:
-            yield
+            yield ray.get_runtime_context().gcs_address
         finally:
             ray.shutdown()
             gc.collect()  # here, where what Ray says of the processes that it left is no error

@@ -47,10 +47,17 @@ def run(files, **pool):
     return progress, comparable(files[1])
 
 
+_MANY = [pytest.mark.exhaustive, pytest.mark.long]
+
+
 @pytest.mark.parametrize(
-    "count", [120, pytest.param(2000, marks=[pytest.mark.exhaustive, pytest.mark.long])]
+    ("count", "workers", "rows"),
+    [
+        (120, 1, 64),
+        (120, 2, 1),
+        *(pytest.param(2000, workers, rows, marks=_MANY) for workers in (1, 2) for rows in (1, 64)),
+    ],
 )
-@pytest.mark.parametrize(("workers", "rows"), [(1, 1), (1, 64), (2, 1), (2, 64)])
 def test_rows_are_those_of_the_local_engine(cluster, llm, tmp_path, count, workers, rows):
     files = write(tmp_path, requests(count))
     progress, answered = run(files, workers=workers, rows_per_call=rows)
@@ -121,6 +128,12 @@ def command(files, *flags):
     ]
 
 
+def run_command(files, *flags):
+    return subprocess.run(
+        command(files, *flags), cwd=ROOT, capture_output=True, text=True, timeout=END_S
+    )
+
+
 def ray_processes(session: int) -> list[str]:
     """Return the commands of the processes that a process group has left."""
     found = []
@@ -131,14 +144,21 @@ def ray_processes(session: int) -> list[str]:
     return found
 
 
-def test_a_killed_driver_continues_and_leaves_no_process(llm, tmp_path):
+def test_a_killed_driver_continues_and_leaves_no_process(cluster, llm, tmp_path):
     files = write(tmp_path, requests(120))
     flags = ("--workers=2", "--rows_per_call=4")
-    driver = subprocess.Popen(
-        command(files, *flags), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        driver = subprocess.Popen(
+            command(files, *flags), cwd=ROOT, stderr=stderr, start_new_session=True
+        )
+
+    def some_rows() -> bool:
+        assert driver.poll() is None, log.read_text()
+        return files[1].exists() and files[1].read_bytes().count(b"\n") > 20
+
     try:
-        wait_until(lambda: files[1].exists() and files[1].read_bytes().count(b"\n") > 20, END_S)
+        wait_until(some_rows, END_S)
         driver.send_signal(signal.SIGKILL)
         driver.wait(END_S)
         kept = files[1].read_bytes()
@@ -149,9 +169,7 @@ def test_a_killed_driver_continues_and_leaves_no_process(llm, tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
-    ended = subprocess.run(
-        command(files, *flags), cwd=ROOT, capture_output=True, text=True, timeout=END_S
-    )
+    ended = run_command(files, *flags, f"--ray_address={cluster}")
     whole = kept[: kept.rindex(b"\n") + 1].count(b"\n")
     assert f"has {whole} of 119 results already; resuming" in ended.stderr
     assert ended.returncode == 2
@@ -161,7 +179,7 @@ def test_a_killed_driver_continues_and_leaves_no_process(llm, tmp_path):
     assert comparable(files[1]) == local(files[0], llm)
 
 
-def test_parquet_is_read_by_ray_and_answered_as_json_lines(llm, tmp_path):
+def test_parquet_is_read_by_ray_and_answered_as_json_lines(cluster, llm, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -171,13 +189,7 @@ def test_parquet_is_read_by_ray_and_answered_as_json_lines(llm, tmp_path):
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet", row_group_size=5)
     url = f"file://{tmp_path / 'in.parquet'}"
-    ended = subprocess.run(
-        command((url, tmp_path / "out.jsonl"), "--seed=9"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=END_S,
-    )
+    ended = run_command((url, tmp_path / "out.jsonl"), "--seed=9", f"--ray_address={cluster}")
     assert ended.returncode == 0, ended.stderr
     answered = [json.loads(row) for row in (tmp_path / "out.jsonl").read_bytes().splitlines()]
     for i, row in enumerate(answered):
