@@ -33,7 +33,8 @@ namespace {
 
 constexpr int64_t kDepth = 4096;     // bytes of a row of x in a partial sum: a tile stays in L1
 constexpr int64_t kPanel = 128;      // outputs that a thread takes at a time
-constexpr int64_t kPrefetch = 1024;  // bytes ahead of the weights in use
+constexpr int64_t kRuns = 8;         // of memory that a thread reads at once, for few rows of x
+constexpr int64_t kPrefetch = 512;   // bytes ahead in each run
 
 // exp(x) for x <= 0, to within 2 units in the last place; 0 where it would be subnormal.
 inline Sum Exp(Sum x) {
@@ -121,18 +122,23 @@ void PackStep(const float* from, int64_t terms, float scale, typename Type::Inpu
   for (int64_t i = 0; i < Type::kStep; ++i) to[i] = Type::Convert(i < terms ? from[i] * scale : 0);
 }
 
-// Sets y[r, o], or adds to it, the sum of `steps` steps of in[r] w[o].
-//   w: from the first step on; rows are `terms` apart, and have `terms_left` from w on.
-//   outputs: how many exist, of which at most kOutputs are computed.
-template <class Type, int kTileRows, int kOutputs>
+// Which weights a tile prefetches: none, where the hardware does as well by itself; those ahead in
+// memory; or the next outputs', in the L2 cache.
+enum class Fetch { kNothing, kAhead, kNext };
+
+// Sets y[r, o], or adds to it, the sum of `steps` steps of in[r] w[o], for each `apart`-th o.
+//   w: from the first step on; rows have `terms` terms, and `terms_left` from w on.
+//   outputs: how many exist; at most kOutputs are computed.
+template <class Type, int kTileRows, int kOutputs, Fetch kFetch>
 void Tile(const typename Type::Input* in, const typename Type::Weight* w, int64_t terms,
-          int64_t terms_left, int64_t steps, int64_t outputs, float* y, int64_t stride, bool add) {
+          int64_t terms_left, int64_t steps, int64_t outputs, int64_t apart, float* y,
+          int64_t stride, bool add) {
   constexpr int64_t kStep = Type::kStep;
   Sum sums[kTileRows][kOutputs];
   const typename Type::Weight* at[kOutputs];
   LLAMA_JAX_UNROLL(8)
   for (int o = 0; o < kOutputs; ++o) {  // outputs that do not exist repeat the last
-    at[o] = w + std::min<int64_t>(o, outputs - 1) * terms;
+    at[o] = w + std::min(o * apart, outputs - 1) * terms;
     LLAMA_JAX_UNROLL(6)
     for (int r = 0; r < kTileRows; ++r) sums[r][o] = Zero();
   }
@@ -142,15 +148,9 @@ void Tile(const typename Type::Input* in, const typename Type::Weight* w, int64_
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) {
       weights[o] = Type::LoadWeight(at[o]);
-      // With one row from memory; with a whole tile of widened weights the next outputs' from the
-      // L2 cache. Elsewhere the hardware does as well by itself. Of int8 always the next outputs':
-      // rows are so short that what lies ahead in one is half in the next, which is in use.
-      constexpr int64_t kBytes = sizeof(typename Type::Weight);
-      constexpr bool kNext =
-          kBytes == 1 || (kTileRows > kWideRows && kBytes < sizeof(typename Type::Input));
-      const char* ahead = reinterpret_cast<const char*>(at[o]) + kPrefetch;
-      if (kNext) ahead = reinterpret_cast<const char*>(at[o] + kOutputs * terms);
-      if (kTileRows == 1 || kNext) __builtin_prefetch(ahead);
+      constexpr int64_t kAhead = kPrefetch / sizeof(typename Type::Weight);
+      if (kFetch == Fetch::kAhead) __builtin_prefetch(at[o] + kAhead);
+      if (kFetch == Fetch::kNext) __builtin_prefetch(at[o] + kOutputs * terms);
       at[o] += kStep;
     }
 #pragma GCC unroll 6
@@ -175,15 +175,17 @@ void Tile(const typename Type::Input* in, const typename Type::Weight* w, int64_
   for (int r = 0; r < kTileRows; ++r) {
     LLAMA_JAX_UNROLL(2)
     for (int o = 0; o < kOutputs; o += 4) {
-      float* to = y + r * stride + o;
+      float* to = y + r * stride + o * apart;
       Four four = SumLanes(sums[r][o], sums[r][o + 1], sums[r][o + 2], sums[r][o + 3]);
-      if (outputs - o >= 4) {
+      if (apart == 1 && outputs - o >= 4) {
         if (add) four = LoadFour(to) + four;
         Store(to, four);
       } else {
         float some[4];
         Store(some, four);
-        for (int i = 0; i < outputs - o; ++i) to[i] = add ? to[i] + some[i] : some[i];
+        for (int i = 0; i < 4 && (o + i) * apart < outputs; ++i, to += apart) {
+          *to = add ? *to + some[i] : some[i];
+        }
       }
     }
   }
@@ -262,6 +264,8 @@ struct Product {
     EachPanel(pool, outputs, [&](const Output<Type>& output, int64_t o) { Panel(output, o); });
   }
 
+  // Few rows wait for the weights; with more, or once int8 fills a tile, arithmetic takes longer.
+  bool IsFew() const { return rows <= (sizeof(typename Type::Weight) > 1 ? 8 : kRows); }
   int64_t Tiles() const { return (rows + kRows - 1) / kRows; }
   int64_t TileRows(int64_t tile) const { return std::min(kRows, rows - tile * kRows); }
   Input* PackedTile(int64_t tile) {
@@ -279,20 +283,35 @@ struct Product {
 
   // Computes y[:, begin .. begin + kPanel), as far as they exist.
   void Panel(const Output<Type>& output, int64_t begin) {
-    constexpr int64_t kSteps = kDepth / (Type::kStep * sizeof(Input));
     const int64_t end = std::min(output.count, begin + kPanel);
-    // With few rows, reading the weights takes the time: each of their rows from end to end.
-    const int64_t width = rows <= kRows ? 8 : kPanel;
-    for (int64_t first = begin; first < end; first += width) {
-      for (int64_t step = 0; step < Steps<Type>(inputs); step += kSteps) {
-        const int64_t steps = std::min(kSteps, Steps<Type>(inputs) - step);
-        for (int64_t tile = 0; tile < Tiles(); ++tile) {
-          WithRows(TileRows(tile), [&](auto tile_rows) {
-            Strip<tile_rows>(output, tile, first, std::min(end, first + width), step, steps);
-          });
-        }
+    if (IsFew()) {
+      // The first weights of every run, then the second: so each run is read from end to end.
+      const int64_t run = (end - begin + kRuns - 1) / kRuns;
+      for (int64_t o = begin; o < begin + run; ++o) Part<true>(output, o, end, run);
+    } else {
+      Part<false>(output, begin, end, 1);
+    }
+    if (output.scales) Scale(output, begin, end);
+  }
+
+  // Computes y[:, o] for each `apart`-th o from `begin` on.
+  template <bool kFew>
+  void Part(const Output<Type>& output, int64_t begin, int64_t end, int64_t apart) {
+    constexpr int64_t kSteps = kDepth / (Type::kStep * sizeof(Input));
+    constexpr bool kWidens = sizeof(typename Type::Weight) < sizeof(Input);
+    for (int64_t step = 0; step < Steps<Type>(inputs); step += kSteps) {
+      const int64_t steps = std::min(kSteps, Steps<Type>(inputs) - step);
+      for (int64_t tile = 0; tile < Tiles(); ++tile) {
+        WithRows(TileRows(tile), [&](auto tile_rows) {
+          constexpr Fetch kElse =
+              !kFew && kWidens && tile_rows > kWideRows ? Fetch::kNext : Fetch::kNothing;
+          if (kFew && tile == 0) {
+            Strip<tile_rows, Fetch::kAhead>(output, tile, begin, end, apart, step, steps);
+          } else {
+            Strip<tile_rows, kElse>(output, tile, begin, end, apart, step, steps);
+          }
+        });
       }
-      if (output.scales) Scale(output, first, std::min(end, first + width));
     }
   }
 
@@ -304,14 +323,14 @@ struct Product {
     }
   }
 
-  template <int kTileRows>
-  void Strip(const Output<Type>& output, int64_t tile, int64_t begin, int64_t end, int64_t step,
-             int64_t steps) {
+  template <int kTileRows, Fetch kFetch>
+  void Strip(const Output<Type>& output, int64_t tile, int64_t begin, int64_t end, int64_t apart,
+             int64_t step, int64_t steps) {
     const int64_t done = step * Type::kStep;  // terms
     const Input* in = PackedTile(tile) + done * kTileRows;
-    for (int64_t o = begin; o < end; o += Width(kTileRows)) {
-      Tile<Type, kTileRows, Width(kTileRows)>(
-          in, output.weights + o * inputs + done, inputs, inputs - done, steps, end - o,
+    for (int64_t o = begin; o < end; o += Width(kTileRows) * apart) {
+      Tile<Type, kTileRows, Width(kTileRows), kFetch>(
+          in, output.weights + o * inputs + done, inputs, inputs - done, steps, end - o, apart,
           output.y + tile * kRows * output.count + o, output.count, step > 0);
     }
   }
@@ -437,9 +456,9 @@ struct Attention {
       }
     }
     for (int64_t s = 0; s < count; s += Width(kTileRows)) {
-      Tile<Type, kTileRows, Width(kTileRows)>(packed.data(), keys + s * head_dim, head_dim,
-                                              head_dim, Steps<Type>(head_dim), count - s,
-                                              scores + s, stride, false);
+      Tile<Type, kTileRows, Width(kTileRows), Fetch::kNothing>(
+          packed.data(), keys + s * head_dim, head_dim, head_dim, Steps<Type>(head_dim), count - s,
+          1, scores + s, stride, false);
     }
   }
 
