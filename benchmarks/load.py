@@ -35,9 +35,9 @@ Rounds = list[dict[str, Any] | None]
 
 
 def make_prompts(
-    vocab_size: int, count: int, length: int, *, shared: bool = False, seed: int = 0
+    vocab_size: int, count: int, length: int, *, shared: bool = False, seed: int | str = 0
 ) -> list[list[int]]:
-    """Return prompts of random ids, of no common beginning unless `shared`."""
+    """Return prompts of random ids, of no common beginning unless `shared`; others by each seed."""
     draw, ids = random.Random(f"{seed} {count} {shared}"), range(len(SPECIAL), vocab_size)
     common = draw.choices(ids, k=round(SHARED * length) if shared else 0)
     return [common + draw.choices(ids, k=length - len(common)) for _ in range(count)]
@@ -59,6 +59,20 @@ class Point:
             return f"{self.amount:g} requests/s"
         ending = {"shared": ", shared prefix", "batch": " as one batch"}.get(self.kind, "")
         return f"{self.amount:g} client{'s' * (self.amount != 1)}{ending}"
+
+
+Prompts = dict[Point, list[list[int]]]
+"""By load, as ids of tokens."""
+
+
+def prompts_of(points: Iterable[Point], vocab_size: int, length: int) -> Prompts:
+    """Return the prompts of each load. None has those of another: servers keep what they read."""
+    return {
+        point: make_prompts(
+            vocab_size, point.requests, length, shared=point.kind == "shared", seed=str(point)
+        )
+        for point in points
+    }
 
 
 def make_points(

@@ -21,7 +21,16 @@ from tqdm import tqdm
 
 from benchmarks import command
 from benchmarks.cases import Engine
-from benchmarks.load import Point, Rounds, drive, make_points, make_prompts, median
+from benchmarks.load import (
+    Point,
+    Prompts,
+    Rounds,
+    drive,
+    make_points,
+    make_prompts,
+    median,
+    prompts_of,
+)
 from benchmarks.model_cost import total_params
 from benchmarks.report import make_serving_report
 from benchmarks.servers import PEERS, Launch, running
@@ -69,7 +78,7 @@ def make_launches(config: ModelConfig, checkpoint: str | None, folder: str) -> l
 
 
 def serve_once(
-    launch: Launch, prompts: dict[Point, list[list[int]]], log: BinaryIO, bar: tqdm
+    launch: Launch, prompts: Prompts, log: BinaryIO, bar: tqdm
 ) -> tuple[dict[Point, Record], list[str]]:
     """Start a server, put each load on it; return the figures, and the requests that failed."""
     figures, failures = {}, []
@@ -125,12 +134,7 @@ def measure(launches: list[Launch], points: list[Point], log: pathlib.Path) -> R
         What a record holds of it: medians, every round, ratios and failures.
     """
     ours, failures = launches[0], []
-    prompts = {
-        point: make_prompts(
-            ours.config.vocab_size, point.requests, FLAGS.prompt_len, shared=point.kind == "shared"
-        )
-        for point in points
-    }
+    prompts = prompts_of(points, ours.config.vocab_size, FLAGS.prompt_len)
     saturated = [point for point in points if point.kind == "closed"][-1]
     batch = dataclasses.replace(saturated, kind="batch")
     served: dict[tuple[Launch, Point], Rounds] = collections.defaultdict(list)

@@ -19,6 +19,7 @@ from benchmarks.load import (
     make_points,
     make_prompts,
     poisson,
+    prompts_of,
     spread,
     summarise,
 )
@@ -136,6 +137,16 @@ def test_only_prompts_with_a_shared_prefix_begin_alike():
     shared = make_prompts(32000, 8, 16, shared=True)
     assert len({tuple(prompt[:12]) for prompt in shared}) == 1
     assert len({tuple(prompt) for prompt in shared}) == 8
+
+
+def test_no_load_has_a_prompt_of_another():
+    """A server that kept it would not read it again."""
+    points = make_points([8, 32], ["2.5"], 32, shared=True)
+    assert {point.requests for point in points} == {32}
+    prompts = prompts_of(points, 32000, 16)
+    assert list(prompts) == points
+    begins = [{tuple(prompt[:2]) for prompt in own} for own in prompts.values()]
+    assert len(set.union(*begins)) == sum(map(len, begins))
 
 
 def test_loads_are_made_of_the_flags():
