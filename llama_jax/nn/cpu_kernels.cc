@@ -34,7 +34,29 @@ namespace {
 constexpr int64_t kDepth = 4096;     // bytes of a row of x in a partial sum: a tile stays in L1
 constexpr int64_t kPanel = 128;      // outputs that a thread takes at a time
 constexpr int64_t kRuns = 8;         // of memory that a thread reads at once, for few rows of x
-constexpr int64_t kPrefetch = 512;   // bytes ahead in each run
+constexpr int64_t kRunAhead = 512;   // bytes to prefetch ahead in each run
+constexpr int64_t kKeysAhead = 1024;  // and in keys
+constexpr int64_t kLine = 64;        // bytes of a line of the cache
+
+// Whole lines of the cache: a register that is as wide is not loaded from two of them.
+template <class T>
+struct Lines {
+  using value_type = T;
+  Lines() = default;
+  template <class U>
+  Lines(const Lines<U>&) {}
+  T* allocate(size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(kLine)));
+  }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(kLine)); }
+  bool operator==(const Lines&) const { return true; }
+};
+template <class T>
+using Packed = std::vector<T, Lines<T>>;
+
+inline void Prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
 
 // exp(x) for x <= 0, to within 2 units in the last place; 0 where it would be subnormal.
 inline Sum Exp(Sum x) {
@@ -122,8 +144,8 @@ void PackStep(const float* from, int64_t terms, float scale, typename Type::Inpu
   for (int64_t i = 0; i < Type::kStep; ++i) to[i] = Type::Convert(i < terms ? from[i] * scale : 0);
 }
 
-// Which weights a tile prefetches: none, where the hardware does as well by itself; those ahead in
-// memory; or the next outputs', in the L2 cache.
+// Which weights a tile prefetches: none, where they are in the cache or the hardware does as well by
+// itself; those ahead in memory; or the next outputs'.
 enum class Fetch { kNothing, kAhead, kNext };
 
 // Sets y[r, o], or adds to it, the sum of `steps` steps of in[r] w[o], for each `apart`-th o.
@@ -148,7 +170,7 @@ void Tile(const typename Type::Input* in, const typename Type::Weight* w, int64_
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) {
       weights[o] = Type::LoadWeight(at[o]);
-      constexpr int64_t kAhead = kPrefetch / sizeof(typename Type::Weight);
+      constexpr int64_t kAhead = kRunAhead / sizeof(typename Type::Weight);
       if (kFetch == Fetch::kAhead) __builtin_prefetch(at[o] + kAhead);
       if (kFetch == Fetch::kNext) __builtin_prefetch(at[o] + kOutputs * terms);
       at[o] += kStep;
@@ -256,7 +278,7 @@ struct Product {
   const float* x;  // [rows, inputs]
   int64_t rows, inputs;
   std::vector<Output<Type>> outputs;
-  std::vector<Input> packed;  // tile by tile
+  Packed<Input> packed;  // tile by tile
 
   void Run(ffi::ThreadPool& pool) {
     packed.resize(rows * Steps<Type>(inputs) * Type::kStep);
@@ -303,12 +325,13 @@ struct Product {
       const int64_t steps = std::min(kSteps, Steps<Type>(inputs) - step);
       for (int64_t tile = 0; tile < Tiles(); ++tile) {
         WithRows(TileRows(tile), [&](auto tile_rows) {
-          constexpr Fetch kElse =
-              !kFew && kWidens && tile_rows > kWideRows ? Fetch::kNext : Fetch::kNothing;
-          if (kFew && tile == 0) {
-            Strip<tile_rows, Fetch::kAhead>(output, tile, begin, end, apart, step, steps);
-          } else {
-            Strip<tile_rows, kElse>(output, tile, begin, end, apart, step, steps);
+          constexpr Fetch kMany =
+              kWidens && tile_rows > kWideRows ? Fetch::kNext : Fetch::kNothing;
+          if (tile == 0) {
+            constexpr Fetch kFirst = kFew ? Fetch::kAhead : kMany;
+            Strip<tile_rows, kFirst>(output, tile, begin, end, apart, step, steps);
+          } else {  // the first one's weights, from the L2 cache
+            Strip<tile_rows, Fetch::kNothing>(output, tile, begin, end, apart, step, steps);
           }
         });
       }
@@ -344,7 +367,7 @@ struct Product<Bfloat16> {
   const float* x;  // [rows, inputs]
   int64_t rows, inputs;
   std::vector<Output<Bfloat16>> outputs;
-  std::vector<uint16_t> packed;  // tile by tile
+  Packed<uint16_t> packed;  // tile by tile
 
   void Run(ffi::ThreadPool& pool) {
     packed.resize(rows * Steps<Bfloat16>(inputs) * kTileStep);
@@ -427,7 +450,7 @@ struct Attention {
     const int64_t slice = (slot * kv_heads + head) * capacity * head_dim;
     const int64_t stride = (most + kLanes - 1) / kLanes * kLanes;
     std::vector<float> weights(kTileRows * stride);
-    Scores<kTileRows>(queries, k + slice, most, weights.data(), stride);
+    Scores<kTileRows>(queries, k + slice, v + slice, most, weights.data(), stride);
     float totals[kTileRows];
     for (int r = 0; r < kTileRows; ++r) {
       totals[r] = Softmax(weights.data() + r * stride, seen[r], stride);
@@ -442,20 +465,24 @@ struct Attention {
     }
   }
 
-  // scores[r, s] = q[r] k[s] / sqrt(head_dim) for the first `count` slots.
+  // scores[r, s] = q[r] k[s] / sqrt(head_dim) for the first `count` slots. The values, which are
+  // read next, are prefetched meanwhile.
   template <int kTileRows>
-  void Scores(const float* const* queries, const Element* keys, int64_t count, float* scores,
-              int64_t stride) {
+  void Scores(const float* const* queries, const Element* keys, const Element* values,
+              int64_t count, float* scores, int64_t stride) {
     constexpr int64_t kStep = Type::kStep;
     const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
-    std::vector<Input> packed(kTileRows * Steps<Type>(head_dim) * kStep);
+    Packed<Input> packed(kTileRows * Steps<Type>(head_dim) * kStep);
     Input* to = packed.data();
     for (int64_t i = 0; i < head_dim; i += kStep) {
       for (int r = 0; r < kTileRows; ++r, to += kStep) {
         PackStep<Type>(queries[r] + i, head_dim - i, scale, to);
       }
     }
+    const int64_t bytes = Width(kTileRows) * head_dim * sizeof(Element);  // that a tile reads
     for (int64_t s = 0; s < count; s += Width(kTileRows)) {
+      Prefetch(keys + s * head_dim + kKeysAhead / sizeof(Element), bytes);
+      Prefetch(values + s * head_dim, bytes);
       Tile<Type, kTileRows, Width(kTileRows), Fetch::kNothing>(
           packed.data(), keys + s * head_dim, head_dim, head_dim, Steps<Type>(head_dim), count - s,
           1, scores + s, stride, false);
