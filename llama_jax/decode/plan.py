@@ -10,7 +10,7 @@ from llama_jax.decode.host import total_memory
 from llama_jax.errors import InputError
 from llama_jax.jax_settings import default_device
 from llama_jax.nn.cpu_kernels import has_kernels
-from llama_jax.nn.kernel_choice import KernelChoice
+from llama_jax.nn.kernel_choice import NATIVE, KernelChoice
 from llama_jax.nn.sharding import num_params
 
 DETERMINISM = ("strict", "fast")
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
         always cut alike, and all slots decode together.
         """
         kernels = self.kernels
-        return {kernels.projection, kernels.attention, kernels.norm} == {"native"}
+        return {kernels.projection, kernels.attention, kernels.norm, kernels.rope} == {"native"}
 
     @property
     def slots_invariant(self) -> bool:
@@ -124,7 +124,7 @@ def _cpu_plan(config: ModelConfig, dtype: str) -> Plan:
     if has_kernels():
         # Chunks no longer than it takes to draw a few tokens: answers under way go on beside a long
         # prompt. Longer ones would read it no faster.
-        return Plan(dtype, cache, KernelChoice("native", "native", "native"), (16, 32, 64, 128))
+        return Plan(dtype, cache, NATIVE, (16, 32, 64, 128))
     if config.is_quantized:  # XLA would widen whole weights
         return Plan(dtype, cache, KernelChoice("blocked", "blocks"))
     if dtype == "bfloat16":

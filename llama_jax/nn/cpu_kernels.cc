@@ -1,4 +1,5 @@
-// The kernels that a CPU needs beside XLA: products with weights, attention over a cache, the norm.
+// The kernels that a CPU needs beside XLA: products with weights, attention over a cache, the norm
+// and RoPE.
 //
 // XLA's own 16-bit products on a CPU first widen the whole matrix to float32, which takes ten times
 // as long as reading it. Here weights, keys and values are widened in registers as they stream by.
@@ -249,6 +250,15 @@ void Parallel(ffi::ThreadPool& pool, int64_t n, std::function<void(int64_t)> f) 
   job->Run();
   for (int64_t done; (done = job->done) < n;) job->done.wait(done);
   if (job->failed) throw std::bad_alloc();
+}
+
+// Runs f(0) .. f(rows - 1), of which each takes little.
+template <class F>
+void ParallelRows(ffi::ThreadPool& pool, int64_t rows, F f) {
+  constexpr int64_t kBlock = 8;  // rows that a thread takes at a time
+  Parallel(pool, (rows + kBlock - 1) / kBlock, [&](int64_t block) {
+    for (int64_t r = block * kBlock; r < std::min(rows, (block + 1) * kBlock); ++r) f(r);
+  });
 }
 
 // ---- y = x W^T, for one x and several W.
@@ -562,6 +572,18 @@ void NormalizeRow(const float* x, const typename Type::Weight* weight, int64_t w
   std::memcpy(y + whole, rest, left * sizeof(float));
 }
 
+// ---- RoPE, for one position: each pair (x[i], x[i + half]) of a head is turned by angle i.
+
+void RotateRow(const float* x, const float* cos, const float* sin, int64_t heads, int64_t half,
+               float* y) {
+  for (int64_t h = 0; h < heads; ++h, x += 2 * half, y += 2 * half) {
+    for (int64_t i = 0; i < half; ++i) {
+      y[i] = std::fma(x[i], cos[i], -(x[half + i] * sin[i]));
+      y[half + i] = std::fma(x[half + i], cos[i], x[i] * sin[i]);
+    }
+  }
+}
+
 // ---- The interface to XLA.
 
 template <class Type>
@@ -674,14 +696,10 @@ ffi::Error Normalize(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuff
   }
   const auto run = [&](auto type) {
     using Weight = typename decltype(type)::Weight;
-    constexpr int64_t kBlock = 8;  // rows that a thread takes at a time
-    const int64_t rows = size / width;
-    Parallel(pool, (rows + kBlock - 1) / kBlock, [&](int64_t block) {
-      for (int64_t r = block * kBlock; r < std::min(rows, (block + 1) * kBlock); ++r) {
-        NormalizeRow<decltype(type)>(x.typed_data() + r * width,
-                                     static_cast<const Weight*>(weight.untyped_data()), width, eps,
-                                     y->typed_data() + r * width);
-      }
+    ParallelRows(pool, size / width, [&](int64_t r) {
+      NormalizeRow<decltype(type)>(x.typed_data() + r * width,
+                                   static_cast<const Weight*>(weight.untyped_data()), width, eps,
+                                   y->typed_data() + r * width);
     });
     return ffi::Error::Success();
   };
@@ -693,11 +711,36 @@ ffi::Error Normalize(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuff
   }
 }
 
+// cos, sin: float32 [B, T, H / 2]; each x, y: [B, T, heads, H].
+ffi::Error Rotate(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin,
+                  ffi::RemainingArgs x, ffi::RemainingRets y) {
+  const auto angles = cos.dimensions();
+  if (angles.size() != 3 || sin.dimensions() != angles || x.size() != y.size()) {
+    return ffi::Error::InvalidArgument("expected cos and sin [B, T, H / 2], as many x as y");
+  }
+  const int64_t rows = angles[0] * angles[1], half = angles[2];
+  for (size_t n = 0; n < x.size(); ++n) {
+    const auto from = x.get<ffi::Buffer<ffi::F32>>(n);
+    auto to = y.get<ffi::Buffer<ffi::F32>>(n);
+    if (!from.has_value() || !to.has_value() || from->dimensions().size() != 4 ||
+        from->dimensions()[0] != angles[0] || from->dimensions()[1] != angles[1] ||
+        from->dimensions()[3] != 2 * half || (*to)->dimensions() != from->dimensions()) {
+      return ffi::Error::InvalidArgument("expected float32 x and y [B, T, heads, H]");
+    }
+    const int64_t heads = from->dimensions()[2], width = heads * 2 * half;
+    ParallelRows(pool, rows, [&](int64_t r) {
+      RotateRow(from->typed_data() + r * width, cos.typed_data() + r * half,
+                sin.typed_data() + r * half, heads, half, (*to)->typed_data() + r * width);
+    });
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 // Returns the version of this interface, for cpu_kernels.py to compare, or 0 if this CPU lacks an
 // instruction.
-extern "C" int LlamaJaxInterface() { return HasInstructions() ? 3 : 0; }
+extern "C" int LlamaJaxInterface() { return HasInstructions() ? 4 : 0; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LlamaJaxLinear, Linear,
                               ffi::Ffi::Bind()
@@ -723,3 +766,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LlamaJaxNorm, Normalize,
                                   .Arg<ffi::AnyBuffer>()
                                   .Attr<float>("eps")
                                   .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LlamaJaxRope, Rotate,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets());

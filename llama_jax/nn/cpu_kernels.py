@@ -25,7 +25,7 @@ from llama_jax.nn.quantized import Quantized
 INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "neon")
 """What cpu_kernels.cc is compiled for, best first: x86-64's and that of 64-bit ARM."""
 
-INTERFACE = 3
+INTERFACE = 4
 """What cpu_kernels.cc must say; both change when the arguments of a kernel do."""
 
 _log = logging.getLogger(__name__)
@@ -78,6 +78,16 @@ def rms_norm(
     """Normalise as `ops.rms_norm`, but a row's bits depend on nothing but the row."""
     out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     return _call("Norm", out, x, weight, eps=np.float32(eps))
+
+
+def apply_rope(
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    *xs: Float[Array, "B T _ H"],
+) -> list[Array]:
+    """Rotate as `ops.apply_rope`; XLA would compute cosines and sines anew for each head."""
+    outs = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in xs]
+    return _call("Rope", outs, cos, sin, *xs)
 
 
 def _call(kernel: str, out: Any, *args: Array, **attributes: np.float32) -> Any:
@@ -153,7 +163,7 @@ def _load(name: str, path: str) -> str | None:
         interface = library.LlamaJaxInterface()
         if interface != INTERFACE:
             return f"interface {interface}, expected {INTERFACE}" if interface else ""
-        for kernel in ("Linear", "Attention", "Norm"):
+        for kernel in ("Linear", "Attention", "Norm", "Rope"):
             handler = jax.ffi.pycapsule(getattr(library, f"LlamaJax{kernel}"))
             jax.ffi.register_ffi_target(f"llama_jax_{kernel}_{name}", handler, platform="cpu")
     except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:

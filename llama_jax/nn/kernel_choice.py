@@ -22,6 +22,8 @@ class KernelChoice(NamedTuple):
     windows: bool = False
     """Several queries of a sequence are a window of its decoding, not a chunk of its prompt. They
     are padded, multiplied and attended to as one query is: no bit depends on other sequences."""
+    rope: str = "plain"
+    """A key of `ops.ROPE_IMPLEMENTATIONS`."""
 
     def of_window(self) -> "KernelChoice":
         """Return what computes windows."""
@@ -30,3 +32,7 @@ class KernelChoice(NamedTuple):
     def is_decoding(self, length: int) -> bool:
         """Return whether so many queries of each sequence are decoded, not read as a prompt."""
         return self.windows or length == 1
+
+
+NATIVE = KernelChoice("native", "native", "native", rope="native")
+"""The CPU kernels."""

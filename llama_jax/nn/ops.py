@@ -6,6 +6,7 @@ of products; those accumulate in float32.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,16 +66,41 @@ def rope_angles(
     return positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
 
 
+class Rotation(NamedTuple):
+    """Cosines and sines of the angles by which queries and keys are rotated."""
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+
+
+def make_rotation(angles: Float[Array, "B T half"]) -> Rotation:
+    """Return the rotation by angles in radians."""
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
 def apply_rope(
-    x: Float[Array, "B T heads H"], angles: Float[Array, "B T half"]
-) -> Float[Array, "B T heads H"]:
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    *xs: Float[Array, "B T _ H"],
+) -> list[Array]:
     """Rotate each pair (x[i], x[i + H/2]) by angle i (arXiv:2104.09864, split-half layout).
 
     Meta's checkpoints pair (x[2i], x[2i + 1]); conversion permutes their query and key rows.
+
+    Args:
+        cos, sin: of the angles, for all heads.
+        xs: queries, keys.
     """
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    pairs = [jnp.split(x, 2, axis=-1) for x in xs]
+    return [
+        jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        for first, second in pairs
+    ]
+
+
+ROPE_IMPLEMENTATIONS = {"plain": apply_rope, "native": cpu_kernels.apply_rope}
+"""By name; `plan.py` chooses."""
 
 
 def swiglu(

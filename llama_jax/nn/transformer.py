@@ -105,15 +105,19 @@ class Attention(_Layer):
         self,
         x: Float[Array, "padded T D"],
         starts: Int[Array, "b"],
+        rotation: ops.Rotation,
         cache: kv.LayerCache,
         *,
         slots: Int[Array, "b"] | None,
         attend_len: int,
     ) -> tuple[Float[Array, "padded T D"], kv.LayerCache]:
-        """Attend from T new tokens to all so far; arguments as in `Transformer`."""
+        """Attend from T new tokens to all so far; other arguments as in `Transformer`.
+
+        Args:
+            rotation: of the new tokens' positions.
+        """
         c, kv_parts = self.config, self.shards.kv
         batch, length = starts.shape[0], x.shape[1]
-        positions = starts[:, None] + jnp.arange(length, dtype=starts.dtype)[None, :]
         kv_dim = c.num_kv_heads * c.head_dim
         weights = (
             self.weight("q", c.dim, c.dim),
@@ -123,12 +127,12 @@ class Attention(_Layer):
         q, k, v = (
             a[:batch].reshape(batch, length, -1, c.head_dim) for a in self.linears(x, *weights)
         )
-        angles = ops.rope_angles(positions, c.head_dim, c.rope_theta, c.rope_factor)
-        q, k = ops.apply_rope(q, angles), ops.apply_rope(k, angles)
+        q, k = ops.ROPE_IMPLEMENTATIONS[self.kernels.rope](*rotation, q, k)
 
         cache = kv.write(cache, k, v, starts, slots)
         name = self.kernels.attention if length == 1 else self.kernels.prefill_attention
         attend = attention.IMPLEMENTATIONS[name or self.kernels.attention]
+        positions = _positions(starts, length)
         out = attend(q, cache.k, cache.v, positions, slots=slots, attend_len=attend_len)
         out = self.padded(self.shards.gather(out.reshape(batch, length, -1)))
         (out,) = self.linears(out, self.weight("o", c.dim, c.dim))
@@ -158,6 +162,7 @@ class Block(_Layer):
         self,
         x: Float[Array, "padded T D"],
         starts: Int[Array, "b"],
+        rotation: ops.Rotation,
         cache: kv.LayerCache,
         *,
         slots: Int[Array, "b"] | None,
@@ -168,7 +173,9 @@ class Block(_Layer):
         attention = Attention(*how, name="attention")
         feed_forward = FeedForward(*how, name="feed_forward")
         normed = self.normed(x, self.norm_weight("attention_norm"))
-        attended, cache = attention(normed, starts, cache, slots=slots, attend_len=attend_len)
+        attended, cache = attention(
+            normed, starts, rotation, cache, slots=slots, attend_len=attend_len
+        )
         x = x + attended
         normed = self.normed(x, self.norm_weight("ffn_norm"))
         return x + feed_forward(normed, starts.shape[0]), cache
@@ -229,11 +236,18 @@ class Transformer(_Layer):
 
         Rows may be added to those of `tokens`; see `KernelChoice.decode_rows`.
         """
+        c = self.config
+        positions = _positions(starts, tokens.shape[1])
+        rotation = ops.make_rotation(
+            ops.rope_angles(positions, c.head_dim, c.rope_theta, c.rope_factor)
+        )
         x = ops.embed(tokens, self.embed)
-        x = self.padded(x if self.config.tie_embeddings else self.shards.gather(x))
+        x = self.padded(x if c.tie_embeddings else self.shards.gather(x))
         layers = []
         for block, layer_cache in zip(self.layer, cache, strict=True):
-            x, layer_cache = block(x, starts, layer_cache, slots=slots, attend_len=attend_len)
+            x, layer_cache = block(
+                x, starts, rotation, layer_cache, slots=slots, attend_len=attend_len
+            )
             layers.append(layer_cache)
         return x, tuple(layers)
 
@@ -244,6 +258,11 @@ class Transformer(_Layer):
         (logits,) = self.linears(normed, head)
         logits = logits[: x.shape[0]]
         return self.shards.gather(logits) if splits_head(self.config, self.shards) else logits
+
+
+def _positions(starts: Int[Array, "b"], length: int) -> Int[Array, "b T"]:
+    """Return the absolute positions of `length` tokens of each sequence."""
+    return starts[:, None] + jnp.arange(length, dtype=starts.dtype)[None, :]
 
 
 def forward(

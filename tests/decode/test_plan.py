@@ -18,7 +18,7 @@ from llama_jax.decode.plan import Plan, accelerator_plan, choose_plan
 from llama_jax.decode.state import make_admission
 from llama_jax.engine.engine import Engine
 from llama_jax.nn.cache import init_cache
-from llama_jax.nn.kernel_choice import KernelChoice
+from llama_jax.nn.kernel_choice import NATIVE, KernelChoice
 from llama_jax.nn.transformer import Transformer, forward, param_shapes
 from tests.helpers.models import PURE_MARKS
 
@@ -33,7 +33,6 @@ CONFIG = ModelConfig(
     rope_theta=10000.0,
     max_seq_len=640,
 )
-NATIVE = KernelChoice("native", "native", "native")
 MOVES = ("copy", "convert", "transpose")
 CPU_PLANS = [
     ("float32", Plan("float32", "float32", KernelChoice("plain", "blocks"))),

@@ -10,6 +10,7 @@ import pytest
 
 from llama_jax.config import ModelConfig
 from llama_jax.decode.plan import Plan
+from llama_jax.nn import kernel_choice
 from llama_jax.nn.cpu_kernels import has_kernels
 from llama_jax.nn.kernel_choice import KernelChoice
 from llama_jax.nn.transformer import param_shapes
@@ -29,7 +30,7 @@ SMALL = ModelConfig(
 CONFIG = dataclasses.replace(SMALL, max_seq_len=600)
 
 PURE = Plan("float32", "float32", KernelChoice("plain", "blocks"))
-NATIVE = Plan("float32", "float32", KernelChoice("native", "native", "native"))
+NATIVE = Plan("float32", "float32", kernel_choice.NATIVE)
 
 PURE_MARKS = [pytest.mark.exhaustive] if has_kernels() else []
 """Without kernels a CPU computes by PURE: tested by default only where that is so."""

@@ -207,6 +207,16 @@ void PrintNorm(const std::string& name, bool is_special) {
   }
 }
 
+void PrintRope(const std::string& mode) {
+  for (int64_t half : {1, 4, 7, 64}) {
+    constexpr int64_t kHeads = 3;
+    const auto x = Floats(kHeads * 2 * half, 0), cos = Floats(half, 0), sin = Floats(half, 0);
+    std::vector<float> y(x.size());
+    RotateRow(x.data(), cos.data(), sin.data(), kHeads, half, y.data());
+    Print(mode + "RoPE of " + std::to_string(2 * half), y);
+  }
+}
+
 template <class Type>
 void PrintKernels(ffi::ThreadPool& pool, const std::string& name) {
   for (bool special : {false, true}) {
@@ -250,6 +260,7 @@ int main() {
   for (const std::string mode : {"", "flushed, "}) {
     if (!mode.empty()) FlushSubnormals();
     PrintRegisters(mode);
+    PrintRope(mode);
     PrintKernels<Float32>(pool, mode + "float32");
     PrintKernels<Float16>(pool, mode + "float16");
     PrintKernels<Bfloat16>(pool, mode + "bfloat16");

@@ -42,10 +42,11 @@ def test_library_that_does_not_load_is_reported_and_not_used(anew, monkeypatch, 
 
 
 def test_library_of_another_version_is_reported_and_not_used(anew, monkeypatch, caplog):
+    built = cpu_kernels.INTERFACE
     monkeypatch.setattr(cpu_kernels, "INTERFACE", 999)
     with caplog.at_level(logging.WARNING):
         assert not cpu_kernels.has_kernels()
-    assert "interface 3, expected 999" in caplog.text
+    assert f"interface {built}, expected 999" in caplog.text
 
 
 def test_missing_library_is_reported_once(anew, monkeypatch, caplog):
@@ -110,6 +111,9 @@ def test_every_instruction_set_computes(anew, monkeypatch, name):
         normed = cpu_kernels.rms_norm(x[None], weight[0], 1e-5)[0]
         np.testing.assert_allclose(normed, ops.rms_norm(x[None], weight[0], 1e-5)[0], rtol=1e-5)
         q = jnp.asarray(rng.normal(size=(1, 7, 6, 40)), jnp.float32)
+        rotation = ops.make_rotation(jnp.asarray(rng.normal(size=(1, 7, 20)), jnp.float32))
+        (turned,) = cpu_kernels.apply_rope(*rotation, q)
+        np.testing.assert_allclose(turned, ops.apply_rope(*rotation, q)[0], atol=1e-6)
         k, v = (jnp.asarray(rng.normal(size=(1, 2, 99, 40)), dtype) for _ in range(2))
         positions = 80 + jnp.arange(7, dtype=jnp.int32)[None]
         out = cpu_kernels.attention(q, k, v, positions, attend_len=99)
@@ -212,6 +216,40 @@ def test_attention_of_wrong_shapes_is_refused(native_kernels, wrong):
 @pytest.mark.parametrize("row", [-5, 0, 50_000_000])
 def test_positions_and_rows_out_of_range_are_clamped(native_kernels, position, row):
     np.testing.assert_allclose(attend(position=position, row=row), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("half", [1, 3, 16, 37])
+def test_rope_turns_pairs_as_complex_numbers(native_kernels, half):
+    """Queries and keys at once; a position's bits are the same alone."""
+    rng = np.random.default_rng(half)
+    angles = rng.normal(size=(2, 9, half)) * 100
+    cos, sin = (jnp.asarray(turn(angles), jnp.float32) for turn in (np.cos, np.sin))
+    xs = [jnp.asarray(rng.normal(size=(2, 9, heads, 2 * half)), jnp.float32) for heads in (4, 1)]
+    ys = cpu_kernels.apply_rope(cos, sin, *xs)
+    turns = np.asarray(cos, np.float64) + 1j * np.asarray(sin, np.float64)
+    for x, y in zip(xs, ys, strict=True):
+        wide = np.asarray(x, np.float64)
+        turned = (wide[..., :half] + 1j * wide[..., half:]) * turns[:, :, None]
+        exact = np.concatenate([turned.real, turned.imag], axis=-1)
+        np.testing.assert_allclose(y, exact, atol=1e-6)
+        (alone,) = cpu_kernels.apply_rope(cos[1:, 5:6], sin[1:, 5:6], x[1:, 5:6])
+        np.testing.assert_array_equal(alone[0, 0], y[1, 5])
+
+
+@pytest.mark.parametrize(
+    ("sin", "x"),
+    [
+        ((2, 3, 5), (2, 3, 1, 8)),
+        ((2, 3, 4), (2, 3, 8)),
+        ((2, 3, 4), (1, 3, 1, 8)),
+        ((2, 3, 4), (2, 4, 1, 8)),
+        ((2, 3, 4), (2, 3, 1, 9)),
+    ],
+)
+def test_rope_of_wrong_shapes_is_refused(native_kernels, sin, x):
+    out = jax.ShapeDtypeStruct(x, jnp.float32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"expected .* \[B, T"):
+        cpu_kernels._call("Rope", [out], jnp.ones((2, 3, 4)), jnp.ones(sin), jnp.ones(x))
 
 
 def test_nan_is_not_hidden_and_infinity_stays_where_it_is(native_kernels):
