@@ -335,13 +335,15 @@ struct Product {
       const int64_t steps = std::min(kSteps, Steps<Type>(inputs) - step);
       for (int64_t tile = 0; tile < Tiles(); ++tile) {
         WithRows(TileRows(tile), [&](auto tile_rows) {
+          // Those after the first find the weights in the L2 cache, which 6 rows do not wait for.
           constexpr Fetch kMany =
               kWidens && tile_rows > kWideRows ? Fetch::kNext : Fetch::kNothing;
-          if (tile == 0) {
-            constexpr Fetch kFirst = kFew ? Fetch::kAhead : kMany;
+          constexpr Fetch kFirst = kFew ? Fetch::kAhead : kMany;
+          constexpr Fetch kLater = kFew || tile_rows >= 6 ? Fetch::kNothing : kMany;
+          if (kFirst != kLater && tile == 0) {
             Strip<tile_rows, kFirst>(output, tile, begin, end, apart, step, steps);
-          } else {  // the first one's weights, from the L2 cache
-            Strip<tile_rows, Fetch::kNothing>(output, tile, begin, end, apart, step, steps);
+          } else {
+            Strip<tile_rows, kLater>(output, tile, begin, end, apart, step, steps);
           }
         });
       }
