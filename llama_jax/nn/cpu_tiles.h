@@ -109,8 +109,10 @@ void TileBlock(TileShapes& shapes, const uint16_t* first, const uint16_t* second
       at = rest, apart = kTileStep;
       WriteBeforeTiles();
     } else if (is_first) {
+      // Beyond a row's end: the next block's, for the next row was read with this one.
+      const int64_t next = 2 * (terms - i) > kAhead ? 0 : (outputs - 1) * terms;
       for (int64_t o = 0; o < outputs; ++o) {
-        __builtin_prefetch(reinterpret_cast<const char*>(at + o * terms) + kAhead);
+        __builtin_prefetch(reinterpret_cast<const char*>(at + next + o * terms) + kAhead);
       }
     }
     _tile_loadd(4, at, apart * sizeof(*at));
