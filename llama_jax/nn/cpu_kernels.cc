@@ -32,12 +32,12 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kDepth = 4096;     // bytes of a row of x in a partial sum: a tile stays in L1
-constexpr int64_t kPanel = 128;      // outputs that a thread takes at a time
-constexpr int64_t kRuns = 8;         // of memory that a thread reads at once, for few rows of x
-constexpr int64_t kRunAhead = 512;   // bytes to prefetch ahead in each run
-constexpr int64_t kKeysAhead = 1024;  // and in keys
-constexpr int64_t kLine = 64;        // bytes of a line of the cache
+constexpr int64_t kDepth = 4096;      // bytes of a row of x in a partial sum: a tile stays in L1
+constexpr int64_t kPanel = 128;       // outputs that a thread takes at a time
+constexpr int64_t kRuns = 8;          // of memory that a thread reads at once, for few rows of x
+constexpr int64_t kRunAhead = 512;    // bytes to prefetch ahead in each run
+constexpr int64_t kKeysAhead = 1024;  // bytes to prefetch ahead in keys
+constexpr int64_t kLine = 64;         // bytes of a line of the cache
 
 // Whole lines of the cache: a register that is as wide is not loaded from two of them.
 template <class T>
